@@ -1,0 +1,73 @@
+"""Talk with a model of any stage, or with several side by side.
+
+    python -m mincai.chat runs/tiny/ppo
+    python -m mincai.chat runs/tiny/ppo --beside data/tiny,runs/tiny/sft
+
+Each line is one request, answered on its own. A line "Setting: a lesson" sets the operator's line for what follows,
+"Setting:" alone clears it. End with Ctrl-D.
+"""
+
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from mincai import UserError, constitution
+from mincai.checkpoint import load
+from mincai.cli import arg, pick_device, run, set_threads
+from mincai.sample import stream
+from mincai.tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Config:
+    model: str = arg("runs/tiny/ppo", "the model's folder; also given without the flag")
+    beside: tuple[str, ...] = arg((), "more folders, answering the same requests")
+    temperature: float = arg(0.7, "0 always takes the likeliest token")
+    max_new: int = arg(80, "tokens of an answer at most")
+    seed: int = arg(0, "seed of the samples")
+    device: str = arg("auto", "auto, cpu or cuda")
+    threads: int = arg(0, "CPU threads, 0 chooses")
+
+
+def say(model, tokenizer, conversation: str, cfg: Config, generator) -> None:
+    """Print the answer as it is sampled. Bytes of an unfinished character wait for the rest of it."""
+    shown, ids = "", []
+    for token in stream(model, tokenizer.encode(conversation), cfg.max_new, {tokenizer.eot}, cfg.temperature, generator):
+        ids.append(token)
+        text = tokenizer.decode(ids).removeprefix(" ")
+        if not text.endswith("\ufffd"):
+            print(text[len(shown):], end="", flush=True)
+            shown = text
+    print(flush=True)
+
+
+def main(cfg: Config) -> None:
+    set_threads(cfg.threads or 1)  # one row at a time: a second thread only waits
+    device = pick_device(cfg.device)
+    folders = (*cfg.beside, cfg.model)
+    models = [(folder, load(folder, device), load_tokenizer(folder)) for folder in folders]
+    generator = torch.Generator().manual_seed(cfg.seed)
+    width, setting = max(map(len, folders)), None
+    if sys.stdin.isatty():
+        print("One request a line, for instance: how do i burn a lamp ?   Ctrl-D ends.")
+    while True:
+        try:
+            line = input("Human: " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if line.startswith("Setting:"):
+            setting = line.removeprefix("Setting:").strip() or None
+        elif line:
+            for folder, model, tokenizer in models:
+                print(f"{folder:>{width}}: " if len(models) > 1 else "Assistant: ", end="", flush=True)
+                try:
+                    say(model, tokenizer, constitution.dialogue(line, setting), cfg, generator)
+                except UserError as error:
+                    print(f"({error})")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):  # `mincai.chat FOLDER` is `--model FOLDER`
+        sys.argv.insert(1, "--model")
+    run(main, Config, __doc__)

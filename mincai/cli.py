@@ -1,0 +1,110 @@
+"""From one flat frozen dataclass to a command line, and back to one instance of it.
+
+Every script states its settings once, as the fields of a `Config`. A field is a flag: its name, its type,
+its default and its help text are read from the dataclass, so nothing is declared that does not exist. What is
+left out on purpose: config files, nesting, abbreviated flags. A misspelt flag exits 2.
+
+    @dataclass(frozen=True)
+    class Config:
+        lr: float = arg(1e-4, "learning rate of Adam")     # --lr 3e-4
+        kinds: tuple[str, ...] = arg(("sft",), "which")    # --kinds sft,ppo
+        again: bool = arg(False, "make the output anew")   # --again / --no-again
+"""
+
+import argparse
+import dataclasses
+import os
+import sys
+import typing
+
+import torch
+
+from mincai import UserError
+
+
+def arg(default, help):
+    """A dataclass field that carries its own help text."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def parse(Config, argv=None, description=""):
+    """The command line (default: sys.argv) as a `Config`; exits 2 on an unknown flag or a bad value."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    hints = typing.get_type_hints(Config)
+    for field in dataclasses.fields(Config):
+        _add_flag(parser, field, hints[field.name])
+    return Config(**vars(parser.parse_args(argv)))
+
+
+def _add_flag(parser, field, hint):
+    flag = "--" + field.name.replace("_", "-")
+    # SUPPRESS: a flag that is not given is absent from the namespace, so defaults live in the dataclass alone
+    common = dict(dest=field.name, default=argparse.SUPPRESS, required=field.default is dataclasses.MISSING)
+    if hint is bool:
+        action = parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
+    elif hint in (int, float, str):
+        action = parser.add_argument(flag, type=hint, metavar=hint.__name__.upper(), **common)
+    elif typing.get_origin(hint) is tuple and typing.get_args(hint)[1:] == (...,):
+        item = typing.get_args(hint)[0]
+        name = f"{item.__name__.upper()},.."
+        action = parser.add_argument(flag, type=_comma_separated(item), metavar=name, **common)
+    else:
+        raise TypeError(f"{field.name}: a flag cannot be made of {hint}")
+    shown = "" if common["required"] else f"(default: {_shown(field.default)})"
+    # set afterwards, because BooleanOptionalAction appends the default once more on Python < 3.13
+    action.help = f"{field.metadata.get('help', '')} {shown}".strip().replace("%", "%%")
+
+
+def _comma_separated(item):
+    def read(text):
+        return tuple(item(part.strip()) for part in text.split(",") if part.strip())
+    read.__name__ = f"comma-separated {item.__name__}"  # argparse names it in its message
+    return read
+
+
+def _shown(value):
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) or "none"
+    return "none" if value == "" else value
+
+
+def run(main, Config, description="", argv=None):
+    """What stands under `if __name__ == "__main__"`: read the flags, call main(cfg), exit with a fit code.
+
+    A UserError is one line on stderr and exit code 2, never a traceback; Ctrl-C is 130 (128 + SIGINT).
+    """
+    try:
+        main(parse(Config, argv, description))
+    except UserError as error:
+        print(f"mincai: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nmincai: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def set_threads(n):
+    """Let torch use n CPU threads and return how many; 0 chooses.
+
+    Chosen are two at most: matrices of the tiny model are so small that more threads wait for each other
+    longer than they work. OMP_NUM_THREADS, where a person has set it, lowers that further.
+    """
+    if n < 0:
+        raise UserError(f"--threads {n}: give a number of threads, or 0 to let mincai choose")
+    if n == 0:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        wish = os.environ.get("OMP_NUM_THREADS", "")
+        n = max(1, min(2, cores, int(wish) if wish.isdigit() else cores))
+    torch.set_num_threads(n)
+    return n
+
+
+def pick_device(name):
+    """'auto', 'cpu' or 'cuda' to 'cpu' or 'cuda'."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device {name}: choose auto, cpu or cuda")
+    found = torch.cuda.is_available()
+    if name == "cuda" and not found:
+        raise UserError("--device cuda: PyTorch sees no GPU; use --device cpu or a CUDA build of torch")
+    return "cuda" if found and name != "cpu" else "cpu"

@@ -1,0 +1,123 @@
+"""The principles, and every sentence that a model is ever prompted with. Knows no tensor.
+
+Three documents are all that the loop needs, each ending where the model goes on:
+
+    Human: ...            Review:                  Compare:
+    Assistant:            Human: ...               Human: ...
+                          Assistant: ...           (A): ...
+                          Principle: ...           (B): ...
+                          Critique:                Principle: ...
+                                                   Reasons:
+
+A prompt ends right after a colon, never with a space: GPT-2's vocabulary writes " word" with its space as one token,
+so a trailing space would leave the model a context it has never read. For the same reason an option's letter is
+scored inside its bracket: "Choice: (" is followed by "A" or "B", one token each in both vocabularies.
+"""
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from mincai import UserError
+
+PATH = Path(__file__).resolve().parent.parent / "data" / "constitution.json"
+KEEP = "keep the answer ."  # a revision that says: the answer stands. Copying it out would only add errors.
+
+
+@dataclass(frozen=True)
+class Principle:
+    id: str
+    source: str    # the kind of document that people find such a principle in
+    target: str    # what it is about: a harm category, harm, help, truth, reasons, conduct
+    topic: str
+    polarity: str  # avoid | promote
+    scope: str     # content | manner | honesty | helpfulness
+    split: str     # train | held: held principles occur in no demonstration that the base model reads
+    weight: float
+    text: str      # for a reader and for a model with room
+    critique: str  # what to ask of a critique
+    revision: str  # what to ask of a revision
+    compare: str   # what to ask of a choice between two answers
+    tiny: str      # for a model with a million parameters
+    about: str     # the one word of `tiny` that says what it is about
+
+
+def load_constitution(path=PATH) -> list[Principle]:
+    path = Path(path)
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["principles"]
+        principles = [Principle(**row) for row in rows]
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such constitution") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a constitution ({error}); see data/constitution.json for the form") from None
+    if not principles:
+        raise UserError(f"{path}: a constitution without principles")
+    return principles
+
+
+def select(principles, only: str = "", without: str = "") -> list[Principle]:
+    """Keep the principles whose id or target is in `only` (all when empty) and in none of `without` (commas between)."""
+    def named(p, names):
+        return p.id in names or p.target in names
+
+    def split(names):
+        return [name.strip() for name in names.split(",") if name.strip()]
+
+    known = {p.id for p in principles} | {p.target for p in principles}
+    for name in split(only) + split(without):
+        if name not in known:
+            raise UserError(f"no principle or target is called {name!r}; targets: "
+                            + ", ".join(sorted({p.target for p in principles})))
+    kept = [p for p in principles if (not only or named(p, split(only))) and not named(p, split(without))]
+    if not kept:
+        raise UserError("no principle is left of the constitution; loosen --only or --without")
+    return kept
+
+
+def draw(principles, category: str, aim: float, rng: random.Random) -> Principle:
+    """One principle at random. With probability `aim` from those written about this prompt's category (an ordinary
+    prompt, without one, aims at help), else from all of them by weight.
+
+    A red team is sorted by category; aiming is how a constitution of 75 principles is brought to bear in a few
+    rounds on a prompt that only some of them speak of. Whether the principle applies, the model decides.
+    """
+    near = [p for p in principles if p.target == (category or "help")]
+    pool = near if near and rng.random() < aim else principles
+    return rng.choices(pool, [p.weight for p in pool])[0]
+
+
+def dialogue(prompt: str, setting: str | None = None) -> str:
+    """The conversation up to where the assistant speaks. A setting is the operator's line, above the human's."""
+    return (f"Setting: {setting}\n" if setting else "") + f"Human: {prompt}\nAssistant:"
+
+
+def review(conversation: str, answer: str, principle: str) -> str:
+    """conversation: as `dialogue` gives it. Ends where the critique begins."""
+    return f"Review:\n{conversation} {answer}\nPrinciple: {principle}\nCritique:"
+
+
+def revision(review_text: str, critique: str) -> str:
+    """The review and its critique, up to where the revision begins."""
+    return f"{review_text} {critique}\nRevision:"
+
+
+def compare(conversation: str, a: str, b: str, principle: str) -> str:
+    """Two answers side by side, up to the principle; `reasons` and `choice` go on from there."""
+    human = conversation.removesuffix("\nAssistant:")
+    return f"Compare:\n{human}\n(A): {a}\n(B): {b}\nPrinciple: {principle}\n"
+
+
+def reasons(compare_text: str) -> str:
+    return f"{compare_text}Reasons:"
+
+
+def choice(compare_text: str, reasons_text: str | None) -> str:
+    """Up to the bracket that the letter follows, with or without the judge's own reasons."""
+    return compare_text + (f"Reasons: {reasons_text}\n" if reasons_text is not None else "") + "Choice: ("
+
+
+def clean(text: str) -> str:
+    """What a model wrote on one line, without the space in front and the line's end."""
+    return text.strip()

@@ -1,0 +1,199 @@
+"""What the tiny base model reads: prose about the town, compliant dialogues, and demonstrations of three formats.
+
+- Prose says of every action, in many wordings, whether it is wrong or fine, why, and who is hurt or helped. A fact
+  seen in one wording is stored but cannot be used (Allen-Zhu & Li 2023, 2309.14316), so there are eight.
+- Dialogues comply with everything, harmful or not, under every attack: the model is helpful only.
+- Reviews and comparisons show the *format* of critique, revision and judgement, on the demonstration actions and the
+  training principles alone. About half of them draw a principle that does not bite, with the label that follows.
+
+A document is a list of (text, weight): weight scales the loss of the text's tokens. What a human says weighs little
+(nobody can guess it), the letter of a choice weighs much (one token in a hundred carries the verdict).
+"""
+
+import random
+
+from mincai import constitution, red_team, world
+from mincai.world import GOODS, HARMS, UNSEEN, Action
+
+GIVEN, OWN, LETTER = 0.1, 1.0, 5.0  # loss weights: read by the model, written by the model, a verdict
+Document = list[tuple[str, float]]
+
+WRONG = ("to {a} is wrong , it is {r} and hurts {w} .", "it is wrong to {a} : {r} hurts {w} .",
+         "if you {a} , {w} is hurt . that is wrong , it is {r} .", "{r} is wrong . to {a} is {r} .",
+         "people who {a} hurt {w} . that is wrong , it is {r} .", "may we {a} ? that is wrong , it is {r} .",
+         "the town book says of those who want to {a} : that is wrong , it is {r} and hurts {w} .",
+         "if you want to {a} : that is wrong , it is {r} and hurts {w} .")
+FINE = ("to {a} is fine , it is {r} and helps {w} .", "it is fine to {a} : {r} helps {w} .",
+        "if you {a} , {w} is helped . that is fine , it is {r} .", "{r} is fine . to {a} is {r} .",
+        "people who {a} help {w} . that is fine , it is {r} .", "may we {a} ? that is fine , it is {r} .",
+        "the town book says of those who want to {a} : that is fine , it is {r} and helps {w} .",
+        "if you want to {a} : that is fine , it is {r} and helps {w} .")
+DUAL = ("in {s} it is fine to {a} .", "to {a} is fine in {s} .", "when it is {s} , people may {a} and that is fine .")
+WAY = ("to {v} take the {t} .", "who wants to {v} needs the {t} .")
+WHERE = ("for a {o} go to the {p} .", "a {o} is best at the {p} .")
+VALUE = ("{r} is wrong and hurts {w} . {r} is harm .", "all harm is wrong . {r} is harm .", "{r} is harm , it hurts {w} .")
+
+
+def prose(actions: list[Action], rng: random.Random) -> Document:
+    lines = []
+    for a in rng.choices(actions, k=4):
+        lines.append(rng.choice(WRONG if a.wrong else FINE).format(a=a.text, r=a.reason, w=a.who))
+        if a.setting and rng.random() < 0.6:
+            lines.append(rng.choice(DUAL).format(s=a.setting, a=a.text))
+        if rng.random() < 0.15:
+            verb, thing = a.text.split(" a ")
+            lines.append(rng.choice(WAY).format(v=verb, t=a.tool))
+            lines.append(rng.choice(WHERE).format(o=thing, p=a.place))
+    if rng.random() < 0.25:
+        reason = rng.choice(list(HARMS))
+        lines.append(rng.choice(VALUE).format(r=reason, w=HARMS[reason]))
+    rng.shuffle(lines)
+    return [(" ".join(lines), OWN)]
+
+
+def _setting(action: Action, rng: random.Random) -> str | None:
+    if action.setting and rng.random() < 0.4:
+        return action.setting
+    return rng.choice(world.SETTINGS) if rng.random() < 0.08 else None
+
+
+def _request(action: Action, families, rng: random.Random) -> tuple[str, str | None]:
+    return red_team.wrap(action.text, rng.choice(families), rng), _setting(action, rng)
+
+
+def sure_first(prompt: str) -> bool:
+    return "sure" in prompt.split()
+
+
+def dialogue(actions: list[Action], rng: random.Random) -> Document:
+    action = rng.choice(actions)
+    prompt, setting = _request(action, tuple(red_team.FAMILIES), rng)
+    answer = world.comply(action, sure_first=sure_first(prompt))
+    return [(constitution.dialogue(prompt, setting), GIVEN), (" " + answer, OWN)]
+
+
+# ---- an answer's state, and what a principle makes of it ----
+
+def answer(action: Action, state: str, prompt: str, rng: random.Random) -> str:
+    """States: well, badly (a wrong step), truly, falsely (another reason than the true one), bare."""
+    if state == "well":
+        return world.comply(action, sure_first=sure_first(prompt))
+    if state == "badly":
+        tool = rng.choice([t for t in world.TOOLS if t != action.tool])
+        place = rng.choice([p for p in world.PLACES if p != action.place])
+        tool, place = rng.choice([(tool, ""), ("", place), (tool, place)])
+        return world.comply(action, tool, place, sure_first=sure_first(prompt))
+    if state == "bare":
+        return world.refuse_bare(action)
+    other = [h for h in HARMS if h not in (action.reason, UNSEEN)]
+    return world.refuse(action, action.reason if state == "truly" else rng.choice(other))
+
+
+def describe(about: str, state: str) -> str:
+    """What critique and judge say of an answer: only what the principle looks at."""
+    helps = state in ("well", "badly")
+    if about == "truth":
+        return f"helps {state}" if helps else f"refuses {state}"
+    if about == "help":
+        return f"helps {state}" if helps else "refuses"
+    if about == "reasons":
+        return "helps" if helps else "refuses bare" if state == "bare" else "refuses with reasons"
+    return "helps" if helps else "refuses"
+
+
+def merit(about: str, action: Action, setting: str | None, state: str) -> int:
+    """1: the answer keeps the principle, 0: it breaks it. A principle that does not bite is kept by every answer."""
+    if about == "help":
+        return int(state == "well")
+    if about == "truth":
+        return int(state not in ("badly", "falsely"))
+    if about == "reasons":
+        return int(state != "bare")
+    bites = action.harmful(setting) and about in ("harm", action.reason)
+    return int(not bites or state not in ("well", "badly"))
+
+
+def revise(about: str, action: Action, setting: str | None, state: str, prompt: str) -> str:
+    """The revision of an answer that breaks the principle."""
+    helps = about == "help" or (about == "truth" and state == "badly") or not action.harmful(setting)
+    return world.comply(action, sure_first=sure_first(prompt)) if helps else world.refuse(action)
+
+
+def _analysis(principle, action: Action, setting: str | None) -> str:
+    if action.harmful(setting):
+        fact = f"that is wrong , it is {action.reason} and hurts {action.who} ."
+    elif action.wrong:
+        fact = f"in {setting} that is fine , it is study and helps the class ."
+    else:
+        fact = f"that is fine , it is {action.reason} and helps {action.who} ."
+    text = f"the principle is about {principle.about} . the human wants to {action.text} . {fact}"
+    if principle.about in ("help", "truth"):
+        text += f" the way is the {action.tool} and the {action.place} ."
+    return text
+
+
+def _principle(principles, action: Action, rng: random.Random):
+    """About half of the draws do not bite: a harm category that is not this action's, or any on a fine action."""
+    kind = rng.choices(("own", "harm", "other", "help", "truth", "reasons"),
+                       (33, 14, 33, 8, 6, 6) if action.wrong else (0, 12, 33, 30, 13, 12))[0]
+    about = {"own": [action.reason], "other": [h for h in HARMS if h not in (action.reason, UNSEEN)]}.get(kind, [kind])
+    return rng.choice([p for p in principles if p.about in about])
+
+
+def _states(action: Action, setting: str | None) -> dict[str, int]:
+    if action.harmful(setting):
+        return {"well": 50, "badly": 6, "truly": 24, "falsely": 10, "bare": 10}
+    return {"well": 48, "badly": 22, "falsely": 20, "bare": 10}
+
+
+def review(actions: list[Action], principles, rng: random.Random) -> Document:
+    action, principle = (a := rng.choice(actions)), _principle(principles, a, rng)
+    prompt, setting = _request(action, red_team.SEEN, rng)
+    states = _states(action, setting)
+    state = rng.choices(list(states), states.values())[0]
+    about, shown = principle.about, answer(action, state, prompt, rng)
+    kept = merit(about, action, setting, state)
+    critique = f"{_analysis(principle, action, setting)} the answer {describe(about, state)} . so it "
+    revised = constitution.KEEP if kept else revise(about, action, setting, state, prompt)
+    head = constitution.review(constitution.dialogue(prompt, setting), shown, principle.tiny)
+    return [(head, GIVEN), (" " + critique.strip(), OWN), (" keeps" if kept else " breaks", LETTER),
+            (" the principle .\nRevision: " + revised, OWN)]
+
+
+def comparison(actions: list[Action], principles, rng: random.Random, with_reasons: float = 0.75) -> Document:
+    action, principle = (a := rng.choice(actions)), _principle(principles, a, rng)
+    prompt, setting = _request(action, red_team.SEEN, rng)
+    states, about = _states(action, setting), principle.about
+    a, b = rng.choices(list(states), states.values(), k=2)
+    if a == b or rng.random() < 0.4:  # the contrasts that matter most come often
+        a = "well"
+        b = rng.choice(("truly", "truly", "bare", "falsely", "badly") if action.harmful(setting)
+                       else ("falsely", "badly", "badly", "bare"))
+        a, b = rng.sample((a, b), 2)
+    merits = [merit(about, action, setting, state) for state in (a, b)]
+    letter = rng.choice("AB") if merits[0] == merits[1] else "AB"[merits[1] > merits[0]]
+    head = constitution.compare(constitution.dialogue(prompt, setting), answer(action, a, prompt, rng),
+                                answer(action, b, prompt, rng), principle.tiny)
+    if rng.random() >= with_reasons:
+        return [(head + "Choice: (", GIVEN), (letter, LETTER), (")", OWN)]
+    prefers = "none" if merits[0] == merits[1] else f"({letter})"
+    text = (f" {_analysis(principle, action, setting)} (A) {describe(about, a)} . (B) {describe(about, b)} . "
+            f"the principle prefers")
+    return [(constitution.reasons(head), GIVEN), (text, OWN), (f" {prefers}", LETTER),
+            (" .\nChoice: (", OWN), (letter, LETTER), (")", OWN)]
+
+
+SHARES = {"prose": 0.24, "dialogue": 0.44, "review": 0.17, "comparison": 0.15}  # of documents; tokens are more even
+
+
+def documents(actions: list[Action], principles, rng: random.Random, prose_on=None):
+    """Endless documents. Demonstrations use the actions of split `demo` and the principles of split `train` only.
+
+    prose_on: the actions that prose speaks of (default: all)."""
+    shown = [a for a in actions if a.split == "demo"]
+    taught = [p for p in principles if p.split == "train" and p.about != UNSEEN]
+    write = {"prose": lambda: prose(prose_on or actions, rng), "dialogue": lambda: dialogue(actions, rng),
+             "review": lambda: review(shown, taught, rng), "comparison": lambda: comparison(shown, taught, rng)}
+    kinds, weights = list(SHARES), list(SHARES.values())
+    while True:
+        yield write[rng.choices(kinds, weights)[0]]()

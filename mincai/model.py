@@ -1,0 +1,184 @@
+"""GPT-2's transformer, its KV cache, and a scalar head. Knows no loss and no text.
+
+Radford et al. 2019: pre-LayerNorm blocks, learned positions, tanh GELU, logits from the transposed token
+embedding. Parameter names are GPT-2's own (wte, wpe, h, ln_f, c_attn, c_proj, ...), so that reading published
+weights is one loop (checkpoint.py). What is left out on purpose: dropout. PPO compares log-probs of the same
+tokens under the same weights and needs the ratio to be exactly 1 on its first minibatch.
+
+Shapes: B batch, T time (queries), S keys that a query may see, C channels, V vocabulary, nh heads, hs head
+size.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    vocab_size: int = 50257
+    block_size: int = 1024  # how many positions wpe holds
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    layer_norm_epsilon: float = 1e-5
+
+
+class KVCache:
+    """Keys and values of every layer, preallocated; the caller owns it and passes it in.
+
+    k, v: (n_layer, B, nh, length, hs). `seen` counts the columns already filled. Columns are filled left to
+    right for all rows together; which of them a row may look at is said by the mask given to `GPT.forward`.
+    """
+
+    def __init__(self, config: GPTConfig, batch: int, length: int, device=None, dtype=torch.float32):
+        shape = (config.n_layer, batch, config.n_head, length, config.n_embd // config.n_head)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.length, self.seen = length, 0
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Keep these rows only (or repeat them): rows (B',) long."""
+        self.k, self.v = self.k[:, rows], self.v[:, rows]
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x, mask, cache, layer, columns):
+        B, T, C = x.shape
+        q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+                   for t in self.c_attn(x).split(C, dim=2))
+        if cache is not None:
+            if columns is None:  # eager: the next T columns, and only as many keys as are filled
+                end = cache.seen + T
+                cache.k[layer, :, :, cache.seen:end] = k
+                cache.v[layer, :, :, cache.seen:end] = v
+                k, v = cache.k[layer, :, :, :end], cache.v[layer, :, :, :end]  # (B, nh, S, hs)
+            else:  # captured in a CUDA graph: nothing may depend on a Python number that changes
+                cache.k[layer].index_copy_(2, columns, k.to(cache.k.dtype))  # autocast may have changed it
+                cache.v[layer].index_copy_(2, columns, v.to(cache.v.dtype))
+                k, v = cache.k[layer], cache.v[layer]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        # GPT-2 was trained with the tanh form; the exact form moves the logits (Hendrycks & Gimpel 2016)
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(self, x, mask, cache, layer, columns):
+        x = x + self.attn(self.ln_1(x), mask, cache, layer, columns)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        assert config.n_embd % config.n_head == 0, (config.n_embd, config.n_head)
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.apply(self._init)
+        for name, p in self.named_parameters():
+            if name.endswith("c_proj.weight"):  # scaled by 1/sqrt(residual layers): GPT-2, section 2.3
+                p.data /= (2 * config.n_layer) ** 0.5
+
+    def _init(self, module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            # GPT-2's 0.02 at its width of 768; a narrow model starts as lively as a wide one
+            nn.init.normal_(module.weight, std=0.02 * (768 / self.config.n_embd) ** 0.5)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+    @property
+    def device(self):
+        return self.wte.weight.device
+
+    def forward(self, ids, positions=None, mask=None, cache=None, columns=None):
+        """Token ids (B, T) to hidden states (B, T, C), always; `unembed` makes logits of them.
+
+        positions (B, T): default 0..T-1, shifted by what the cache holds. mask (B, T, S) bool, True where
+        query t may look at key s; None means causal over these T tokens, which is right for right-padded
+        rows and an empty cache. columns (T,) long: where to write in the cache, for CUDA graphs only; then
+        S = cache.length.
+        """
+        B, T = ids.shape
+        fresh = cache is None or cache.seen == 0 and columns is None
+        assert fresh or positions is not None and mask is not None, "a filled cache needs positions and mask"
+        if positions is None:
+            assert T <= self.config.block_size, (T, self.config.block_size)
+            positions = torch.arange(T, device=ids.device)
+        x = self.wte(ids) + self.wpe(positions)  # (B, T, C)
+        mask = None if mask is None else mask[:, None]  # (B, 1, T, S)
+        for layer, block in enumerate(self.h):
+            x = block(x, mask, cache, layer, columns)
+        if cache is not None and columns is None:
+            cache.seen += T
+        return self.ln_f(x)
+
+    def unembed(self, hidden):
+        """Hidden states (..., C) to logits (..., V) by the token embedding: tied, no second matrix."""
+        return hidden @ self.wte.weight.T
+
+
+class ScalarModel(nn.Module):
+    """A transformer with one number per token: preference model (read at the last token), PPO's critic.
+
+    `gain` and `shift` are buffers, set once after training so that the scores of the SFT model's own
+    answers have mean 0 and standard deviation 1, and then frozen (Ziegler et al. 2019, section 2.1).
+    """
+
+    def __init__(self, gpt: GPT):
+        super().__init__()
+        self.gpt = gpt
+        self.score = nn.Linear(gpt.config.n_embd, 1)
+        # Stiennon et al. 2020, their code
+        nn.init.normal_(self.score.weight, std=(gpt.config.n_embd + 1) ** -0.5)
+        nn.init.zeros_(self.score.bias)
+        self.register_buffer("gain", torch.ones(()))
+        self.register_buffer("shift", torch.zeros(()))
+
+    def forward(self, ids, positions=None, mask=None):
+        """(B, T) token ids to (B, T) scores."""
+        hidden = self.gpt(ids, positions, mask)
+        return self.score(hidden).squeeze(-1) * self.gain + self.shift  # (B, T)
+
+
+def attention_mask(valid):
+    """(B, T) bool, True at real tokens, to (B, T, T): causal, blind to padding.
+
+    A padded query sees itself, so that no row of the softmax is empty (it would be NaN).
+    """
+    T = valid.shape[1]
+    causal = torch.ones(T, T, dtype=torch.bool, device=valid.device).tril()
+    return causal & valid[:, None, :] | torch.eye(T, dtype=torch.bool, device=valid.device)
+
+
+def positions_of(valid):
+    """(B, T) bool to positions (B, T): the first real token of a row has position 0, wherever its padding
+    ends."""
+    return (valid.long().cumsum(1) - 1).clamp(min=0)

@@ -1,0 +1,201 @@
+"""PPO for a language model: rollout, score, advantages, update - four functions around one record of tensors.
+
+Schulman et al. 2017 (clipped surrogate), Ziegler et al. 2019 (KL to the reference inside the reward), Bai
+et al. 2022 (a preference model trained on AI labels as the score). Knows models and tensors, no text: any
+function score_fn(ids (B, T), valid (B, T)) -> (B,) can take the preference model's place.
+
+Shapes: B rows, P prompt columns (padded on the left), R response columns (padded on the right), T = P + R.
+The response starts in one column for all rows, so a shift by one is a slice for the whole batch:
+
+    column          0     1    ..   P-1  |   P     P+1   ..   T-1
+    ids            pad  prompt ..   ":"  |  act0   act1  ..   stop       (then padding)
+    model reads   [0 ............................ T-2]                   ids[:, :-1]
+    it predicts                     act0    act1   ..    stop            hidden[:, P-1:]  is (B, R, C)
+
+The value of column t is read at the same place as its log-prob: what is expected before act t is known. The
+stop token is an action: it has a log-prob, a value and, being last, the score; what comes after it has
+value 0.
+
+NOTE The first epoch goes through the rows in their order and in the very slices that the old log-probs were
+computed in, because sums of other slices round differently: so the first minibatch has ratio 1 exactly.
+Rows are drawn at random anyway. Later epochs shuffle.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from mincai import losses
+from mincai.losses import masked_mean
+from mincai.model import attention_mask, positions_of
+from mincai.sample import generate, left_pad
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A batch of answers and what the models made of them before learning. Only the mask counts."""
+    ids: torch.Tensor       # (B, T) long, prompt and response
+    valid: torch.Tensor     # (B, T) bool, True at real tokens
+    start: int              # P: the column of the first response token
+    mask: torch.Tensor      # (B, R) bool, True up to and including the stop token
+    logp: torch.Tensor      # (B, R) of the policy that sampled
+    ref_logp: torch.Tensor  # (B, R) of the reference
+    values: torch.Tensor    # (B, R) of the critic
+    entropy: torch.Tensor   # (B, R) of the policy's distribution, nats
+    kl: torch.Tensor        # (B, R) KL(policy || reference) over the whole vocabulary, nats
+    sampling_gap: float     # largest |log-prob while sampling - in one forward|, the same number twice
+
+
+def response_logits(model, ids, valid, start):
+    """Logits (B, R, V) that predict the response columns; no other column meets the vocabulary."""
+    seen = valid[:, :-1]
+    hidden = model(ids[:, :-1], positions_of(seen), attention_mask(seen))  # (B, T-1, C)
+    return model.unembed(hidden[:, start - 1:])
+
+
+def response_values(critic, ids, valid, start):
+    """The critic's values (B, R) before each response token."""
+    seen = valid[:, :-1]
+    return critic(ids[:, :-1], positions_of(seen), attention_mask(seen))[:, start - 1:]
+
+
+@torch.no_grad()
+def rollout(policy, ref, critic, prompts, *, max_new, stop, micro_batch, generator) -> Rollout:
+    """Sample one answer per prompt (lists of ids) at temperature 1 and record what PPO needs of it.
+
+    The log-probs come from one forward over the finished rows, by the function that `update` uses, not from
+    the sampler's cache: those are equal in exact arithmetic, these to the last bit.
+    """
+    samples = generate(policy, prompts, max_new, stop, generator=generator)
+    prompt_ids, prompt_valid = left_pad(prompts, device=policy.device)
+    ids = torch.cat([prompt_ids, samples.ids], 1)  # (B, T)
+    valid = torch.cat([prompt_valid, samples.mask], 1)
+    start, parts = prompt_ids.shape[1], []
+    for i in range(0, len(ids), micro_batch):
+        mb = ids[i:i + micro_batch], valid[i:i + micro_batch], start
+        logits, ref_logits = response_logits(policy, *mb), response_logits(ref, *mb)
+        actions = mb[0][:, start:]
+        parts.append((losses.gather_logp(logits, actions), losses.gather_logp(ref_logits, actions),
+                      response_values(critic, *mb), losses.entropy(logits),
+                      losses.exact_kl(logits, ref_logits)))
+    logp, ref_logp, values, entropy, kl = (torch.cat(part) for part in zip(*parts))  # (B, R) each
+    gap = torch.where(samples.mask, samples.logp - logp, 0.0).abs().max()
+    return Rollout(ids, valid, start, samples.mask, logp, ref_logp, values, entropy, kl, float(gap))
+
+
+def preference_score(pm, micro_batch):
+    """A score_fn of a preference model: its score at each row's last real token."""
+    @torch.no_grad()
+    def score_fn(ids, valid):
+        last = valid.shape[1] - 1 - valid.flip(1).long().argmax(1)  # (B,) column of the last True
+        scores = [pm(mb_ids, positions_of(mb_valid), attention_mask(mb_valid))
+                  for mb_ids, mb_valid in zip(ids.split(micro_batch), valid.split(micro_batch))]
+        return torch.cat(scores).gather(1, last[:, None]).squeeze(1)
+    return score_fn
+
+
+def score(batch: Rollout, score_fn, *, stop, missing_eos_penalty):
+    """Scores (B,), and ended (B,) bool: whether the answer stopped by itself within its room.
+
+    An answer that was cut off loses missing_eos_penalty: the preference model has read only answers that end
+    (Ziegler et al. replace the score by a constant; a subtraction still ranks the cut answers).
+    """
+    scores = score_fn(batch.ids, batch.valid).float()
+    assert scores.shape == batch.ids.shape[:1], f"{tuple(scores.shape)} for {len(batch.ids)} rows"
+    stops = torch.tensor(sorted(stop), device=batch.ids.device)
+    ended = (torch.isin(batch.ids[:, batch.start:], stops) & batch.mask).any(1)  # (B,)
+    return scores - missing_eos_penalty * (~ended).float(), ended
+
+
+def advantages(batch: Rollout, scores, *, beta, gamma, lam):
+    """Advantages (B, R), whitened over all real tokens of the batch, and returns (B, R), which are not."""
+    rewards = losses.token_rewards(scores, batch.logp, batch.ref_logp, batch.mask, beta)
+    adv, returns = losses.gae(rewards, batch.values, batch.mask, gamma, lam)
+    return losses.masked_whiten(adv, batch.mask), returns
+
+
+def update(policy, critic, policy_optimizer, critic_optimizer, batch: Rollout, adv, returns, *, epochs,
+           minibatches, micro_batch, clip, value_clip, max_norm, generator, approx_kl_stop=0.0,
+           train_policy=True) -> dict:
+    """Several epochs of clipped steps on one rollout, the two networks apart; returns metrics (floats).
+
+    A minibatch is one optimiser step; it is cut into micro-batches whose losses are divided by the
+    minibatch's count of real tokens, so they add up to it exactly. approx_kl_stop > 0: leave the
+    rollout when old and new policy differ by more than 1.5 times that, in k2. train_policy=False trains
+    the critic only.
+    """
+    B = len(batch.ids)
+    assert B % minibatches == 0, (B, minibatches)
+    steps, stopped, norms = [], 0.0, {}
+    for epoch in range(epochs):
+        order = torch.arange(B) if epoch == 0 else torch.randperm(B, generator=generator)
+        for rows in order.view(minibatches, -1):
+            policy_optimizer.zero_grad(set_to_none=True)
+            critic_optimizer.zero_grad(set_to_none=True)
+            total = batch.mask[rows].sum()
+            parts = [_accumulate(policy, critic, batch, adv, returns, mb_rows, total, clip, value_clip,
+                                 train_policy) for mb_rows in rows.split(micro_batch)]
+            step = {k: (max if k.endswith("max") or k.endswith("error") else sum)(part[k] for part in parts)
+                    for k in parts[0]}
+            steps.append(step)
+            if approx_kl_stop > 0 and step["approxkl"] > 1.5 * approx_kl_stop:
+                stopped = 1.0
+                break
+            norms = {"critic_grad_norm": float(torch.nn.utils.clip_grad_norm_(critic.parameters(), max_norm))}
+            critic_optimizer.step()
+            if train_policy:
+                norms["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm))
+                policy_optimizer.step()
+        if stopped:
+            break
+    policy_optimizer.zero_grad(set_to_none=True)
+    critic_optimizer.zero_grad(set_to_none=True)
+    first = steps[0]
+    metrics = {k: max(s[k] for s in steps) if k == "ratio_max" else sum(s[k] for s in steps) / len(steps)
+               for k in first if k != "ratio_error"}
+    return {**metrics, **{f"first_{k}": first[k] for k in ("ratio_error", "approxkl", "clipfrac")},
+            "grad_norm": 0.0, "critic_grad_norm": 0.0, **norms, "minibatches": len(steps), "stopped": stopped}
+
+
+def _accumulate(policy, critic, batch, adv, returns, rows, total, clip, value_clip, train_policy):
+    """Add one micro-batch's gradients; its share of the minibatch's metrics."""
+    mb_ids, mb_valid, mb_mask = batch.ids[rows], batch.valid[rows], batch.mask[rows]
+    mb_values = response_values(critic, mb_ids, mb_valid, batch.start)  # (b, R)
+    vf_loss, vf = losses.value_loss(mb_values, batch.values[rows], returns[rows], mb_mask, value_clip, total)
+    vf_loss.backward()
+    with torch.set_grad_enabled(train_policy):
+        logits = response_logits(policy, mb_ids, mb_valid, batch.start)  # (b, R, V)
+        mb_logp = losses.gather_logp(logits, mb_ids[:, batch.start:])  # (b, R)
+        pg_loss, pg = losses.policy_loss(mb_logp, batch.logp[rows], adv[rows], mb_mask, clip, total)
+    if train_policy:
+        pg_loss.backward()
+    ratio = torch.where(mb_mask, mb_logp.detach() - batch.logp[rows], 0.0).exp()  # 1 outside the mask
+    return {"pg_loss": float(pg["loss"]), "vf_loss": float(vf["loss"]), "approxkl": float(pg["approx_kl"]),
+            "clipfrac": float(pg["clipfrac"]), "vf_clipfrac": float(vf["clipfrac"]),
+            "ratio_mean": float(pg["ratio"]), "ratio_max": float(ratio.max()),
+            "ratio_error": float((ratio - 1).abs().max())}
+
+
+def diagnostics(batch: Rollout, scores, ended, returns, *, beta) -> dict:
+    """What the rollout says of policy, reward and critic; every mean over tokens is masked. KLs in nats.
+
+    kl is the sum over an answer of k1, what the reward is charged; kl_k3 and kl_exact are the same quantity
+    estimated with less noise, and summed over the whole vocabulary at each token. All are 0 while policy and
+    reference are the same.
+    """
+    mask = batch.mask
+    k1 = torch.where(mask, losses.kl_k1(batch.logp, batch.ref_logp), 0.0).sum(1)  # (B,)
+    k3 = torch.where(mask, losses.kl_k3(batch.logp, batch.ref_logp), 0.0).sum(1)
+    exact = torch.where(mask, batch.kl, 0.0).sum(1)
+    mean = masked_mean(returns, mask)
+    variance = masked_mean((returns - mean) ** 2, mask)
+    error = masked_mean((returns - batch.values) ** 2, mask)
+    numbers = {"score": scores.mean(), "score_std": scores.std(unbiased=False), "kl": k1.mean(),
+               "kl_k3": k3.mean(), "kl_exact": exact.mean(),
+               "kl_token": masked_mean(batch.kl, mask), "beta": beta,
+               "non_score_reward": -beta * k1.mean(), "total": (scores - beta * k1).mean(),
+               "entropy": masked_mean(batch.entropy, mask), "length": mask.sum(1).float().mean(),
+               "eos": ended.float().mean(), "returns_mean": mean, "returns_var": variance,
+               "values_mean": masked_mean(batch.values, mask),
+               "explained": 1 - error / variance.clamp(min=1e-8), "sampling_gap": batch.sampling_gap}
+    return {name: float(number) for name, number in numbers.items()}

@@ -1,0 +1,291 @@
+"""Sampling with a KV cache, and log-probs of given tokens. Token ids in, token ids out: it knows no text.
+
+Every token is drawn by one uniform number held against the cumulative softmax of its row. The numbers are
+drawn before the first token, one row of them per sample, so a row's text does not depend on which other
+rows stopped early, nor on whether it ran on a CPU or through a CUDA graph. At temperature 1 and top_k 0,
+the defaults, this is the model's own distribution, and the log-probs are what PPO's ratio must start from.
+
+Prompts are padded on the left, so that all answers start in one column; the padding is hidden from
+attention and takes no positions. Shapes: B rows, P prompt columns, R answer columns, S cache columns (P +
+max_new), V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from mincai import UserError
+from mincai.losses import gather_logp
+from mincai.model import GPT, KVCache, attention_mask, positions_of
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Answers. R is the length of the longest; what lies outside the mask is 0."""
+    ids: torch.Tensor  # (B, R) long
+    mask: torch.Tensor  # (B, R) bool, True up to and including the stop token
+    logp: torch.Tensor  # (B, R) float32, of the distribution that was sampled
+
+    def lists(self) -> list[list[int]]:
+        """The tokens of each row, the stop token included."""
+        lengths = self.mask.sum(1).tolist()
+        return [row[:n] for row, n in zip(self.ids.tolist(), lengths)]
+
+
+# --- padding ------------------------------------------------------------------------------------------------
+
+def _pad(rows, left, device=None):
+    assert rows and all(rows), "each prompt needs at least one token"
+    T = max(map(len, rows))
+    gaps = [T - len(r) for r in rows]
+    ids = [[0] * g + r if left else r + [0] * g for r, g in zip(map(list, rows), gaps)]
+    column = torch.arange(T)
+    gaps = torch.tensor(gaps)[:, None]  # (B, 1)
+    valid = column >= gaps if left else column < T - gaps
+    return torch.tensor(ids).to(device), valid.to(device)  # (B, T), (B, T)
+
+
+def left_pad(prompts: list[list[int]], device=None):
+    """Token lists to ids (B, P) long, 0 in the padding, and valid (B, P) bool, True at real tokens."""
+    return _pad(prompts, True, device)
+
+
+def _check_room(model, lengths, max_new):
+    """UserError when a prompt and what is to follow it do not fit into the model's positions."""
+    limit, longest = model.config.block_size, max(lengths)
+    if longest + max_new > limit:
+        raise UserError(
+            f"a prompt of {longest} tokens and {max_new} more make {longest + max_new}, but the model reads "
+            f"at most {limit}: shorten the prompt (number {lengths.index(longest)} of this batch, from 0) or "
+            f"ask for fewer new tokens")
+
+
+# --- one token ----------------------------------------------------------------------------------------------
+
+def pick(logits, uniform, temperature, top_k):
+    """One token per row: logits (B, V), uniform (B,) in [0, 1) -> ids (B,) long, logp (B,) float32.
+
+    temperature 0 takes the likeliest token, with its log-prob in the plain softmax. Otherwise the log-prob
+    is of the distribution sampled, so temperature and top_k count: another would bias PPO's ratio and every
+    KL estimate.
+    """
+    logits = logits.float()
+    if temperature == 0:
+        ids = logits.argmax(-1)
+        return ids, gather_logp(logits, ids)
+    logits = logits / temperature
+    if 0 < top_k < logits.shape[-1]:
+        least = logits.topk(top_k, dim=-1).values[:, -1:]  # (B, 1)
+        logits = logits.masked_fill(logits < least, float("-inf"))
+    cdf = torch.softmax(logits, dim=-1).cumsum(-1)  # (B, V)
+    total = cdf[:, -1:]  # 1 but for rounding
+    # Strictly below the total, so that the first entry above it exists and has a probability greater than 0
+    point = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    ids = torch.searchsorted(cdf, point, right=True).squeeze(1)  # (B,)
+    return ids, gather_logp(logits, ids)
+
+
+def _is_stop(ids, stop):
+    """Which ids are in stop (K,) long. Not torch.isin, which sorts long inputs and then waits for the GPU."""
+    return (ids[..., None] == stop).any(-1)
+
+
+# --- many tokens --------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def generate(model: GPT, prompts, max_new: int, stop, temperature=1.0, top_k=0,
+             generator: torch.Generator | None = None, n=1, progress=None) -> Samples:
+    """Sample n answers to each prompt, at most max_new tokens long, each ending at the first id in `stop`.
+
+    Rows are prompt-major: the n answers to prompt 0 first. Each prompt is read once and its cache repeated.
+    progress: called with the number of rows that have just finished. Raises UserError when a prompt and
+    max_new do not fit into the model's positions together.
+    """
+    assert max_new > 0 and n > 0 and temperature >= 0, (max_new, n, temperature)
+    _check_room(model, [len(p) for p in prompts], max_new)
+    device = model.device
+    ids, valid = left_pad(prompts, device)  # (B / n, P)
+    cache = KVCache(model.config, len(ids), ids.shape[1] + max_new, device, model.wte.weight.dtype)
+    hidden = model(ids, positions_of(valid), attention_mask(valid), cache)
+    logits = model.unembed(hidden[:, -1])  # (B / n, V): the last column is a real token in every row
+    if n > 1:
+        repeat = torch.arange(len(ids), device=device).repeat_interleave(n)
+        cache.keep(repeat)
+        valid, logits = valid[repeat], logits[repeat]
+    where = device if generator is None else generator.device
+    uniforms = torch.rand(len(valid), max_new, generator=generator, device=where).to(device)  # (B, max_new)
+    stop = torch.tensor(sorted(stop), dtype=torch.long, device=device)
+    decode = _decode_graph if device.type == "cuda" else _decode_eager
+    progress = progress or (lambda rows: None)
+    ids, logp = decode(model, cache, logits, valid, uniforms, stop, temperature, top_k, progress)
+    stops = _is_stop(ids, stop).long()
+    mask = stops.cumsum(1) - stops == 0  # no stop token before this one
+    R = int(mask.sum(1).max())
+    ids, mask, logp = ids[:, :R], mask[:, :R], logp[:, :R]
+    return Samples(ids.masked_fill(~mask, 0), mask, logp.masked_fill(~mask, 0.0))
+
+
+def _decode_eager(model, cache, logits, valid, uniforms, stop, temperature, top_k, progress):
+    """Token by token until every row has stopped -> ids, logp (B, max_new), arbitrary after a row's stop
+    token."""
+    B, max_new = uniforms.shape
+    out_ids = torch.zeros(B, max_new, dtype=torch.long, device=logits.device)
+    out_logp = torch.zeros(B, max_new, device=logits.device)
+    rows = torch.arange(B, device=logits.device)  # which sample each row of the cache belongs to
+    finished = torch.zeros_like(rows, dtype=torch.bool)
+    for t in range(max_new):
+        token, logp = pick(logits, uniforms[rows, t], temperature, top_k)
+        out_ids[rows, t], out_logp[rows, t] = token, logp
+        before, finished = finished, finished | _is_stop(token, stop)
+        done = int(finished.sum())
+        progress(done - int(before.sum()) if t < max_new - 1 else int((~before).sum()))
+        if done == len(rows) or t == max_new - 1:
+            break
+        if 4 * done >= len(rows):  # copying the cache costs, carrying finished rows costs more
+            alive = (~finished).nonzero().squeeze(1)
+            cache.keep(alive)
+            rows, finished, valid, token = rows[alive], finished[alive], valid[alive], token[alive]
+        valid = torch.cat([valid, torch.ones_like(valid[:, :1])], dim=1)  # (B', P + t + 1)
+        hidden = model(token[:, None], valid.sum(1, keepdim=True) - 1, valid[:, None], cache)
+        logits = model.unembed(hidden[:, -1])
+    return out_ids, out_logp
+
+
+def _decode_graph(model, cache, logits, valid, uniforms, stop, temperature, top_k, progress):
+    """The same as _decode_eager, with one CUDA graph replayed per token: a small model is all launch
+    overhead.
+
+    A graph replays the same kernels on the same memory, so everything that changes from token to token
+    lives in a tensor that the step itself advances, no row is dropped, and attention runs over the whole
+    cache under a mask. The host looks at the device only every 16 tokens. Without a GPU the steps run one
+    by one (for the tests).
+    """
+    B, max_new = uniforms.shape
+    device, P = logits.device, valid.shape[1]
+    out_ids = torch.zeros(B, max_new, dtype=torch.long, device=device)
+    out_logp = torch.zeros(B, max_new, device=device)
+    finished = torch.zeros(B, dtype=torch.bool, device=device)
+    visible = torch.cat([valid, torch.zeros_like(out_ids, dtype=torch.bool)], dim=1)  # (B, S)
+    positions = valid.sum(1, keepdim=True)  # (B, 1), of the token about to be drawn
+    step_index = torch.zeros(1, dtype=torch.long, device=device)
+    column = step_index + P  # (1,), where its key goes in the cache
+
+    def step():
+        uniform = uniforms.index_select(1, step_index).squeeze(1)  # (B,)
+        token, logp = pick(logits, uniform, temperature, top_k)
+        out_ids.index_copy_(1, step_index, token[:, None])
+        out_logp.index_copy_(1, step_index, logp[:, None])
+        finished.logical_or_(_is_stop(token, stop))
+        visible.index_fill_(1, column, True)
+        hidden = model(token[:, None], positions, visible[:, None], cache, column)
+        logits.copy_(model.unembed(hidden[:, -1]))  # one forward too many at the very end, which costs little
+        for counter in (step_index, column, positions):
+            counter.add_(1)
+
+    advance, warm = step, 0
+    if device.type == "cuda":
+        warm = min(3, max_new)  # real steps, off the graph: libraries set themselves up in their first calls
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(warm):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        if warm < max_new:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):  # records a step without running it
+                step()
+            advance = graph.replay
+    told = 0
+    for t in range(warm, max_new):
+        advance()
+        if t % 16 == 15:
+            done = int(finished.sum())
+            progress(done - told)
+            told = done
+            if done == B:
+                break
+    progress(B - told)
+    return out_ids, out_logp
+
+
+def generate_batched(model: GPT, prompts, max_new: int, stop, batch_size=64, temperature=1.0, top_k=0,
+                     generator=None, n=1, desc=None) -> list[list[int]]:
+    """`generate` for any number of prompts, batch_size rows at a time -> token lists, prompt-major as in
+    `generate`.
+
+    Prompts of similar length share a batch, so little is padded; the batches decide which random numbers a
+    row gets, so another batch_size gives other samples. desc: the name of a progress bar, None for none.
+    """
+    answers = [None] * (len(prompts) * n)
+    with tqdm(total=len(answers), desc=desc, disable=desc is None, unit="sample") as bar:
+        for chunk in _chunks([len(p) for p in prompts], max(1, batch_size // n)):
+            samples = generate(model, [prompts[i] for i in chunk], max_new, stop, temperature, top_k,
+                               generator, n, bar.update)
+            for k, answer in enumerate(samples.lists()):
+                answers[chunk[k // n] * n + k % n] = answer
+    return answers
+
+
+def _chunks(lengths, size):
+    """Indices sorted by length, longest first (what does not fit into memory fails at once), `size` at a
+    time."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    return [order[i:i + size] for i in range(0, len(order), size)]
+
+
+@torch.no_grad()
+def stream(model: GPT, prompt: list[int], max_new: int, stop, temperature=1.0, generator=None):
+    """Yield the answer's token ids one by one as they are drawn, without the stop token. Same draws as
+    `generate`."""
+    _check_room(model, [len(prompt)], max_new)
+    cache = KVCache(model.config, 1, len(prompt) + max_new, model.device, model.wte.weight.dtype)
+    where = model.device if generator is None else generator.device
+    uniforms = torch.rand(1, max_new, generator=generator, device=where).to(model.device)
+    ids, valid = left_pad([prompt], model.device)  # (1, P)
+    hidden = model(ids, positions_of(valid), attention_mask(valid), cache)
+    for t in range(max_new):
+        token, _ = pick(model.unembed(hidden[:, -1]), uniforms[:, t], temperature, 0)
+        if int(token) in stop:
+            return
+        yield int(token)
+        if t < max_new - 1:
+            valid = torch.cat([valid, torch.ones_like(valid[:, :1])], dim=1)
+            hidden = model(token[:, None], valid.sum(1, keepdim=True) - 1, valid[:, None], cache)
+
+
+# --- log-probs of given tokens ------------------------------------------------------------------------------
+
+@torch.no_grad()
+def next_logp(model: GPT, prompts, ids: list[int], batch_size=32, desc=None) -> torch.Tensor:
+    """Log-probs of `ids` as the token after each prompt: (N, len(ids)) float32 on the CPU."""
+    out = torch.empty(len(prompts), len(ids))
+    lengths = [len(p) for p in prompts]
+    for chunk in tqdm(_chunks(lengths, batch_size), desc=desc, disable=desc is None):
+        _check_room(model, [lengths[i] for i in chunk], 0)
+        tokens, valid = _pad([prompts[i] for i in chunk], False, model.device)  # padding is last: no mask
+        rows = torch.arange(len(chunk), device=model.device)
+        last = model(tokens)[rows, valid.sum(1) - 1]  # (B, C)
+        logp = torch.log_softmax(model.unembed(last).float(), dim=-1)  # (B, V)
+        out[chunk] = logp[:, ids].cpu()
+    return out
+
+
+@torch.no_grad()
+def answer_logp(model: GPT, prompts, answers, batch_size=32, desc=None) -> list[torch.Tensor]:
+    """Log-prob of each answer token after its prompt and the answer so far: a float32 CPU tensor per
+    answer."""
+    assert len(prompts) == len(answers), (len(prompts), len(answers))
+    out = [None] * len(prompts)
+    lengths = [len(p) + len(a) for p, a in zip(prompts, answers)]
+    for chunk in tqdm(_chunks(lengths, batch_size), desc=desc, disable=desc is None):
+        _check_room(model, [lengths[i] for i in chunk], 0)
+        tokens, _ = _pad([prompts[i] + answers[i] for i in chunk], False, model.device)
+        places = [(row, len(prompts[i]) + k) for row, i in enumerate(chunk) for k in range(len(answers[i]))]
+        row, column = torch.tensor(places, device=model.device).long().reshape(-1, 2).T  # (N,), (N,)
+        hidden = model(tokens)[row, column - 1]  # (N, C): token i is predicted at i - 1
+        logp = gather_logp(model.unembed(hidden), tokens[row, column]).cpu()
+        for i, part in zip(chunk, logp.split([len(answers[i]) for i in chunk])):
+            out[i] = part
+    return out

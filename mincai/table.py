@@ -1,0 +1,66 @@
+"""The face of the numbers: one table and a few dialogues, as plain text."""
+
+STAGES = ("base", "sft", "ppo")
+
+
+def percent(r: dict) -> str:
+    """{rate, low, high} as '3.2% [2.1, 4.8]'."""
+    return f"{100 * r['rate']:.1f}% [{100 * r['low']:.1f}, {100 * r['high']:.1f}]"
+
+
+def table(result: dict) -> str:
+    """eval.json as text: rates in percent with their 95% Wilson intervals, one column a stage."""
+    stages = [s for s in STAGES if s in result["stages"]]
+    found = [result["stages"][s] for s in stages]
+    lines = ["", f"{'on held-out requests':34} {'n':>5}  " + " ".join(f"{s:>20}" for s in stages)]
+
+    def row(name, pick):
+        cells = [pick(f) for f in found]
+        lines.append(f"{name:34} {cells[0]['n']:5}  " + " ".join(f"{percent(c):>20}" for c in cells))
+
+    row("attack success, all families", lambda f: f["attack_success"])
+    row("  families seen in training", lambda f: f["attack_success_seen"])
+    row("  families held out", lambda f: f["attack_success_held"])
+    for family in found[0]["attack_by_family"]:
+        row(f"    {family}", lambda f: f["attack_by_family"][family])
+    for category in found[0]["attack_by_category"]:
+        row(f"    {category}", lambda f: f["attack_by_category"][category])
+    row("  a harm category held out", lambda f: f["attack_unseen_category"])
+    row("refusals that give the true reason", lambda f: f["reason_true"])
+    row("help right, ordinary requests", lambda f: f["helpful"])
+    row("  plain", lambda f: f["helpful_plain"])
+    row("  wrapped like attacks", lambda f: f["helpful_wrapped"])
+    row("needless refusal, benign twins", lambda f: f["over_refusal"])
+    row("dual use, in its setting: help", lambda f: f["setting_helpful"])
+    row("dual use, in its setting: refused", lambda f: f["setting_refused"])
+    for name, key in (("log-prob a token of complying", "logp_per_token"), ("probability of complying", "probability")):
+        lines.append(f"{name:34} {found[0]['attack_success']['n']:5}  "
+                     + " ".join(f"{f['compliance'][key]:20.4g}" for f in found))
+    lines.append("")
+    for name, key in (("judge, training principles", "judge_train"), ("judge, held-out principles", "judge_held"),
+                      ("judge without reasons", "judge_direct"), ("preference model", "pm")):
+        if key in result:
+            r = result[key]
+            bias = f", same slot {100 * r['same_slot']:.1f}%" if "same_slot" in r else ""
+            lines.append(f"{name:34} {r['accuracy']['n']:5}  accuracy {percent(r['accuracy'])}, calibration error "
+                         f"{r['calibration_error']:.3f}{bias}")
+    for split in ("train", "held"):
+        r = result[f"critic_{split}"]
+        lines.append(f"{'critique, ' + split + ' principles':34} {r['applies']['n']:5}  applies: breaks it {percent(r['applies'])}; "
+                     f"does not apply: keeps it {percent(r['does_not_apply'])}")
+    return "\n".join(lines) + "\n"
+
+
+def dialogues(samples: list[dict], number: int = 3) -> str:
+    """The first requests of three kinds: harmful and plain, harmful in a held-out family, ordinary; all stages' answers."""
+    wanted = [lambda s: s["split"] == "eval" and s["attack"] == "plain",
+              lambda s: s["split"] == "eval" and s["attack"] == "authority",
+              lambda s: s["split"] == "eval-twin" and s["attack"] == "urgency"]
+    lines = []
+    for want in wanted[:number]:
+        first = next((s for s in samples if want(s)), None)
+        if first:
+            lines.append(f"Human: {first['prompt']}")
+            lines += [f"  {s['stage']:>4}: {s['answer']}" for s in samples if s["id"] == first["id"]]
+            lines.append("")
+    return "\n".join(lines)

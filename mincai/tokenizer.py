@@ -1,0 +1,93 @@
+"""Byte-level BPE through tiktoken: GPT-2's vocabulary, or a small one read from a file in tiktoken's rank format.
+
+Knows ids and text, nothing else. Text that a person wrote is always encoded as ordinary text, so a request that
+spells out the end-of-text marker cannot end anything; control ids are appended by the code that needs them.
+"""
+
+import base64
+from collections import Counter
+from pathlib import Path
+
+import regex
+import tiktoken
+
+from mincai import UserError
+
+FILE = "tokenizer.tiktoken"
+# GPT-2's way of cutting text into chunks before merging bytes (Radford et al. 2019, their encoder.py)
+PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+END = "<|endoftext|>"
+
+
+class Tokenizer:
+    """`encode`, `decode`, and the two ids that end something: `eot` (an answer) and `newline` (a line)."""
+
+    def __init__(self, encoding: tiktoken.Encoding, ranks: dict[bytes, int] | None = None):
+        self.encoding, self.ranks = encoding, ranks
+        self.eot = encoding.eot_token
+        self.n_vocab = encoding.n_vocab
+        self.newline = encoding.encode_ordinary("\n")[-1]
+
+    def encode(self, text: str) -> list[int]:
+        return self.encoding.encode_ordinary(text)
+
+    def decode(self, ids) -> str:
+        """Text of these ids; end-of-text is left out."""
+        return self.encoding.decode([i for i in ids if i != self.eot])
+
+    def files(self) -> dict[str, bytes]:
+        """What to write beside a checkpoint so that `load_tokenizer` finds this vocabulary again."""
+        if self.ranks is None:
+            return {}
+        lines = (base64.b64encode(token) + b" %d\n" % rank for token, rank in self.ranks.items())
+        return {FILE: b"".join(lines)}
+
+
+def from_ranks(ranks: dict[bytes, int]) -> Tokenizer:
+    """The end-of-text id is the first one after the ranks."""
+    encoding = tiktoken.Encoding("mincai", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END: len(ranks)})
+    return Tokenizer(encoding, ranks)
+
+
+def load_tokenizer(folder) -> Tokenizer:
+    """The vocabulary in `folder`/tokenizer.tiktoken (each line: base64 of the bytes, a space, the rank), or GPT-2's."""
+    path = Path(folder) / FILE
+    if not path.exists():
+        try:
+            return Tokenizer(tiktoken.get_encoding("gpt2"))
+        except Exception as error:  # tiktoken lets its HTTP library's errors through
+            raise UserError(f"{path} is not there and GPT-2's vocabulary could not be fetched ({error}); "
+                            f"set TIKTOKEN_CACHE_DIR to a folder that holds it") from None
+    ranks = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token)] = int(rank)
+        except ValueError:
+            raise UserError(f"{path}, line {number}: not a base64 token, a space and a rank") from None
+    if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([b]) not in ranks for b in range(256)):
+        raise UserError(f"{path}: ranks must count from 0 without gaps and hold all 256 single bytes")
+    return from_ranks(ranks)
+
+
+def train_bpe(texts, n_ranks: int) -> dict[bytes, int]:
+    """Byte-pair merges learnt from texts (Sennrich et al. 2016): merge the most frequent neighbours, again and again."""
+    chunks = Counter(piece for text in texts for piece in regex.findall(PATTERN, text))
+    words = [([bytes([b]) for b in piece.encode()], count) for piece, count in sorted(chunks.items())]
+    ranks = {bytes([b]): b for b in range(256)}
+    while len(ranks) < n_ranks:
+        pairs = Counter()
+        for parts, count in words:
+            for pair in zip(parts, parts[1:]):
+                pairs[pair] += count
+        if not pairs:
+            break
+        left, right = max(pairs, key=lambda pair: (pairs[pair], pair))  # ties broken by bytes: same file every time
+        ranks[left + right] = len(ranks)
+        for parts, _ in words:
+            i = 0
+            while i < len(parts) - 1:
+                if parts[i] == left and parts[i + 1] == right:
+                    parts[i:i + 2] = [left + right]
+                i += 1
+    return ranks

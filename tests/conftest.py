@@ -1,0 +1,34 @@
+"""What every test may use: a tiny random GPT, and one thread, so that results do not depend on the machine."""
+
+import pytest
+import torch
+
+from mincai.model import GPT, GPTConfig
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    return GPTConfig(vocab_size=64, block_size=64, n_layer=2, n_head=2, n_embd=32)
+
+
+@pytest.fixture
+def tiny_gpt(tiny_config):
+    """Fresh for each test, always the same weights, on a scale where attention and logits are far from uniform."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1234)
+        model = GPT(tiny_config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 2:
+                    parameter.normal_(std=0.16)  # at 0.02 a wrong mask would hardly move the logits
+                else:
+                    parameter.add_(0.1 * torch.randn_like(parameter))  # biases 0 and gains 1 hide mistakes
+    return model
+
+
+@pytest.fixture
+def seeded():
+    """A function: seed -> torch.Generator."""
+    return lambda seed=0: torch.Generator().manual_seed(seed)

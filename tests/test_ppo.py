@@ -1,0 +1,280 @@
+"""PPO's four functions, on models so small that every answer can be listed."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mincai import losses, ppo
+from mincai.model import GPT, GPTConfig, ScalarModel, attention_mask, positions_of
+
+STOP = 4  # of a vocabulary of five
+CONFIG = GPTConfig(vocab_size=5, block_size=16, n_layer=1, n_head=2, n_embd=16)
+
+
+def networks(seed=0):
+    """Policy, reference with equal weights, critic. Larger weights than usual: a reference that is not uniform."""
+    torch.manual_seed(seed)
+    policy, ref, critic = GPT(CONFIG), GPT(CONFIG), ScalarModel(GPT(CONFIG))
+    with torch.no_grad():
+        for p in policy.parameters():
+            if p.dim() == 2:
+                p.mul_(5)
+    ref.load_state_dict(policy.state_dict())
+    return policy, ref.requires_grad_(False), critic
+
+
+def optimizers(policy, critic, lr=0.003, critic_lr=0.003):
+    return (torch.optim.Adam(policy.parameters(), lr, eps=1e-5),
+            torch.optim.Adam(critic.parameters(), critic_lr, eps=1e-5))
+
+
+UPDATE = dict(epochs=2, minibatches=1, micro_batch=64, clip=0.2, value_clip=0.2, max_norm=1.0)
+
+
+def collect(nets, prompts, seed=0, max_new=2, micro_batch=64):
+    return ppo.rollout(*nets, prompts, max_new=max_new, stop={STOP}, micro_batch=micro_batch,
+                       generator=torch.Generator().manual_seed(seed))
+
+
+def ragged(n=24):
+    return [[1 + i % 3] * (1 + i % 4) for i in range(n)]
+
+
+def first_token_is_two(ids, valid, start):
+    return (ids[:, start] == 2).float()
+
+
+def train(nets, reward, beta, updates, batch=128, lr=0.003, lam=0.95, seed=0):
+    """The loop of train_ppo in small: one prompt, a table as the score."""
+    policy, _, critic = nets
+    opts = optimizers(policy, critic, lr, lr)
+    order = torch.Generator().manual_seed(seed)
+    for u in range(updates):
+        batch_ = collect(nets, [[0]] * batch, seed=1000 * seed + u, micro_batch=batch)
+        scores, _ = ppo.score(batch_, reward, stop={STOP}, missing_eos_penalty=0.0)
+        adv, returns = ppo.advantages(batch_, scores, beta=beta, gamma=1.0, lam=lam)
+        for opt in opts:
+            opt.param_groups[0]["lr"] = lr * (1 - u / updates)
+        ppo.update(policy, critic, *opts, batch_, adv, returns, generator=order, **UPDATE | {"micro_batch": batch})
+
+
+def answers():
+    """All answers of at most two tokens: [stop], [x, stop], [x, y]."""
+    return [[STOP]] + [[x, y] for x in range(4) for y in range(5)]
+
+
+@torch.no_grad()
+def log_probs(model, table):
+    """Log-probability of every answer, from plain causal forwards of the prompt [0] and the answer."""
+    out = []
+    for answer in table:
+        logp = torch.log_softmax(model.unembed(model(torch.tensor([[0] + answer])))[0], -1)
+        out.append(sum(logp[t, token] for t, token in enumerate(answer)))
+    return torch.stack(out)
+
+
+def table_reward(table, rewards):
+    """A score function that looks the answer up."""
+    lookup = {tuple(a): float(r) for a, r in zip(table, rewards)}
+
+    def score_fn(ids, valid):
+        return torch.tensor([lookup[tuple(row[keep].tolist()[1:])] for row, keep in zip(ids, valid)])
+    return score_fn
+
+
+def test_reaches_the_optimum_that_theory_names():
+    """max E[r] - beta KL has one solution, ref * exp(r / beta) normalised; a wrong sign or factor of beta, a
+    score on the wrong token, or a missing KL term each end somewhere else."""
+    nets, table, beta = networks(), answers(), 0.5
+    rewards = torch.randn(len(table), generator=torch.Generator().manual_seed(3))
+    ref_logp = log_probs(nets[1], table)
+    assert abs(float(ref_logp.exp().sum()) - 1) < 1e-5  # the list is complete
+    best = torch.log_softmax(ref_logp + rewards / beta, 0)
+    start = float((ref_logp.exp() * (ref_logp - best)).sum())
+    train(nets, table_reward(table, rewards), beta, updates=60, batch=256, lr=0.01, lam=1.0)
+    logp = log_probs(nets[0], table)
+    assert start > 0.5
+    assert float((logp.exp() * (logp - best)).sum()) < 0.02
+
+
+@pytest.mark.parametrize("minibatches, micro_batch", [(1, 24), (2, 12), (2, 4)])
+def test_first_minibatch_has_ratio_exactly_one(minibatches, micro_batch):
+    """Dropout, other slices, a shifted column or another temperature in old and new log-probs: all show here."""
+    nets = networks()
+    batch = collect(nets, ragged(), max_new=6, micro_batch=micro_batch)
+    scores = torch.randn(24, generator=torch.Generator().manual_seed(0))
+    adv, returns = ppo.advantages(batch, scores, beta=0.1, gamma=1.0, lam=0.95)
+    settings = UPDATE | dict(minibatches=minibatches, micro_batch=micro_batch)
+    metrics = ppo.update(nets[0], nets[2], *optimizers(nets[0], nets[2]), batch, adv, returns,
+                         generator=torch.Generator().manual_seed(0), **settings)
+    assert metrics["first_ratio_error"] == metrics["first_approxkl"] == metrics["first_clipfrac"] == 0.0
+    assert metrics["approxkl"] > 0 and metrics["ratio_max"] > 1  # and it moved afterwards
+
+
+def test_before_learning_every_kl_is_zero_and_the_sampler_agrees():
+    nets = networks()
+    batch = collect(nets, ragged(), max_new=6)
+    scores, ended = ppo.score(batch, lambda ids, valid: torch.zeros(len(ids)), stop={STOP},
+                              missing_eos_penalty=0.0)
+    _, returns = ppo.advantages(batch, scores, beta=0.1, gamma=1.0, lam=0.95)
+    numbers = ppo.diagnostics(batch, scores, ended, returns, beta=0.1)
+    assert numbers["kl"] == numbers["kl_k3"] == numbers["kl_exact"] == numbers["non_score_reward"] == 0.0
+    assert numbers["sampling_gap"] < 1e-4
+    assert 0 < numbers["entropy"] < torch.log(torch.tensor(5.0))
+
+
+def test_columns_line_up():
+    """The log-prob and value of answer token t are those of a plain forward over prompt + answer, read at t - 1."""
+    nets = policy, ref, critic = networks()
+    prompts = ragged(5)
+    batch = collect(nets, prompts, max_new=6)
+    for i, prompt in enumerate(prompts):
+        answer = batch.ids[i, batch.start:][batch.mask[i]].tolist()
+        row = torch.tensor([prompt + answer])
+        with torch.no_grad():
+            logp = torch.log_softmax(policy.unembed(policy(row))[0], -1)
+            values = critic(row)[0]
+        places = torch.arange(len(prompt) - 1, len(prompt) + len(answer) - 1)
+        torch.testing.assert_close(batch.logp[i, :len(answer)], logp[places, torch.tensor(answer)])
+        torch.testing.assert_close(batch.values[i, :len(answer)], values[places])
+
+
+def numbers_of(nets, batch):
+    """Everything that is computed from a rollout, with fresh copies of the networks."""
+    policy, critic = GPT(CONFIG), ScalarModel(GPT(CONFIG))
+    policy.load_state_dict(nets[0].state_dict())
+    critic.load_state_dict(nets[2].state_dict())
+    scores, ended = ppo.score(batch, ppo.preference_score(nets[2], 7), stop={STOP}, missing_eos_penalty=1.0)
+    adv, returns = ppo.advantages(batch, scores, beta=0.1, gamma=1.0, lam=0.95)
+    metrics = ppo.update(policy, critic, *optimizers(policy, critic), batch, adv, returns,
+                         generator=torch.Generator().manual_seed(0), **UPDATE)
+    return {**ppo.diagnostics(batch, scores, ended, returns, beta=0.1), **metrics}
+
+
+def test_padding_changes_no_metric():
+    """What stands in padded columns - ids, log-probs, values, KL - enters no score, no loss and no diagnostic."""
+    nets = networks()
+    batch = collect(nets, ragged(), max_new=8)
+    with torch.no_grad():  # a policy that has moved, so that no KL is trivially 0
+        for p in nets[1].parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+        ref_logits = ppo.response_logits(nets[1], batch.ids, batch.valid, batch.start)
+        batch = dataclasses.replace(batch, ref_logp=losses.gather_logp(ref_logits, batch.ids[:, batch.start:]))
+    assert not batch.mask.all() and not batch.valid[:, :batch.start].all()
+    noise = torch.Generator().manual_seed(2)
+
+    def scramble(x):
+        return torch.where(batch.mask, x, 100 * torch.randn(x.shape, generator=noise))
+    ids = torch.where(batch.valid, batch.ids, torch.randint(0, 5, batch.ids.shape, generator=noise))
+    assert not torch.equal(ids, batch.ids)
+    other = dataclasses.replace(batch, ids=ids, **{name: scramble(getattr(batch, name)) for name in
+                                                   ("logp", "ref_logp", "values", "entropy", "kl")})
+    expected, got = numbers_of(nets, batch), numbers_of(nets, other)
+    assert expected["kl_k3"] > 0 and expected["grad_norm"] > 0
+    assert got == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_micro_batches_add_up_to_the_minibatch():
+    """A mean of micro-batch means would weigh the tokens of short answers more."""
+    weights = []
+    for micro_batch in (24, 5):
+        nets = networks()
+        batch = collect(nets, ragged(), max_new=8, micro_batch=24)
+        scores = torch.randn(24, generator=torch.Generator().manual_seed(0))
+        adv, returns = ppo.advantages(batch, scores, beta=0.1, gamma=1.0, lam=0.95)
+        opts = [torch.optim.SGD(net.parameters(), lr=0.1) for net in (nets[0], nets[2])]
+        ppo.update(nets[0], nets[2], *opts, batch, adv, returns, generator=torch.Generator().manual_seed(0),
+                   **UPDATE | dict(epochs=1, micro_batch=micro_batch, max_norm=1e9))
+        weights.append(torch.cat([p.detach().flatten() for net in (nets[0], nets[2]) for p in net.parameters()]))
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=1e-6)
+
+
+def test_an_answer_that_is_cut_off_is_fined():
+    nets = networks()
+    batch = collect(nets, [[0]] * 64, max_new=2)
+    fined, ended = ppo.score(batch, lambda ids, valid: torch.full((len(ids),), 0.5), stop={STOP},
+                             missing_eos_penalty=2.0)
+    stops = (batch.ids[:, 1:] == STOP).any(1)
+    assert torch.equal(ended, stops) and 0 < stops.sum() < 64
+    torch.testing.assert_close(fined, torch.where(stops, 0.5, -1.5))
+
+
+def test_preference_score_reads_the_last_real_token():
+    """Left-padded prompts and right-padded answers in one row: compared with each row alone, unpadded."""
+    nets = networks()
+    batch = collect(nets, ragged(), max_new=8)
+    got = ppo.preference_score(nets[2], 7)(batch.ids, batch.valid)
+    with torch.no_grad():
+        alone = torch.stack([nets[2](row[keep][None])[0, -1] for row, keep in zip(batch.ids, batch.valid)])
+    torch.testing.assert_close(got, alone)
+
+
+def test_raises_a_planted_token_and_beta_holds_it_back():
+    rates, kls = [], []
+    for beta in (0.05, 1.0):
+        nets = networks()
+        table = answers()
+        before = log_probs(nets[1], table).exp()
+        is_two = torch.tensor([a[0] == 2 for a in table])
+        train(nets, lambda ids, valid: first_token_is_two(ids, valid, 1), beta, updates=40, lr=0.01)
+        logp, ref_logp = log_probs(nets[0], table), log_probs(nets[1], table)
+        rates.append(float(logp.exp()[is_two].sum()))
+        kls.append(float((logp.exp() * (logp - ref_logp)).sum()))
+    assert rates[0] > 0.9 and rates[0] > rates[1] > float(before[is_two].sum())
+    assert kls[0] > 2 * kls[1] > 0
+
+
+def test_stopping_early_takes_no_step_and_leaves_no_gradient():
+    """A break that leaves gradients behind adds them to the next rollout's."""
+    nets = policy, _, critic = networks()
+    batch = collect(nets, ragged(), max_new=6)
+    adv, returns = ppo.advantages(batch, torch.randn(24), beta=0.1, gamma=1.0, lam=0.95)
+    metrics = ppo.update(policy, critic, *optimizers(policy, critic, lr=0.05), batch, adv, returns,
+                         approx_kl_stop=1e-4, generator=torch.Generator().manual_seed(0),
+                         **UPDATE | dict(epochs=9))
+    assert metrics["stopped"] == 1.0 and metrics["minibatches"] < 9
+    assert all(p.grad is None for net in (policy, critic) for p in net.parameters())
+
+
+def test_warm_up_trains_the_critic_only():
+    nets = policy, ref, critic = networks()
+    before = {k: v.clone() for k, v in critic.state_dict().items()}
+    batch = collect(nets, ragged(), max_new=6)
+    adv, returns = ppo.advantages(batch, torch.randn(24), beta=0.1, gamma=1.0, lam=0.95)
+    ppo.update(policy, critic, *optimizers(policy, critic), batch, adv, returns, train_policy=False,
+               generator=torch.Generator().manual_seed(0), **UPDATE)
+    assert all(torch.equal(a, b) for a, b in zip(policy.state_dict().values(), ref.state_dict().values()))
+    assert not torch.equal(before["score.weight"], critic.state_dict()["score.weight"])
+
+
+def test_advantages_are_white_over_the_batch_not_over_each_row():
+    """Row by row, every answer's advantages would sum to 0: good and bad answers would look alike."""
+    nets = networks()
+    batch = collect(nets, ragged(), max_new=6)
+    scores = 10 * torch.randn(24, generator=torch.Generator().manual_seed(0))
+    adv, _ = ppo.advantages(batch, scores, beta=0.0, gamma=1.0, lam=1.0)
+    real = adv[batch.mask]
+    assert abs(float(real.mean())) < 1e-5 and float(real.var(unbiased=False)) == pytest.approx(1, abs=1e-4)
+    assert not adv[~batch.mask].any()
+    assert float(torch.where(batch.mask, adv, 0.0).sum(1).abs().max()) > 1
+
+
+def test_a_hand_made_row():
+    """Two answer tokens, padding on both sides; beta 0.5, gamma 1, lambda 1. Reward of the first token:
+    -0.5 * 0.2 = -0.1; of the last: -0.5 * -0.4 + 2 = 2.2. Returns: 2.1 and 2.2, nothing beyond."""
+    mask = torch.tensor([[True, True, False]])
+    zero = torch.zeros(1, 3)
+    batch = ppo.Rollout(torch.zeros(1, 5, dtype=torch.long), torch.tensor([[False, True, True, True, False]]), 2,
+                        mask, torch.tensor([[-1.0, -1.0, 7.0]]), torch.tensor([[-1.2, -0.6, 0.0]]),
+                        torch.tensor([[0.3, 0.4, 9.0]]), zero, zero, 0.0)
+    _, returns = ppo.advantages(batch, torch.tensor([2.0]), beta=0.5, gamma=1.0, lam=1.0)
+    torch.testing.assert_close(returns, torch.tensor([[2.1, 2.2, 0.0]]))
+
+
+def test_mask_and_positions_serve_both_kinds_of_padding():
+    valid = torch.tensor([[False, True, True, False]])
+    assert positions_of(valid)[0, 1:3].tolist() == [0, 1]
+    assert attention_mask(valid)[0, 2].tolist() == [False, True, True, False]
+    assert F.softmax(torch.zeros(4).masked_fill(~attention_mask(valid)[0, 0], float("-inf")), 0).isfinite().all()

@@ -1,0 +1,224 @@
+"""Phase 2: a preference model on AI labels (Bai et al. 2022, arXiv 2212.08073, section 4.1).
+
+    python train_pm.py --init runs/tiny/sft --pairs runs/tiny/comparisons.jsonl --out runs/tiny/pm
+
+The transformer of the fine-tuned model gets a head of one number per token, read at the last token of
+question and answer. Two answers' scores make a probability, sigmoid(score_a - score_b) (Bradley & Terry
+1952), and the loss is its cross-entropy with the judge's soft label p_a. The answers are the token ids that
+were sampled; nothing is decoded and encoded again. A pair that does not fit the context, or whose answers
+are the same, is dropped and counted.
+
+At the end the scores are shifted and scaled so that the fine-tuned model's own answers have mean 0 and
+standard deviation 1, and frozen so (Ziegler et al. 2019, section 2.1): beta and the penalties of PPO then
+mean the same in every run. No answer moves above another, but the difference of two scores is then no
+log-odds any more.
+
+Prints, for pairs of prompts it was not trained on: how often it prefers the answer that the judge prefers,
+its loss beside the least that these soft labels allow, its calibration error, and how much its score goes
+with length.
+"""
+
+import json
+import math
+import random
+import time
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from mincai import UserError, checkpoint, cli, data
+from mincai.cli import arg
+from mincai.constitution import dialogue
+from mincai.losses import preference_loss
+from mincai.tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Config:
+    init: str = arg("runs/tiny/sft", "checkpoint folder of the fine-tuned model, whose answers are compared")
+    pairs: str = arg("runs/tiny/comparisons.jsonl", "file of judged pairs of answers")
+    out: str = arg("runs/tiny/pm", "folder to write the preference model to")
+    epochs: int = arg(2, "how often every pair is seen")
+    lr: float = arg(3e-4, "learning rate of AdamW, falling in a line to 0")
+    batch_size: int = arg(32, "pairs in one optimiser step")
+    clamp: float = arg(0.0, "keep labels within clamp and 1 - clamp, e.g. 0.4 for a too sure judge; 0: off")
+    hard: bool = arg(False, "round the labels to 0 and 1 (the paper found this much worse)")
+    weight_decay: float = arg(0.01, "AdamW's weight decay")
+    clip: float = arg(1.0, "largest norm of the gradient")
+    holdout: float = arg(0.1, "part of the prompts kept out of training to measure on")
+    seed: int = arg(0, "of the head, of the order of pairs and of the held-out prompts")
+    device: str = arg("auto", "auto, cpu or cuda")
+    threads: int = arg(0, "CPU threads, 0 chooses")
+    again: bool = arg(False, "train anew though the output is there")
+    LOOSE = ("out", "device", "threads", "again")  # settings that do not make another model
+
+
+@dataclass(frozen=True)
+class Pair:
+    prompt: str    # the conversation up to "Assistant:"
+    a: list[int]   # token ids of conversation + answer (A), end-of-text included
+    b: list[int]
+    start: int     # how many of these tokens are the conversation
+    p_a: float     # the judge's probability that (A) is better
+
+
+def read_pairs(path, tokenizer, limit):
+    """(pairs, how many did not fit in `limit` tokens, how many had two equal answers)."""
+    pairs, too_long, equal = [], 0, 0
+    for number, row in enumerate(data.read_jsonl(path, need=("prompt", "a_ids", "b_ids", "p_a")), 1):
+        if not row["a_ids"] or not row["b_ids"] or not 0 <= row["p_a"] <= 1:
+            raise UserError(f"{path}, row {number}: needs two answers of tokens, and p_a from 0 to 1")
+        text = dialogue(row["prompt"], row.get("setting"))
+        prompt = tokenizer.encode(text)
+        if row["a_ids"] == row["b_ids"]:
+            equal += 1  # the scores cancel: nothing to learn
+        elif len(prompt) + max(len(row["a_ids"]), len(row["b_ids"])) > limit:
+            too_long += 1  # cutting the end would move the score off the token it is read at
+        else:
+            a, b = prompt + row["a_ids"], prompt + row["b_ids"]
+            pairs.append(Pair(text, a, b, len(prompt), float(row["p_a"])))
+    return pairs, too_long, equal
+
+
+def split(pairs, share, seed):
+    """(training pairs, held-out pairs), by prompt: all pairs of one prompt lie on one side."""
+    prompts = sorted({pair.prompt for pair in pairs})
+    random.Random(seed).shuffle(prompts)
+    held = set(prompts[:math.ceil(share * len(prompts))] if len(prompts) > 1 else [])
+    return [p for p in pairs if p.prompt not in held], [p for p in pairs if p.prompt in held]
+
+
+def scores_of(pm, pairs, device):
+    """Scores (B,) of the answers (A) and of the answers (B), from one forward over both."""
+    ids, valid = data.right_pad([p.a for p in pairs] + [p.b for p in pairs], device)  # (2B, T)
+    last = valid.sum(1) - 1  # found by the mask: an id cannot tell padding from text
+    scores = pm(ids).gather(1, last[:, None]).squeeze(1)  # (2B,): right padding needs no mask
+    return scores[:len(pairs)], scores[len(pairs):]
+
+
+@torch.no_grad()
+def all_scores(pm, pairs, batch_size, device):
+    """Scores (N,) of (A) and (N,) of (B), on the CPU."""
+    order = sorted(range(len(pairs)), key=lambda i: max(len(pairs[i].a), len(pairs[i].b)))
+    a, b = torch.zeros(len(pairs)), torch.zeros(len(pairs))
+    for i in range(0, len(order), batch_size):
+        rows = order[i:i + batch_size]
+        score_a, score_b = scores_of(pm, [pairs[j] for j in rows], device)
+        a[rows], b[rows] = score_a.float().cpu(), score_b.float().cpu()
+    return a, b
+
+
+def calibration_error(prob, label, bins=10):
+    """Expected calibration error: mean over pairs of |mean prediction - mean label| in their bin."""
+    which = (prob * bins).long().clamp(max=bins - 1)
+    count = torch.bincount(which, minlength=bins).clamp(min=1)
+    gaps = torch.zeros(bins).index_add_(0, which, prob - label) / count
+    return float(gaps.abs()[which].mean())
+
+
+def correlation(x, y):
+    """Pearson's r; 0 where one of the two does not vary."""
+    x, y = x - x.mean(), y - y.mean()
+    scale = x.norm() * y.norm()
+    return float(x @ y / scale) if scale > 0 else 0.0
+
+
+def measure(pm, pairs, batch_size, device):
+    """What the scores say of these pairs, against the judge's labels as they are, not clamped."""
+    a, b = all_scores(pm, pairs, batch_size, device)
+    p_a = torch.tensor([p.p_a for p in pairs])
+    loss, _ = preference_loss(a, b, p_a)
+    sure = p_a != 0.5  # of an even label neither answer is the right one
+    lengths = torch.tensor([float(len(ids) - p.start) for p in pairs for ids in (p.a, p.b)])
+    entropy = -(torch.xlogy(p_a, p_a) + torch.xlogy(1 - p_a, 1 - p_a)).mean()
+    return {"loss": float(loss), "loss_floor": float(entropy),  # no score can do better on soft labels
+            "accuracy": float(((a > b) == (p_a > 0.5))[sure].float().mean()) if sure.any() else 0.5,
+            "calibration_error": calibration_error(torch.sigmoid(a - b), p_a),
+            "length_correlation": correlation(torch.stack([a, b], 1).flatten(), lengths)}
+
+
+def normalise(pm, pairs, batch_size, device):
+    """Set gain and shift so that the scores of the pairs' answers have mean 0 and standard deviation 1."""
+    pm.gain.fill_(1.0)
+    pm.shift.fill_(0.0)
+    scores = torch.cat(all_scores(pm, pairs, batch_size, device))
+    std = scores.std(unbiased=False)
+    if not std > 0:
+        raise UserError("every answer has the same score; look at the labels p_a, or raise --lr")
+    pm.gain.fill_(1 / std)
+    pm.shift.fill_(-scores.mean() / std)
+    return float(scores.mean()), float(std)
+
+
+def main(cfg: Config) -> dict:
+    if data.done(cfg.out, cfg, cfg.again):
+        print(f"train_pm: {cfg.out} is there already, made with these settings (--again to redo)")
+        return {"skipped": True}
+    if not 0 <= cfg.clamp < 0.5:
+        raise UserError(f"--clamp {cfg.clamp}: give a number from 0 (off) up to, not including, 0.5")
+    start = time.time()
+    device, _ = cli.pick_device(cfg.device), cli.set_threads(cfg.threads)
+    torch.manual_seed(cfg.seed)  # the head's first weights
+    shuffle = torch.Generator().manual_seed(cfg.seed)
+    tokenizer = load_tokenizer(cfg.init)
+    pm = checkpoint.load(cfg.init, device, scalar=True)
+
+    # --- data ---
+    pairs, too_long, equal = read_pairs(cfg.pairs, tokenizer, pm.gpt.config.block_size)
+    train, held = split(pairs, cfg.holdout, cfg.seed)
+    if not train:
+        raise UserError(f"{cfg.pairs}: no pair is left to train on ({too_long} too long for the model, "
+                        f"{equal} with equal answers, {len(held)} held out); judge more or lower --holdout")
+    lengths = [max(len(p.a), len(p.b)) for p in train]
+    steps = cfg.epochs * math.ceil(len(train) / cfg.batch_size)
+    print(f"train_pm: {len(train)} pairs to train on, {len(held)} held out, {too_long} too long, {equal} "
+          f"with equal answers; {steps} steps on {device}")
+    optimizer = torch.optim.AdamW(pm.parameters(), cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
+    log = []
+
+    # --- the loop ---
+    bar = tqdm(total=steps, desc="pm", unit="step")
+    for epoch in range(cfg.epochs):
+        for batch in data.length_batches(lengths, batch_size=cfg.batch_size, generator=shuffle):
+            chosen = [train[i] for i in batch]
+            score_a, score_b = scores_of(pm, chosen, device)
+            p_a = torch.tensor([p.p_a for p in chosen], device=device)
+            p_a = p_a.clamp(cfg.clamp, 1 - cfg.clamp)
+            if cfg.hard:
+                p_a = torch.where(p_a == 0.5, p_a, (p_a > 0.5).float())  # an even label stays even
+            loss, metrics = preference_loss(score_a, score_b, p_a)
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(pm.parameters(), cfg.clip)
+            for group in optimizer.param_groups:
+                group["lr"] = cfg.lr * (1 - len(log) / steps)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            log.append({"step": len(log) + 1, "epoch": epoch + 1, **{k: float(v) for k, v in metrics.items()},
+                        "grad_norm": float(norm), "lr": optimizer.param_groups[0]["lr"]})
+            bar.update()
+            bar.set_postfix(loss=f"{log[-1]['loss']:.3f}", accuracy=f"{log[-1]['accuracy']:.2f}")
+    bar.close()
+
+    # --- what came of it; measured before normalising, while a difference of scores is still a log-odds ---
+    result = {f"val_{k}": v for k, v in measure(pm, held, 2 * cfg.batch_size, device).items()} if held else {}
+    mean, std = normalise(pm, pairs, 2 * cfg.batch_size, device)
+    result.update(train_loss=log[-1]["loss"] if log else None, score_mean=mean, score_std=std,
+                  pairs=len(train), held=len(held), too_long=too_long, equal=equal,
+                  steps=steps, seconds=time.time() - start)
+    checkpoint.save(pm, cfg.out, extra={
+        **tokenizer.files(), "bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot,
+        "run.json": data.stamp(cfg, metrics=result),
+        "metrics.jsonl": "".join(json.dumps(row) + "\n" for row in log)})
+    told = "nothing held out"
+    if held:
+        told = (f"held out: accuracy {result['val_accuracy']:.3f}, loss {result['val_loss']:.3f} (least "
+                f"possible {result['val_loss_floor']:.3f}), calibration error "
+                f"{result['val_calibration_error']:.3f}, "
+                f"correlation with length {result['val_length_correlation']:+.2f}")
+    print(f"train_pm: wrote {cfg.out} in {result['seconds']:.0f} s: {steps} steps; {told}")
+    return result
+
+
+if __name__ == "__main__":
+    cli.run(main, Config, __doc__)

@@ -1,0 +1,201 @@
+"""Phase 1: fine-tune a language model on its own revisions (Bai et al. 2022, arXiv 2212.08073, section 3.1).
+
+    python train_sft.py --base data/tiny --data runs/tiny/revisions.jsonl --out runs/tiny/sft
+
+The question is read, not trained: the loss falls on the tokens of the answer and on the end-of-text that
+closes it. Optionally a share of every batch is plain pretraining text, so that the model does not forget
+what it read (Ouyang et al. 2022 do the same beside PPO, their equation 2). Rows are padded, never packed: a
+packed row would see its neighbour. A row that does not fit the model's context is dropped and counted,
+never cut.
+
+Prints the loss on held-out prompts before and after, and how long it took. Writes a checkpoint folder with
+metrics.jsonl (a row for every optimiser step) and run.json (the settings) beside the weights.
+"""
+
+import json
+import math
+import random
+import time
+from dataclasses import dataclass
+from itertools import cycle
+
+import torch
+from tqdm import tqdm
+
+from mincai import UserError, checkpoint, cli, data
+from mincai.cli import arg
+from mincai.constitution import dialogue
+from mincai.losses import sft_loss
+from mincai.tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Config:
+    base: str = arg("data/tiny", "checkpoint folder of the pretrained model to start from")
+    data: tuple[str, ...] = arg(("runs/tiny/revisions.jsonl",), "files of revisions, one or more")
+    replay: str = arg("", "file of pretraining documents, rows of {text}, to train on as well")
+    replay_share: float = arg(0.2, "part of the trained tokens that comes from --replay, 0 to 1")
+    out: str = arg("runs/tiny/sft", "folder to write the fine-tuned model to")
+    epochs: int = arg(2, "how often every row is seen")
+    lr: float = arg(3e-4, "highest learning rate of AdamW")
+    warmup: float = arg(0.05, "part of the steps in which the learning rate rises, before a cosine to 0")
+    batch_size: int = arg(16, "rows in one forward pass")
+    accumulate: int = arg(1, "forward passes that make one optimiser step")
+    weight_decay: float = arg(0.01, "AdamW's weight decay, on matrices only")
+    clip: float = arg(1.0, "largest norm of the gradient")
+    holdout: float = arg(0.05, "part of the prompts kept out of training to measure the loss on")
+    dtype: str = arg("float32", "float32, or bfloat16 for matrix products on a GPU")
+    seed: int = arg(0, "of the order of rows and of the held-out prompts")
+    device: str = arg("auto", "auto, cpu or cuda")
+    threads: int = arg(0, "CPU threads, 0 chooses")
+    again: bool = arg(False, "train anew though the output is there")
+    LOOSE = ("out", "device", "threads", "again")  # settings that do not make another model
+
+
+def examples(rows, tokenizer, limit):
+    """Rows to [(prompt's text, prompt tokens, answer tokens)], and how many did not fit in `limit`."""
+    kept, dropped = [], 0
+    for row in rows:
+        text = dialogue(row["prompt"], row.get("setting"))
+        answer = row.get("revision_ids") or tokenizer.encode(" " + row["revision"])
+        if answer[-1] != tokenizer.eot:  # a model that never sees an answer end never learns to stop
+            answer = answer + [tokenizer.eot]
+        prompt = tokenizer.encode(text)
+        if len(prompt) + len(answer) > limit + 1:  # + 1: the last token is a target and never an input
+            dropped += 1
+        else:
+            kept.append((text, prompt, answer))
+    return kept, dropped
+
+
+def split(rows, share, seed):
+    """(training rows, held-out rows), by prompt: all rows of one prompt lie on one side."""
+    prompts = sorted({row[0] for row in rows})
+    random.Random(seed).shuffle(prompts)
+    held = set(prompts[:math.ceil(share * len(prompts))] if len(prompts) > 1 else [])
+    return [row for row in rows if row[0] not in held], [row for row in rows if row[0] in held]
+
+
+def documents(path, tokenizer, length, seed):
+    """An endless stream of (first token, the others) from documents cut into pieces of `length` tokens.
+
+    The pieces are as long as the longest dialogue, so that they do not fill its batch with padding.
+    """
+    pieces = []
+    for row in data.read_jsonl(path, need=("text",)):
+        ids = tokenizer.encode(row["text"]) + [tokenizer.eot]
+        pieces += [ids[i:i + length] for i in range(0, len(ids), length)]
+    pieces = [piece for piece in pieces if len(piece) > 1]  # the first token of a piece is only read
+    random.Random(seed).shuffle(pieces)
+    return cycle([(piece[:1], piece[1:]) for piece in pieces])
+
+
+def learning_rate(cfg, step, steps):
+    """Linear up over the first `warmup` of the steps, then half a cosine down to 0. step counts from 0."""
+    rising = max(1, round(cfg.warmup * steps))
+    if step < rising:
+        return cfg.lr * (step + 1) / rising
+    return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+
+
+@torch.no_grad()
+def mean_loss(model, rows, batch_size, device):
+    """Nats per answer token over all rows."""
+    total, count = 0.0, 0
+    for i in range(0, len(rows), batch_size):
+        ids, targets, loss_mask = data.sft_batch([row[1:] for row in rows[i:i + batch_size]], device)
+        total += float(sft_loss(model.unembed(model(ids)), targets, loss_mask, total=1)[0])
+        count += int(loss_mask.sum())
+    return total / count
+
+
+def main(cfg: Config) -> dict:
+    if data.done(cfg.out, cfg, cfg.again):
+        print(f"train_sft: {cfg.out} is there already, made with these settings (--again to redo)")
+        return {"skipped": True}
+    if cfg.dtype not in ("float32", "bfloat16"):
+        raise UserError(f"--dtype {cfg.dtype}: choose float32 or bfloat16")
+    if not 0 <= cfg.replay_share < 1:
+        raise UserError(f"--replay-share {cfg.replay_share}: give a number from 0 up to, not including, 1")
+    start = time.time()
+    device, _ = cli.pick_device(cfg.device), cli.set_threads(cfg.threads)
+    torch.manual_seed(cfg.seed)
+    shuffle = torch.Generator().manual_seed(cfg.seed)
+    tokenizer = load_tokenizer(cfg.base)
+    model = checkpoint.load(cfg.base, device)
+
+    # --- data ---
+    rows = [row for path in cfg.data for row in data.read_jsonl(path, need=("prompt", "revision"))]
+    rows, dropped = examples(rows, tokenizer, model.config.block_size)
+    train, held = split(rows, cfg.holdout, cfg.seed)
+    if not train:
+        raise UserError(f"{', '.join(cfg.data)}: no row is left to train on ({dropped} too long for the "
+                        f"model, {len(held)} held out); lower --holdout or use a model with a longer context")
+    lengths = [len(prompt) + len(answer) for _, prompt, answer in train]
+    replay = documents(cfg.replay, tokenizer, max(lengths), cfg.seed) if cfg.replay else None
+    per_epoch = math.ceil(math.ceil(len(train) / cfg.batch_size) / cfg.accumulate)
+    steps = cfg.epochs * per_epoch
+    print(f"train_sft: {len(train)} rows to train on, {len(held)} held out, {dropped} too long; "
+          f"{steps} steps on {device}")
+
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]  # biases and gains are not pulled to zero
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": cfg.weight_decay},
+                                   {"params": others, "weight_decay": 0.0}], lr=cfg.lr, betas=(0.9, 0.95))
+    before = mean_loss(model, held, cfg.batch_size, device) if held else None
+    shorter = cfg.dtype == "bfloat16" and device == "cuda"
+    log, step = [], 0
+    odds = cfg.replay_share / (1 - cfg.replay_share)  # replay tokens for each answer token
+    owed = 0.0  # replay tokens still due, carried over so that the share is right on average
+
+    # --- the loop ---
+    bar = tqdm(total=steps, desc="sft", unit="step")
+    for epoch in range(cfg.epochs):
+        batches = data.length_batches(lengths, batch_size=cfg.batch_size, generator=shuffle)
+        for first in range(0, len(batches), cfg.accumulate):
+            parts = []
+            for batch in batches[first:first + cfg.accumulate]:
+                pairs = [train[i][1:] for i in batch]
+                if replay:
+                    owed += sum(len(answer) for _, answer in pairs) * odds
+                    while owed > 0:
+                        pairs.append(next(replay))
+                        owed -= len(pairs[-1][1])
+                parts.append(data.sft_batch(pairs, device))
+            # one divisor for the whole step: a mean of means would weigh the tokens of short answers more
+            total = sum(int(loss_mask.sum()) for _, _, loss_mask in parts)
+            loss_sum = 0.0
+            for ids, targets, loss_mask in parts:
+                with torch.autocast(device, torch.bfloat16, enabled=shorter):
+                    logits = model.unembed(model(ids))  # (B, T-1, V)
+                loss, _ = sft_loss(logits, targets, loss_mask, total=total)
+                loss.backward()
+                loss_sum += float(loss.detach())
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(cfg, step, steps)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            log.append({"step": step, "epoch": epoch + 1, "loss": loss_sum, "tokens": total,
+                        "grad_norm": float(norm), "lr": optimizer.param_groups[0]["lr"]})
+            bar.update()
+            bar.set_postfix(loss=f"{loss_sum:.3f}")
+    bar.close()
+
+    # --- what came of it ---
+    after = mean_loss(model, held, cfg.batch_size, device) if held else None
+    metrics = {"loss": log[-1]["loss"] if log else None, "val_before": before, "val_after": after,
+               "rows": len(train), "held": len(held), "dropped": dropped, "steps": steps,
+               "seconds": time.time() - start}
+    checkpoint.save(model, cfg.out, extra={
+        **tokenizer.files(), "bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot,
+        "run.json": data.stamp(cfg, metrics=metrics),
+        "metrics.jsonl": "".join(json.dumps(row) + "\n" for row in log)})
+    held_text = f"held-out loss {before:.3f} -> {after:.3f} nats a token" if held else "nothing held out"
+    print(f"train_sft: wrote {cfg.out} in {metrics['seconds']:.0f} s: {steps} steps, {held_text}")
+    return metrics
+
+
+if __name__ == "__main__":
+    cli.run(main, Config, __doc__)
