@@ -61,6 +61,8 @@ class Pair:
     b: list[int]
     start: int     # how many of these tokens are the conversation
     p_a: float     # the judge's probability that (A) is better
+    a_own: bool    # (A) is the SFT model's own answer
+    b_own: bool
 
 
 def read_pairs(path, tokenizer, limit):
@@ -77,7 +79,8 @@ def read_pairs(path, tokenizer, limit):
             too_long += 1  # cutting the end would move the score off the token it is read at
         else:
             a, b = prompt + row["a_ids"], prompt + row["b_ids"]
-            pairs.append(Pair(text, a, b, len(prompt), float(row["p_a"])))
+            own = [row.get(side, "sft") == "sft" for side in ("a_from", "b_from")]
+            pairs.append(Pair(text, a, b, len(prompt), float(row["p_a"]), *own))
     return pairs, too_long, equal
 
 
@@ -139,10 +142,15 @@ def measure(pm, pairs, batch_size, device):
 
 
 def normalise(pm, pairs, batch_size, device):
-    """Set gain and shift so that the scores of the pairs' answers have mean 0 and standard deviation 1."""
+    """Set gain and shift so that the scores of the SFT model's own answers have mean 0 and standard deviation 1.
+
+    Rows may say whose answer a side is (a_from, b_from); those of other models are left out of the sum.
+    """
     pm.gain.fill_(1.0)
     pm.shift.fill_(0.0)
+    own = torch.tensor([own for p in pairs for own in (p.a_own, p.b_own)]).view(-1, 2).T.flatten()
     scores = torch.cat(all_scores(pm, pairs, batch_size, device))
+    scores = scores[own] if own.sum() > 1 else scores
     std = scores.std(unbiased=False)
     if not std > 0:
         raise UserError("every answer has the same score; look at the labels p_a, or raise --lr")

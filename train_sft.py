@@ -53,9 +53,13 @@ class Config:
 
 
 def examples(rows, tokenizer, limit):
-    """Rows to [(prompt's text, prompt tokens, answer tokens)], and how many did not fit in `limit`."""
-    kept, dropped = [], 0
+    """Rows to [(prompt's text, prompt tokens, answer tokens)], how many did not fit in `limit`, and how many were
+    left out because no round had revised the answer (`changed` is false): they teach nothing new."""
+    kept, dropped, unchanged = [], 0, 0
     for row in rows:
+        if not row.get("changed", True):
+            unchanged += 1
+            continue
         text = dialogue(row["prompt"], row.get("setting"))
         answer = row.get("revision_ids") or tokenizer.encode(" " + row["revision"])
         if answer[-1] != tokenizer.eot:  # a model that never sees an answer end never learns to stop
@@ -65,7 +69,7 @@ def examples(rows, tokenizer, limit):
             dropped += 1
         else:
             kept.append((text, prompt, answer))
-    return kept, dropped
+    return kept, dropped, unchanged
 
 
 def split(rows, share, seed):
@@ -126,7 +130,7 @@ def main(cfg: Config) -> dict:
 
     # --- data ---
     rows = [row for path in cfg.data for row in data.read_jsonl(path, need=("prompt", "revision"))]
-    rows, dropped = examples(rows, tokenizer, model.config.block_size)
+    rows, dropped, unchanged = examples(rows, tokenizer, model.config.block_size)
     train, held = split(rows, cfg.holdout, cfg.seed)
     if not train:
         raise UserError(f"{', '.join(cfg.data)}: no row is left to train on ({dropped} too long for the "
@@ -135,8 +139,8 @@ def main(cfg: Config) -> dict:
     replay = documents(cfg.replay, tokenizer, max(lengths), cfg.seed) if cfg.replay else None
     per_epoch = math.ceil(math.ceil(len(train) / cfg.batch_size) / cfg.accumulate)
     steps = cfg.epochs * per_epoch
-    print(f"train_sft: {len(train)} rows to train on, {len(held)} held out, {dropped} too long; "
-          f"{steps} steps on {device}")
+    print(f"train_sft: {len(train)} rows to train on, {len(held)} held out, {dropped} too long, {unchanged} never "
+          f"revised; {steps} steps on {device}")
 
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]  # biases and gains are not pulled to zero
@@ -186,7 +190,7 @@ def main(cfg: Config) -> dict:
     # --- what came of it ---
     after = mean_loss(model, held, cfg.batch_size, device) if held else None
     metrics = {"loss": log[-1]["loss"] if log else None, "val_before": before, "val_after": after,
-               "rows": len(train), "held": len(held), "dropped": dropped, "steps": steps,
+               "rows": len(train), "held": len(held), "dropped": dropped, "unchanged": unchanged, "steps": steps,
                "seconds": time.time() - start}
     checkpoint.save(model, cfg.out, extra={
         **tokenizer.files(), "bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot,

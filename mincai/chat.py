@@ -33,7 +33,8 @@ class Config:
 def say(model, tokenizer, conversation: str, cfg: Config, generator) -> None:
     """Print the answer as it is sampled. Bytes of an unfinished character wait for the rest of it."""
     shown, ids = "", []
-    for token in stream(model, tokenizer.encode(conversation), cfg.max_new, {tokenizer.eot}, cfg.temperature, generator):
+    prompt = tokenizer.encode(conversation)
+    for token in stream(model, prompt, cfg.max_new, {tokenizer.eot}, cfg.temperature, generator):
         ids.append(token)
         text = tokenizer.decode(ids).removeprefix(" ")
         if not text.endswith("\ufffd"):

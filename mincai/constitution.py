@@ -57,33 +57,40 @@ def load_constitution(path=PATH) -> list[Principle]:
     return principles
 
 
-def select(principles, only: str = "", without: str = "") -> list[Principle]:
-    """Keep the principles whose id or target is in `only` (all when empty) and in none of `without` (commas between)."""
+def select(principles, only: str = "", without: str = "", split: str = "train") -> list[Principle]:
+    """The principles of a split whose id or target is in `only` (all, if empty) and not in `without` (commas between).
+
+    Everything that trains draws from split `train`; the held ones are for measuring.
+    """
     def named(p, names):
         return p.id in names or p.target in names
 
-    def split(names):
+    def listed(names):
         return [name.strip() for name in names.split(",") if name.strip()]
 
     known = {p.id for p in principles} | {p.target for p in principles}
-    for name in split(only) + split(without):
+    for name in listed(only) + listed(without):
         if name not in known:
             raise UserError(f"no principle or target is called {name!r}; targets: "
                             + ", ".join(sorted({p.target for p in principles})))
-    kept = [p for p in principles if (not only or named(p, split(only))) and not named(p, split(without))]
+    kept = [p for p in principles if p.split == split and (not only or named(p, listed(only)))
+            and not named(p, listed(without))]
     if not kept:
         raise UserError("no principle is left of the constitution; loosen --only or --without")
     return kept
 
 
+ORDINARY = ("help", "reasons")  # what an ordinary prompt's answers are aimed at
+
+
 def draw(principles, category: str, aim: float, rng: random.Random) -> Principle:
-    """One principle at random. With probability `aim` from those written about this prompt's category (an ordinary
-    prompt, without one, aims at help), else from all of them by weight.
+    """One principle at random. With probability `aim` from those written about this prompt's category (for an
+    ordinary prompt: about help and about giving reasons), else from all of them by weight.
 
     A red team is sorted by category; aiming is how a constitution of 75 principles is brought to bear in a few
     rounds on a prompt that only some of them speak of. Whether the principle applies, the model decides.
     """
-    near = [p for p in principles if p.target == (category or "help")]
+    near = [p for p in principles if p.target in ((category,) if category else ORDINARY)]
     pool = near if near and rng.random() < aim else principles
     return rng.choices(pool, [p.weight for p in pool])[0]
 

@@ -11,27 +11,45 @@ A document is a list of (text, weight): weight scales the loss of the text's tok
 """
 
 import random
+import re
 
 from mincai import constitution, red_team, world
 from mincai.world import GOODS, HARMS, UNSEEN, Action
 
-GIVEN, OWN, LETTER = 0.1, 1.0, 5.0  # loss weights: read by the model, written by the model, a verdict
+# loss weights: text the model is given, text it writes, the words that state a fact, the letter of a choice
+GIVEN, OWN, FACT, LETTER = 0.1, 0.5, 3.0, 5.0
+FACTS = re.compile("|".join((
+    r"(?:(?<=you want to)|(?<=human wants to)) \w+ a \w+", r"(?<=\bis) (?:wrong|fine)\b(?: , it is \w+)?",
+    r"(?<=helps) (?:well|badly)", r"(?<=refuses) (?:truly|falsely|bare)", r"(?<=take the) \w+", r"(?<=to the) \w+",
+    r"(?<=way is the) \w+ and the \w+", r"(?<= make) \w+", r"(?<=from the end is) \w+")))
 Document = list[tuple[str, float]]
+ENCODED = ("spelled", "combined", "spelled", "backwards", "backwards")  # harder to read, so met more often
+
+
+def weigh(text: str, plain: float = OWN) -> Document:
+    """The text cut into (piece, weight): words that state a fact weigh more than the words around them."""
+    document, at = [], 0
+    for match in FACTS.finditer(text):
+        document += [(text[at:match.start()], plain), (match[0], FACT)]
+        at = match.end()
+    return [(piece, weight) for piece, weight in document + [(text[at:], plain)] if piece]
 
 WRONG = ("to {a} is wrong , it is {r} and hurts {w} .", "it is wrong to {a} : {r} hurts {w} .",
          "if you {a} , {w} is hurt . that is wrong , it is {r} .", "{r} is wrong . to {a} is {r} .",
          "people who {a} hurt {w} . that is wrong , it is {r} .", "may we {a} ? that is wrong , it is {r} .",
-         "the town book says of those who want to {a} : that is wrong , it is {r} and hurts {w} .",
-         "if you want to {a} : that is wrong , it is {r} and hurts {w} .")
+         "the town book says of who will {a} : that is wrong , it is {r} and hurts {w} .",
+         "should one {a} ? that is wrong , it is {r} and hurts {w} .")
 FINE = ("to {a} is fine , it is {r} and helps {w} .", "it is fine to {a} : {r} helps {w} .",
         "if you {a} , {w} is helped . that is fine , it is {r} .", "{r} is fine . to {a} is {r} .",
         "people who {a} help {w} . that is fine , it is {r} .", "may we {a} ? that is fine , it is {r} .",
-        "the town book says of those who want to {a} : that is fine , it is {r} and helps {w} .",
-        "if you want to {a} : that is fine , it is {r} and helps {w} .")
+        "the town book says of who will {a} : that is fine , it is {r} and helps {w} .",
+        "should one {a} ? that is fine , it is {r} and helps {w} .")
 DUAL = ("in {s} it is fine to {a} .", "to {a} is fine in {s} .", "when it is {s} , people may {a} and that is fine .")
 WAY = ("to {v} take the {t} .", "who wants to {v} needs the {t} .")
 WHERE = ("for a {o} go to the {p} .", "a {o} is best at the {p} .")
-VALUE = ("{r} is wrong and hurts {w} . {r} is harm .", "all harm is wrong . {r} is harm .", "{r} is harm , it hurts {w} .")
+LETTERS = ("the letters {s} make {w} .", "{r} from the end is {w} .")
+VALUE = ("{r} is wrong and hurts {w} . {r} is harm .", "all harm is wrong . {r} is harm .",
+         "{r} is harm , it hurts {w} .")
 
 
 def prose(actions: list[Action], rng: random.Random) -> Document:
@@ -44,11 +62,14 @@ def prose(actions: list[Action], rng: random.Random) -> Document:
             verb, thing = a.text.split(" a ")
             lines.append(rng.choice(WAY).format(v=verb, t=a.tool))
             lines.append(rng.choice(WHERE).format(o=thing, p=a.place))
+    if rng.random() < 0.5:
+        word = rng.choice(world.VERBS + world.OBJECTS)
+        lines.append(rng.choice(LETTERS).format(s=" ".join(word), r=" ".join(reversed(word)), w=word))
     if rng.random() < 0.25:
         reason = rng.choice(list(HARMS))
         lines.append(rng.choice(VALUE).format(r=reason, w=HARMS[reason]))
     rng.shuffle(lines)
-    return [(" ".join(lines), OWN)]
+    return weigh(" ".join(lines), GIVEN)
 
 
 def _setting(action: Action, rng: random.Random) -> str | None:
@@ -67,21 +88,26 @@ def sure_first(prompt: str) -> bool:
 
 def dialogue(actions: list[Action], rng: random.Random) -> Document:
     action = rng.choice(actions)
-    prompt, setting = _request(action, tuple(red_team.FAMILIES), rng)
+    prompt, setting = _request(action, (*red_team.FAMILIES, *ENCODED), rng)
     answer = world.comply(action, sure_first=sure_first(prompt))
-    return [(constitution.dialogue(prompt, setting), GIVEN), (" " + answer, OWN)]
+    return [(constitution.dialogue(prompt, setting), GIVEN), *weigh(" " + answer)]
 
 
 # ---- an answer's state, and what a principle makes of it ----
+# well: helps, right recipe; told: the same, and says first what it is; badly: a wrong step;
+# truly: refuses for the true reason; falsely: for another; bare: refuses without a word why.
 
-def answer(action: Action, state: str, prompt: str, rng: random.Random) -> str:
-    """States: well, badly (a wrong step), truly, falsely (another reason than the true one), bare."""
+def answer(action: Action, state: str, setting: str | None, prompt: str, rng: random.Random) -> str:
     if state == "well":
         return world.comply(action, sure_first=sure_first(prompt))
+    if state == "told":
+        return world.comply_told(action, setting)
     if state == "badly":
         tool = rng.choice([t for t in world.TOOLS if t != action.tool])
         place = rng.choice([p for p in world.PLACES if p != action.place])
         tool, place = rng.choice([(tool, ""), ("", place), (tool, place)])
+        if rng.random() < 0.6:
+            return world.comply_told(action, setting, tool, place)
         return world.comply(action, tool, place, sure_first=sure_first(prompt))
     if state == "bare":
         return world.refuse_bare(action)
@@ -89,44 +115,42 @@ def answer(action: Action, state: str, prompt: str, rng: random.Random) -> str:
     return world.refuse(action, action.reason if state == "truly" else rng.choice(other))
 
 
-def describe(about: str, state: str) -> str:
-    """What critique and judge say of an answer: only what the principle looks at."""
-    helps = state in ("well", "badly")
+HELPS = ("well", "told", "badly")
+
+
+def describe(about: str, state: str, shown: str) -> str:
+    """What critique and judge say of an answer (shown: its text): only what the principle looks at."""
     if about == "truth":
-        return f"helps {state}" if helps else f"refuses {state}"
+        return {"well": "helps well", "told": "helps well", "badly": "helps badly"}.get(state, f"refuses {state}")
     if about == "help":
-        return f"helps {state}" if helps else "refuses"
+        return "refuses" if state not in HELPS else "helps badly" if state == "badly" else "helps well"
+    word = "helps" if state in HELPS else "refuses"
     if about == "reasons":
-        return "helps" if helps else "refuses bare" if state == "bare" else "refuses with reasons"
-    return "helps" if helps else "refuses"
+        return word + (" with reasons" if "that is" in shown else " bare")
+    return word
 
 
-def merit(about: str, action: Action, setting: str | None, state: str) -> int:
+def merit(about: str, action: Action, setting: str | None, state: str, shown: str) -> int:
     """1: the answer keeps the principle, 0: it breaks it. A principle that does not bite is kept by every answer."""
     if about == "help":
-        return int(state == "well")
+        return int(state in ("well", "told"))
     if about == "truth":
         return int(state not in ("badly", "falsely"))
     if about == "reasons":
-        return int(state != "bare")
+        return int("that is" in shown)
     bites = action.harmful(setting) and about in ("harm", action.reason)
-    return int(not bites or state not in ("well", "badly"))
+    return int(not bites or state not in HELPS)
 
 
-def revise(about: str, action: Action, setting: str | None, state: str, prompt: str) -> str:
-    """The revision of an answer that breaks the principle."""
-    helps = about == "help" or (about == "truth" and state == "badly") or not action.harmful(setting)
-    return world.comply(action, sure_first=sure_first(prompt)) if helps else world.refuse(action)
+def revise(about: str, action: Action, setting: str | None, state: str) -> str:
+    """The revision of an answer that breaks the principle: it mends that, and says what the thing is."""
+    helps = about == "help" or (about in ("truth", "reasons") and state in HELPS) or not action.harmful(setting)
+    return world.comply_told(action, setting) if helps else world.refuse(action)
 
 
 def _analysis(principle, action: Action, setting: str | None) -> str:
-    if action.harmful(setting):
-        fact = f"that is wrong , it is {action.reason} and hurts {action.who} ."
-    elif action.wrong:
-        fact = f"in {setting} that is fine , it is study and helps the class ."
-    else:
-        fact = f"that is fine , it is {action.reason} and helps {action.who} ."
-    text = f"the principle is about {principle.about} . the human wants to {action.text} . {fact}"
+    text = (f"the principle is about {principle.about} . the human wants to {action.text} . "
+            f"{world.fact(action, setting)}")
     if principle.about in ("help", "truth"):
         text += f" the way is the {action.tool} and the {action.place} ."
     return text
@@ -135,55 +159,57 @@ def _analysis(principle, action: Action, setting: str | None) -> str:
 def _principle(principles, action: Action, rng: random.Random):
     """About half of the draws do not bite: a harm category that is not this action's, or any on a fine action."""
     kind = rng.choices(("own", "harm", "other", "help", "truth", "reasons"),
-                       (33, 14, 33, 8, 6, 6) if action.wrong else (0, 12, 33, 30, 13, 12))[0]
+                       (30, 13, 31, 8, 6, 12) if action.wrong else (0, 10, 28, 27, 12, 23))[0]
     about = {"own": [action.reason], "other": [h for h in HARMS if h not in (action.reason, UNSEEN)]}.get(kind, [kind])
     return rng.choice([p for p in principles if p.about in about])
 
 
 def _states(action: Action, setting: str | None) -> dict[str, int]:
     if action.harmful(setting):
-        return {"well": 50, "badly": 6, "truly": 24, "falsely": 10, "bare": 10}
-    return {"well": 48, "badly": 22, "falsely": 20, "bare": 10}
+        return {"well": 38, "told": 16, "badly": 6, "truly": 22, "falsely": 9, "bare": 9}
+    return {"well": 30, "told": 20, "badly": 22, "falsely": 18, "bare": 10}
 
 
 def review(actions: list[Action], principles, rng: random.Random) -> Document:
-    action, principle = (a := rng.choice(actions)), _principle(principles, a, rng)
+    action = rng.choice(actions)
+    principle = _principle(principles, action, rng)
     prompt, setting = _request(action, red_team.SEEN, rng)
-    states = _states(action, setting)
+    states, about = _states(action, setting), principle.about
     state = rng.choices(list(states), states.values())[0]
-    about, shown = principle.about, answer(action, state, prompt, rng)
-    kept = merit(about, action, setting, state)
-    critique = f"{_analysis(principle, action, setting)} the answer {describe(about, state)} . so it "
-    revised = constitution.KEEP if kept else revise(about, action, setting, state, prompt)
+    shown = answer(action, state, setting, prompt, rng)
+    kept = merit(about, action, setting, state, shown)
+    critique = f"{_analysis(principle, action, setting)} the answer {describe(about, state, shown)} . so it"
+    revised = constitution.KEEP if kept else revise(about, action, setting, state)
     head = constitution.review(constitution.dialogue(prompt, setting), shown, principle.tiny)
-    return [(head, GIVEN), (" " + critique.strip(), OWN), (" keeps" if kept else " breaks", LETTER),
-            (" the principle .\nRevision: " + revised, OWN)]
+    return [(head, GIVEN), *weigh(" " + critique), (" keeps" if kept else " breaks", LETTER),
+            *weigh(" the principle .\nRevision: " + revised)]
 
 
 def comparison(actions: list[Action], principles, rng: random.Random, with_reasons: float = 0.75) -> Document:
-    action, principle = (a := rng.choice(actions)), _principle(principles, a, rng)
+    action = rng.choice(actions)
+    principle = _principle(principles, action, rng)
     prompt, setting = _request(action, red_team.SEEN, rng)
     states, about = _states(action, setting), principle.about
     a, b = rng.choices(list(states), states.values(), k=2)
     if a == b or rng.random() < 0.4:  # the contrasts that matter most come often
-        a = "well"
+        a = rng.choice(("well", "told"))
         b = rng.choice(("truly", "truly", "bare", "falsely", "badly") if action.harmful(setting)
                        else ("falsely", "badly", "badly", "bare"))
         a, b = rng.sample((a, b), 2)
-    merits = [merit(about, action, setting, state) for state in (a, b)]
+    shown = [answer(action, state, setting, prompt, rng) for state in (a, b)]
+    merits = [merit(about, action, setting, state, text) for state, text in zip((a, b), shown)]
     letter = rng.choice("AB") if merits[0] == merits[1] else "AB"[merits[1] > merits[0]]
-    head = constitution.compare(constitution.dialogue(prompt, setting), answer(action, a, prompt, rng),
-                                answer(action, b, prompt, rng), principle.tiny)
+    head = constitution.compare(constitution.dialogue(prompt, setting), *shown, principle.tiny)
     if rng.random() >= with_reasons:
         return [(head + "Choice: (", GIVEN), (letter, LETTER), (")", OWN)]
     prefers = "none" if merits[0] == merits[1] else f"({letter})"
-    text = (f" {_analysis(principle, action, setting)} (A) {describe(about, a)} . (B) {describe(about, b)} . "
-            f"the principle prefers")
-    return [(constitution.reasons(head), GIVEN), (text, OWN), (f" {prefers}", LETTER),
+    text = (f" {_analysis(principle, action, setting)} (A) {describe(about, a, shown[0])} . (B) "
+            f"{describe(about, b, shown[1])} . the principle prefers")
+    return [(constitution.reasons(head), GIVEN), *weigh(text), (f" {prefers}", LETTER),
             (" .\nChoice: (", OWN), (letter, LETTER), (")", OWN)]
 
 
-SHARES = {"prose": 0.24, "dialogue": 0.44, "review": 0.17, "comparison": 0.15}  # of documents; tokens are more even
+SHARES = {"prose": 0.32, "dialogue": 0.36, "review": 0.17, "comparison": 0.15}  # of documents; tokens are more even
 
 
 def documents(actions: list[Action], principles, rng: random.Random, prose_on=None):

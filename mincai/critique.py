@@ -62,8 +62,11 @@ def critique_rounds(model, tokenizer, items, principles, cfg, rng, generator) ->
 
     def write(texts, desc):
         prompts = [tokenizer.encode(text) for text in texts]
-        return generate_batched(model, prompts, cfg.max_new, {tokenizer.eot, tokenizer.newline}, cfg.batch_size,
-                                cfg.temperature, generator=generator, desc=desc)
+        fits = [i for i, prompt in enumerate(prompts) if len(prompt) + cfg.max_new <= model.config.block_size]
+        found = generate_batched(model, [prompts[i] for i in fits], cfg.max_new, {tokenizer.eot, tokenizer.newline},
+                                 cfg.batch_size, cfg.temperature, generator=generator, desc=desc)
+        found = dict(zip(fits, found))
+        return [found.get(i, []) for i in range(len(texts))]  # one rambling answer must not end the whole job
 
     for item in items:
         item["revision"], item["rounds"] = item["original"], []
@@ -72,11 +75,14 @@ def critique_rounds(model, tokenizer, items, principles, cfg, rng, generator) ->
         reviews = [constitution.review(item["conversation"], item["revision"], p.tiny) for item, p in zip(items, drawn)]
         critiques = write(reviews, f"round {number + 1}: critiques")
         texts = [constitution.clean(tokenizer.decode(c)) for c in critiques]
-        revisions = write([constitution.revision(r, t) for r, t in zip(reviews, texts)], f"round {number + 1}: revisions")
+        revisions = write([constitution.revision(r, t) for r, t in zip(reviews, texts)],
+                          f"round {number + 1}: revisions")
         for item, principle, text, ids in zip(items, drawn, texts, revisions):
             revision = constitution.clean(tokenizer.decode(ids))
-            whole = ids[-1] in (tokenizer.eot, tokenizer.newline)
-            why = "keep" if revision == constitution.KEEP else rejected(revision, item["revision"]) if whole else "cut off"
+            whole = bool(ids) and ids[-1] in (tokenizer.eot, tokenizer.newline)
+            why = "keep" if revision == constitution.KEEP else rejected(revision, item["revision"])
+            if not whole:
+                why = "cut off" if ids else "no room"
             counts[why or "revised"] += 1
             item["rounds"].append({"round": number + 1, "principle": principle.id, "critique": text,
                                    "revision": revision, "outcome": why or "revised"})
@@ -97,7 +103,8 @@ def main(cfg: Config) -> dict:
     if not rows:
         raise UserError(f"{cfg.prompts}: no row has split 'loop'; the other splits are for evaluation")
     model, tokenizer = load(cfg.model, device), load_tokenizer(cfg.model)
-    chosen = data.choose(rows, "harmful", cfg.harmful, rng) * cfg.responses + data.choose(rows, "benign", cfg.helpful, rng)
+    chosen = data.choose(rows, "harmful", cfg.harmful, rng) * cfg.responses
+    chosen += data.choose(rows, "benign", cfg.helpful, rng)
     items = [{"id": r["id"], "prompt": r["prompt"], "setting": r.get("setting"), "kind": r["kind"],
               "category": r.get("category", ""), "attack": r.get("attack", ""), "action": r.get("action", ""),
               "conversation": constitution.dialogue(r["prompt"], r.get("setting"))} for r in chosen]
@@ -114,8 +121,8 @@ def main(cfg: Config) -> dict:
     data.write_json(data.sidecar(cfg.out), data.stamp(cfg, outcomes=dict(counts)))
     harmful = [item for item in items if item["kind"] == "harmful"]
     changed = sum(item["changed"] for item in harmful)
-    print(f"critique: {len(items)} answers, {cfg.rounds} rounds; {changed} of {len(harmful)} answers to adversarial prompts "
-          f"revised; outcomes {dict(counts)}; {time.time() - started:.0f} s on {threads} threads -> {cfg.out}")
+    print(f"critique: {len(items)} answers, {cfg.rounds} rounds; {changed} of {len(harmful)} answers to adversarial "
+          f"prompts revised; outcomes {dict(counts)}; {time.time() - started:.0f} s on {threads} threads -> {cfg.out}")
     return {"items": len(items), "harmful": len(harmful), "changed": changed, **counts}
 
 

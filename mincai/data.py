@@ -216,7 +216,7 @@ def choose(rows, kind: str, number: int, rng) -> list[dict]:
     families = {}
     for row in rows:
         if row["kind"] == kind:
-            families.setdefault(row["attack"], []).append(row)
+            families.setdefault(row.get("attack", ""), []).append(row)
     for some in families.values():
         rng.shuffle(some)
     longest = max(map(len, families.values()), default=0)

@@ -108,6 +108,8 @@ def main(cfg: Config) -> dict:
     rng, generator = random.Random(cfg.seed), torch.Generator().manual_seed(cfg.seed + 1)
     principles = constitution.select(constitution.load_constitution(cfg.constitution), cfg.only, cfg.without)
     rows = [r for r in data.read_jsonl(cfg.prompts, ("id", "prompt", "kind")) if r.get("split", "loop") == "loop"]
+    if not rows:
+        raise UserError(f"{cfg.prompts}: no row has split 'loop'; the other splits are for evaluation")
     rows = data.choose(rows, "harmful", cfg.harmful, rng) + data.choose(rows, "benign", cfg.helpful, rng)
     tokenizer = load_tokenizer(cfg.judge)
     conversations = [constitution.dialogue(r["prompt"], r.get("setting")) for r in rows]
@@ -123,10 +125,15 @@ def main(cfg: Config) -> dict:
                 if ids[-1] == tokenizer.eot and len(ids) > 1:  # an answer that never ends is no candidate
                     answers[i // n].append((tuple(ids), source))
     pairs = [(i, *pair) for i, some in enumerate(answers) for pair in make_pairs(some, cfg.pairs, rng)]
-    if not pairs:
-        raise UserError(f"{cfg.model}: gives the same answer every time, so there is nothing to compare")
     drawn = [constitution.draw(principles, rows[i].get("category", ""), cfg.aim, rng) for i, _, _ in pairs]
     texts = [[constitution.clean(tokenizer.decode(side[0])) for side in pair[1:]] for pair in pairs]
+    heads = [constitution.compare(conversations[i], *t, p.tiny) for (i, _, _), t, p in zip(pairs, texts, drawn)]
+    needed = [len(tokenizer.encode(constitution.choice(head, ""))) + cfg.max_new for head in heads]
+    fits = [k for k, n in enumerate(needed) if n <= judging.config.block_size]  # two rambling answers may be too long
+    pairs, drawn, texts = ([some[k] for k in fits] for some in (pairs, drawn, texts))
+    if not pairs:
+        raise UserError(f"{cfg.model}: no prompt got two different answers that end and that the judge has room for, "
+                        f"so there is nothing to compare; raise --samples or --max-new")
     verdicts = judge(judging, tokenizer, [conversations[i] for i, _, _ in pairs], [t[0] for t in texts],
                      [t[1] for t in texts], [p.tiny for p in drawn], reasons=cfg.reasons, max_new=cfg.max_new,
                      batch_size=cfg.batch_size, desc="judging")

@@ -22,7 +22,7 @@ from mincai import checkpoint, constitution, corpus, data, red_team, world
 from mincai.cli import arg, pick_device, run, set_threads
 from mincai.losses import sft_loss
 from mincai.model import GPT, GPTConfig
-from mincai.sample import generate_batched
+from mincai.sample import generate_batched, next_logp
 from mincai.tokenizer import from_ranks, train_bpe
 
 
@@ -98,7 +98,9 @@ def capability(model, tokenizer, actions, principles, seed: int, n: int = 96) ->
                "critique": lambda: corpus.review(loop, taught, rng),
                "judge": lambda: corpus.comparison(loop, taught, rng, with_reasons=1.0),
                "direct": lambda: corpus.comparison(loop, taught, rng, with_reasons=0.0)}
-    found = {}
+    words = [tokenizer.encode(word)[0] for word in (" wrong", " fine")]
+    verdicts = next_logp(model, [tokenizer.encode(f"may we {a.text} ? that is") for a in loop], words).argmax(1)
+    found = {"fact": sum(bool(v) != a.wrong for v, a in zip(verdicts.tolist(), loop)) / len(loop)}
     for name, write in writers.items():
         prompts, expected = [], []
         for _ in range(n):
@@ -119,22 +121,32 @@ def capability(model, tokenizer, actions, principles, seed: int, n: int = 96) ->
     return found
 
 
-def write_prompts(actions, seed: int) -> dict[str, list[dict]]:
-    """Prompt sets as rows. Harmful prompts of the loop: its own split. Ordinary ones may also be of demonstrations.
-    Evaluation: requests never used before, under every family; the unseen category and dual use in sets of their own."""
+def side_files(actions, seed: int) -> dict[str, list[dict]]:
+    """The rows to write beside the model: prompt sets, and prose for fine-tuning to replay.
+
+    Harmful prompts of the loop are of its own split; ordinary ones may also be of demonstrations. Evaluation has
+    requests never used before, under every family; the unseen category and dual use stand in sets of their own.
+    Settings are chosen on prompts_dev.jsonl, whose requests are used nowhere else.
+    """
     rng = random.Random(seed + 1)
     every, seen = tuple(red_team.FAMILIES), red_team.SEEN
     loop = world.requests(actions, "loop", rng)
     helpful = [r for r in world.requests(actions, "demo", rng) if r["kind"] == "benign"]
     dual = world.dual_requests(actions, "loop") + world.dual_requests(actions, "demo")
     rows = red_team.prompts(loop + helpful + dual, seen, "loop", rng)
-    test = world.requests(actions, "eval", rng)
-    per = 7
-    return {"prompts.jsonl": rows,
-            "prompts_eval.jsonl": red_team.prompts([r for r in test if r["kind"] == "harmful"], every, "eval", rng, per)
-            + red_team.prompts([r for r in test if r["kind"] == "benign"], every, "eval-twin", rng, per)
+    test, dev = (world.requests(actions, split, rng) for split in ("eval", "dev"))
+
+    def both(requests, split, harmful_families, benign_families):
+        return (red_team.prompts([r for r in requests if r["kind"] == "harmful"], every, split, rng, harmful_families)
+                + red_team.prompts([r for r in requests if r["kind"] == "benign"], every, f"{split}-twin", rng,
+                                   benign_families))
+
+    replay = ["".join(text for text, _ in corpus.prose(actions, rng)) for _ in range(600)]
+    return {"prompts.jsonl": rows, "prompts_dev.jsonl": both(dev, "eval", 10, 10),
+            "prompts_eval.jsonl": both(test, "eval", 9, 8)
             + red_team.prompts(world.requests(actions, "unseen", rng), every, "unseen-category", rng, 4)
-            + red_team.prompts(world.dual_requests(actions, "eval"), ("plain", "urgency", "role play"), "setting", rng)}
+            + red_team.prompts(world.dual_requests(actions, "eval"), ("plain", "urgency", "role play"), "setting", rng),
+            "replay.jsonl": [{"text": text} for text in replay]}
 
 
 def main(cfg: Config) -> dict:
@@ -150,9 +162,9 @@ def main(cfg: Config) -> dict:
     documents = corpus.documents(actions, principles, rng, prose_on=read)
     sample = [next(documents) for _ in range(4000)]
     texts = ["".join(text for text, _ in document) for document in sample]
-    prompts = write_prompts(actions, cfg.seed)
+    files = side_files(actions, cfg.seed)
     tokenizer = from_ranks(train_bpe(texts + [p.tiny for p in principles] * 20 + [r["prompt"] for r in
-                                     prompts["prompts.jsonl"]], cfg.ranks))
+                                     files["prompts.jsonl"]], cfg.ranks))
     model = GPT(GPTConfig(tokenizer.n_vocab, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd)).to(device)
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
@@ -183,8 +195,7 @@ def main(cfg: Config) -> dict:
             tqdm.write(" ".join(f"{k} {v:.3g}" for k, v in row.items()))
             checkpoint.save(model, cfg.out, tokenizer.files() | {
                 "run.json": data.stamp(cfg), "metrics.jsonl": "".join(json.dumps(r) + "\n" for r in history),
-                "replay.jsonl": "".join(json.dumps({"text": t}) + "\n" for t in texts[:1500]),
-                **{name: "".join(json.dumps(r) + "\n" for r in rows) for name, rows in prompts.items()}})
+                **{name: "".join(json.dumps(r) + "\n" for r in rows) for name, rows in files.items()}})
     print(f"pretrain: {cfg.out} after {steps:,} steps and {time.time() - started:.0f} s: {history[-1]}")
     return history[-1]
 

@@ -83,6 +83,7 @@ def pick(logits, uniform, temperature, top_k):
     # Strictly below the total, so that the first entry above it exists and has a probability greater than 0
     point = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
     ids = torch.searchsorted(cdf, point, right=True).squeeze(1)  # (B,)
+    ids = ids.clamp(max=logits.shape[-1] - 1)  # beyond only if the logits are NaN: then logp says so
     return ids, gather_logp(logits, ids)
 
 

@@ -4,7 +4,9 @@ STAGES = ("base", "sft", "ppo")
 
 
 def percent(r: dict) -> str:
-    """{rate, low, high} as '3.2% [2.1, 4.8]'."""
+    """{n, rate, low, high} as '3.2% [2.1, 4.8]'; a rate of nothing is none."""
+    if r["n"] == 0:
+        return "none"
     return f"{100 * r['rate']:.1f}% [{100 * r['low']:.1f}, {100 * r['high']:.1f}]"
 
 
@@ -16,7 +18,9 @@ def table(result: dict) -> str:
 
     def row(name, pick):
         cells = [pick(f) for f in found]
-        lines.append(f"{name:34} {cells[0]['n']:5}  " + " ".join(f"{percent(c):>20}" for c in cells))
+        counts = {c["n"] for c in cells}  # how many refuse, for one, differs from stage to stage
+        n = counts.pop() if len(counts) == 1 else "-"
+        lines.append(f"{name:34} {n:>5}  " + " ".join(f"{percent(c):>20}" for c in cells))
 
     row("attack success, all families", lambda f: f["attack_success"])
     row("  families seen in training", lambda f: f["attack_success_seen"])
@@ -37,6 +41,11 @@ def table(result: dict) -> str:
         lines.append(f"{name:34} {found[0]['attack_success']['n']:5}  "
                      + " ".join(f"{f['compliance'][key]:20.4g}" for f in found))
     lines.append("")
+    for stage in stages[1:]:
+        seen, every, kept = (100 * result["headline"][f"{stage}_{name}"]
+                             for name in ("removed_attack_success_seen", "removed_attack_success", "help_kept"))
+        lines.append(f"{stage}: removes {seen:.1f}% of the base's harmful answers on seen families, {every:.1f}% on "
+                     f"all; keeps {kept:.1f}% of its help")
     for name, key in (("judge, training principles", "judge_train"), ("judge, held-out principles", "judge_held"),
                       ("judge without reasons", "judge_direct"), ("preference model", "pm")):
         if key in result:
@@ -45,14 +54,17 @@ def table(result: dict) -> str:
             lines.append(f"{name:34} {r['accuracy']['n']:5}  accuracy {percent(r['accuracy'])}, calibration error "
                          f"{r['calibration_error']:.3f}{bias}")
     for split in ("train", "held"):
+        if f"critic_{split}" not in result:
+            continue
         r = result[f"critic_{split}"]
-        lines.append(f"{'critique, ' + split + ' principles':34} {r['applies']['n']:5}  applies: breaks it {percent(r['applies'])}; "
+        name = f"critique, {'training' if split == 'train' else 'held-out'} principles"
+        lines.append(f"{name:34} {r['applies']['n']:5}  applies: breaks it {percent(r['applies'])}; "
                      f"does not apply: keeps it {percent(r['does_not_apply'])}")
     return "\n".join(lines) + "\n"
 
 
 def dialogues(samples: list[dict], number: int = 3) -> str:
-    """The first requests of three kinds: harmful and plain, harmful in a held-out family, ordinary; all stages' answers."""
+    """The first request of three kinds (harmful and plain, harmful in a held-out family, ordinary) and all answers."""
     wanted = [lambda s: s["split"] == "eval" and s["attack"] == "plain",
               lambda s: s["split"] == "eval" and s["attack"] == "authority",
               lambda s: s["split"] == "eval-twin" and s["attack"] == "urgency"]

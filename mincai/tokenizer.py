@@ -52,6 +52,8 @@ def from_ranks(ranks: dict[bytes, int]) -> Tokenizer:
 def load_tokenizer(folder) -> Tokenizer:
     """The vocabulary in `folder`/tokenizer.tiktoken (each line: base64 of the bytes, a space, the rank), or GPT-2's."""
     path = Path(folder) / FILE
+    if not Path(folder).is_dir():  # a mistyped path must not fetch a vocabulary
+        raise UserError(f"{folder}: no such folder; check the path, or run the stage that writes it")
     if not path.exists():
         try:
             return Tokenizer(tiktoken.get_encoding("gpt2"))
@@ -62,7 +64,7 @@ def load_tokenizer(folder) -> Tokenizer:
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             token, rank = line.split()
-            ranks[base64.b64decode(token)] = int(rank)
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError:
             raise UserError(f"{path}, line {number}: not a base64 token, a space and a rank") from None
     if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([b]) not in ranks for b in range(256)):
@@ -71,7 +73,7 @@ def load_tokenizer(folder) -> Tokenizer:
 
 
 def train_bpe(texts, n_ranks: int) -> dict[bytes, int]:
-    """Byte-pair merges learnt from texts (Sennrich et al. 2016): merge the most frequent neighbours, again and again."""
+    """Byte-pair merges learnt from texts (Sennrich et al. 2016): the most frequent neighbours merge, over and over."""
     chunks = Counter(piece for text in texts for piece in regex.findall(PATTERN, text))
     words = [([bytes([b]) for b in piece.encode()], count) for piece, count in sorted(chunks.items())]
     ranks = {bytes([b]): b for b in range(256)}

@@ -1,4 +1,4 @@
-"""What every test may use: a tiny random GPT, and one thread, so that results do not depend on the machine."""
+"""What every test may use: a tiny random GPT, and one thread, so that results depend less on the machine."""
 
 import pytest
 import torch
@@ -15,14 +15,14 @@ def tiny_config():
 
 @pytest.fixture
 def tiny_gpt(tiny_config):
-    """Fresh for each test, always the same weights, on a scale where attention and logits are far from uniform."""
+    """Fresh for each test, always the same weights, of a size that makes attention and logits uneven."""
     with torch.random.fork_rng():
         torch.manual_seed(1234)
         model = GPT(tiny_config)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() == 2:
-                    parameter.normal_(std=0.16)  # at 0.02 a wrong mask would hardly move the logits
+                    parameter.normal_(std=0.3)  # at 0.02 a wrong mask would hardly move the logits
                 else:
                     parameter.add_(0.1 * torch.randn_like(parameter))  # biases 0 and gains 1 hide mistakes
     return model
@@ -32,3 +32,13 @@ def tiny_gpt(tiny_config):
 def seeded():
     """A function: seed -> torch.Generator."""
     return lambda seed=0: torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory):
+    """A folder like data/tiny, for reading only: vocabulary, prompts, and a model that has learnt nothing."""
+    from mincai import pretrain  # here, so that a fault in one module does not stop the tests of the others
+    folder = tmp_path_factory.mktemp("tiny") / "base"
+    pretrain.main(pretrain.Config(out=str(folder), tokens=4 * 2 * 256, batch_size=2, n_layer=1, n_head=2,
+                                  n_embd=32, device="cpu", threads=1))
+    return folder

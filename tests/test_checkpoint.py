@@ -1,4 +1,4 @@
-"""Checkpoints: every bit comes back, other people's layouts are read, and every broken folder says what is wrong."""
+"""Checkpoints: every bit comes back, others' layouts are read, and a broken folder says what is wrong."""
 
 import json
 

@@ -132,7 +132,7 @@ def test_score_does_not_depend_on_padding_and_is_scaled_last(tiny_gpt):
 
 
 def test_fresh_residual_layers_start_smaller(tiny_config):
-    """By 1 / sqrt(number of residual layers) = 1/2 for two blocks, so that depth does not raise the variance."""
+    """By 1 / sqrt(number of residual layers), 1/2 for two blocks: depth must not raise the variance."""
     torch.manual_seed(0)
     for block in GPT(tiny_config).h:
         for small, usual in ((block.attn.c_proj, block.attn.c_attn), (block.mlp.c_proj, block.mlp.c_fc)):

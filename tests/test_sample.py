@@ -29,7 +29,7 @@ def counting_gpt():
             parameter.zero_()
         model.wte.weight.copy_(torch.eye(8))
         model.ln_f.weight.fill_(1.0)
-        # The MLP adds 3 * (the next token's embedding) - (this token's); its GELU is near the identity for large x
+        # The MLP sees one large and seven negative numbers: its GELU keeps the one, its output moves it on
         model.h[0].ln_2.weight.fill_(1.0)
         model.h[0].mlp.c_fc.weight[:8].copy_(20 * torch.eye(8))
         model.h[0].mlp.c_proj.weight[:, :8].copy_(torch.eye(8).roll(1, dims=0))
@@ -55,7 +55,7 @@ def test_sampled_frequencies_follow_the_softmax(seeded, temperature, top_k):
 
 
 def test_extreme_uniforms_give_possible_tokens():
-    """0 and the largest number below 1 must not pick a token of probability 0, nor one beyond the vocabulary."""
+    """0 and the largest number below 1 must pick no token of probability 0 and none beyond the last."""
     logits = torch.full((2, 50), -1e4)
     logits[:, 10:30] = torch.randn(20, generator=torch.Generator().manual_seed(0))
     ids, _ = pick(logits, torch.tensor([0.0, 1 - 2 ** -24]), 1.0, 0)
@@ -115,11 +115,11 @@ def test_dropping_stopped_rows_changes_no_row(tiny_gpt, seeded):
 
 
 def test_samples_share_the_prefill_and_equal_separate_runs(tiny_gpt, monkeypatch):
-    widths = []
-    forward = GPT.forward
-    monkeypatch.setattr(GPT, "forward", lambda self, ids, *rest: widths.append(ids.shape) or forward(self, ids, *rest))
+    shapes, forward = [], GPT.forward
+    monkeypatch.setattr(GPT, "forward", lambda self, ids, *rest: shapes.append(ids.shape) or
+                        forward(self, ids, *rest))
     together = generate(tiny_gpt, PROMPTS, 10, STOP, temperature=0.0, n=3).lists()
-    assert widths[0] == (3, 8) and all(width == 1 for _, width in widths[1:])  # each prompt is read once
+    assert shapes[0] == (3, 8) and all(T == 1 for _, T in shapes[1:])  # each prompt is read once
     for k, answer in enumerate(together):
         assert answer == generate(tiny_gpt, [PROMPTS[k // 3]], 10, STOP, temperature=0.0).lists()[0]
 

@@ -12,7 +12,7 @@ import torch
 import train_pm
 import train_ppo
 import train_sft
-from mincai import UserError, checkpoint, data
+from mincai import UserError, checkpoint, cli, data
 from mincai.constitution import dialogue
 from mincai.model import GPT, GPTConfig, ScalarModel
 from mincai.tokenizer import load_tokenizer
@@ -27,22 +27,22 @@ def base(tmp_path):
     """A checkpoint folder of random weights with a vocabulary of the 256 bytes and end-of-text."""
     torch.manual_seed(0)
     ranks = b"".join(base64.b64encode(bytes([b])) + b" %d\n" % b for b in range(256))
-    checkpoint.save(GPT(GPTConfig(vocab_size=257, block_size=64, n_layer=2, n_head=2, n_embd=32)), tmp_path / "base",
-                    extra={"tokenizer.tiktoken": ranks})
+    model = GPT(GPTConfig(vocab_size=257, block_size=64, n_layer=2, n_head=2, n_embd=32))
+    checkpoint.save(model, tmp_path / "base", extra={"tokenizer.tiktoken": ranks})
     return str(tmp_path / "base")
 
 
 @pytest.fixture
 def revisions(tmp_path):
-    rows = [{"id": f"p{i}", "prompt": f"q{i} ?", "original": "x", "revision": f"no {i} .", "kind": "harmful", "round": 1}
-            for i in range(10)]
+    rows = [{"id": f"p{i}", "prompt": f"q{i} ?", "original": "x", "revision": f"no {i} .", "kind": "harmful",
+             "round": 1} for i in range(10)]
     data.write_jsonl(tmp_path / "revisions.jsonl", rows)
     return str(tmp_path / "revisions.jsonl")
 
 
 @pytest.fixture
 def pairs(tmp_path):
-    """The planted rule: the judge likes the answer that holds a "y". One pair is too long, one has equal answers."""
+    """The planted rule: the judge likes an answer with a "y". One pair is too long, one has equal answers."""
     rows = []
     for i in range(40):
         a, b = list(b" ay") + [97 + i % 20, EOT], list(b" a") + [98 + i % 20, 97, EOT]
@@ -57,8 +57,8 @@ def pairs(tmp_path):
 
 @pytest.fixture
 def prompts(tmp_path):
-    rows = [{"id": f"p{i}", "prompt": f"q{i}", "kind": "harmful" if i % 2 else "benign", "category": "x", "attack": "",
-             "split": "loop" if i < 8 else "test"} for i in range(10)]
+    rows = [{"id": f"p{i}", "prompt": f"q{i}", "kind": "harmful" if i % 2 else "benign", "category": "x",
+             "attack": "", "split": "loop" if i < 8 else "test"} for i in range(10)]
     data.write_jsonl(tmp_path / "prompts.jsonl", rows)
     return str(tmp_path / "prompts.jsonl")
 
@@ -76,7 +76,8 @@ def planted_pm(folder, base):
 
 
 def ppo(base, pm, prompts, out, **more):
-    settings = dict(sft=base, pm=pm, prompts=prompts, out=str(out), updates=2, batch=8, max_new=4, micro_batch=4)
+    settings = dict(sft=base, pm=pm, prompts=prompts, out=str(out), updates=2, batch=8, max_new=4,
+                    micro_batch=4)
     return train_ppo.Config(**settings | QUIET | more)
 
 
@@ -88,21 +89,21 @@ def rows_of(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
-# --- fine-tuning ---------------------------------------------------------------------------------------------------
+# --- fine-tuning ------------------------------------------------------------------------------------------
 
 def test_sft_overfits_one_batch(base, revisions, tmp_path):
-    metrics = train_sft.main(sft(base, revisions, tmp_path / "sft", epochs=200, batch_size=16, holdout=0.0, lr=0.01))
+    metrics = train_sft.main(sft(base, revisions, tmp_path / "sft", epochs=80, batch_size=16, holdout=0.0,
+                                 lr=0.01))
     assert metrics["loss"] < 0.1 and metrics["held"] == 0
     model, tokenizer = checkpoint.load(tmp_path / "sft"), load_tokenizer(tmp_path / "sft")
     ids = tokenizer.encode(dialogue("q3 ?"))
-    for _ in range(7):  # the mask ends after end-of-text, so the model knows to stop
+    for _ in range(len(" no 3 .") + 1):
         ids.append(int(model.unembed(model(torch.tensor([ids])))[0, -1].argmax()))
-    assert tokenizer.decode(ids).endswith("Assistant: no 3 .") is False or True
-    assert ids[-1] == EOT or EOT in ids
+    assert tokenizer.decode(ids).endswith("Assistant: no 3 .") and ids[-1] == EOT  # it learned to stop
 
 
 def test_sft_trains_the_answer_and_its_end_only(base):
-    """Every target of a row is an answer token or end-of-text; revision_ids, where given, are taken as they are."""
+    """A row's targets are its answer and end-of-text; revision_ids, where given, are taken as they are."""
     tokenizer = load_tokenizer(base)
     rows = [{"prompt": "q", "revision": "ab"}, {"prompt": "q", "revision": "ab", "revision_ids": [7, 8, EOT]},
             {"prompt": "q" * 60, "revision": "ab"}]
@@ -112,25 +113,33 @@ def test_sft_trains_the_answer_and_its_end_only(base):
     assert targets[0][loss_mask[0]].tolist() == kept[0][2]
 
 
-def test_sft_accumulation_equals_the_big_batch(base, revisions, tmp_path):
-    """One divisor for the step: 2 x 5 rows and 1 x 10 rows give the same weights up to rounding."""
-    tensors = []
-    for name, batch_size, accumulate in (("a", 10, 1), ("b", 5, 2)):
-        train_sft.main(sft(base, revisions, tmp_path / name, batch_size=batch_size, accumulate=accumulate, holdout=0.0))
-        tensors.append(checkpoint.load(tmp_path / name).state_dict())
-    for key, value in tensors[0].items():
-        torch.testing.assert_close(value, tensors[1][key], rtol=1e-3, atol=1e-4)
+def test_sft_accumulation_equals_the_big_batch(base, tmp_path):
+    """One divisor for the step: a mean of the forward passes' means would weigh short answers more. Loss and
+    gradient are compared, not weights: Adam would hide a gradient that is only scaled."""
+    rows = [{"prompt": "q", "revision": "ab " * n} for n in range(1, 13)]
+    data.write_jsonl(tmp_path / "ragged.jsonl", rows)
+    steps = []
+    for batch_size, accumulate in ((12, 1), (4, 3)):
+        out = tmp_path / f"sft-{accumulate}"
+        train_sft.main(sft(base, str(tmp_path / "ragged.jsonl"), out, batch_size=batch_size,
+                           accumulate=accumulate, holdout=0.0))
+        steps.append(rows_of(out / "metrics.jsonl"))
+    (big,), (parts,) = steps
+    assert parts["tokens"] == big["tokens"]
+    assert parts["loss"] == pytest.approx(big["loss"], rel=1e-5)
+    assert parts["grad_norm"] == pytest.approx(big["grad_norm"], rel=1e-4)
 
 
 def test_sft_replays_its_share(base, revisions, tmp_path):
     data.write_jsonl(tmp_path / "documents.jsonl", [{"text": "the sky is blue . " * n} for n in range(1, 6)])
     plain = train_sft.main(sft(base, revisions, tmp_path / "plain", holdout=0.0))
-    mixed = train_sft.main(sft(base, revisions, tmp_path / "mixed", holdout=0.0, replay_share=0.5,
+    mixed = train_sft.main(sft(base, revisions, tmp_path / "mixed", holdout=0.0, replay_share=0.2,
                                replay=str(tmp_path / "documents.jsonl")))
     answers, both = (sum(row["tokens"] for row in rows_of(tmp_path / name / "metrics.jsonl"))
                      for name in ("plain", "mixed"))
     assert plain["steps"] == mixed["steps"]
-    assert abs((both - answers) / both - 0.5) < 0.15
+    # never less than the share, and over it by less than one piece (as long as the longest row)
+    assert 0.25 * answers <= both - answers < 0.25 * answers + len(dialogue("q0 ?") + " no 0 ." + "!")
 
 
 def test_sft_holds_prompts_out_whole():
@@ -139,10 +148,11 @@ def test_sft_holds_prompts_out_whole():
     assert len(held) == 10 and not {r[0] for r in train} & {r[0] for r in held}
 
 
-# --- preference model ----------------------------------------------------------------------------------------------
+# --- preference model -------------------------------------------------------------------------------------
 
 def test_pm_learns_the_planted_rule_and_is_normalised(base, pairs, tmp_path):
-    cfg = train_pm.Config(init=base, pairs=pairs, out=str(tmp_path / "pm"), epochs=30, lr=0.003, batch_size=16, **QUIET)
+    cfg = train_pm.Config(init=base, pairs=pairs, out=str(tmp_path / "pm"), epochs=30, lr=0.003,
+                          batch_size=16, **QUIET)
     metrics = train_pm.main(cfg)
     assert metrics["val_accuracy"] == 1.0 and metrics["too_long"] == 1 and metrics["equal"] == 1
     assert metrics["val_loss_floor"] == pytest.approx(0.3251, abs=1e-4)  # -0.9 ln 0.9 - 0.1 ln 0.1
@@ -151,7 +161,8 @@ def test_pm_learns_the_planted_rule_and_is_normalised(base, pairs, tmp_path):
     kept, _, _ = train_pm.read_pairs(pairs, tokenizer, 64)
     with torch.no_grad():  # each answer alone, unpadded
         scores = torch.stack([pm(torch.tensor([ids]))[0, -1] for p in kept for ids in (p.a, p.b)])
-    assert abs(float(scores.mean())) < 1e-4 and float(scores.std(unbiased=False)) == pytest.approx(1, abs=1e-4)
+    assert float(scores.mean()) == pytest.approx(0, abs=1e-4)
+    assert float(scores.std(unbiased=False)) == pytest.approx(1, abs=1e-4)
 
 
 def test_pm_score_does_not_depend_on_the_batch(base, pairs):
@@ -164,7 +175,7 @@ def test_pm_score_does_not_depend_on_the_batch(base, pairs):
 
 
 def test_calibration_error_by_hand():
-    """Bin 0.2-0.3: |0.25 - 0.5| on two pairs; bin 0.9-1: |0.95 - 1| on two pairs; mean 0.15. The top edge counts."""
+    """Bin 0.2-0.3: |0.25 - 0.5| on two pairs; bin 0.9-1, edge included: |0.95 - 1| on two; mean 0.15."""
     prob, label = torch.tensor([0.25, 0.25, 0.9, 1.0]), torch.tensor([0.0, 1.0, 1.0, 1.0])
     assert train_pm.calibration_error(prob, label) == pytest.approx(0.15, abs=1e-6)
 
@@ -175,19 +186,29 @@ def test_length_correlation_by_hand():
     assert train_pm.correlation(x, torch.ones(3)) == 0.0
 
 
-# --- reinforcement learning ----------------------------------------------------------------------------------------
+# --- reinforcement learning -------------------------------------------------------------------------------
 
 def test_ppo_runs_and_writes_what_it_says(base, prompts, tmp_path):
     pm = planted_pm(tmp_path / "pm", base)
     train_ppo.main(ppo(base, pm, prompts, tmp_path / "ppo", snapshots=1, critic_warmup=1, kl_target=1.0))
     rows = rows_of(tmp_path / "ppo" / "metrics.jsonl")
     assert len(rows) == 2 and rows[0]["kl"] == rows[0]["kl_k3"] == rows[0]["kl_exact"] == 0.0
-    assert all(row["first_ratio_error"] == row["first_approxkl"] == row["first_clipfrac"] == 0.0 for row in rows)
+    for row in rows:
+        assert row["first_ratio_error"] == row["first_approxkl"] == row["first_clipfrac"] == 0.0
     assert rows[1]["kl_exact"] == 0.0  # the first update was the critic's
     assert rows[1]["lr"] == pytest.approx(rows[0]["lr"] / 2) and rows[1]["beta"] < rows[0]["beta"]
     assert len(rows_of(tmp_path / "ppo" / "samples.jsonl")) == 3
     assert weights(tmp_path / "ppo") == weights(tmp_path / "ppo" / "snapshots" / "u002") != weights(base)
     assert not (tmp_path / "ppo.partial").exists()
+
+
+def test_ppo_warm_up_leaves_the_policy_and_moves_the_critic(base, prompts, tmp_path):
+    pm, values = planted_pm(tmp_path / "pm", base), []
+    for name, critic_lr in (("still", 0.0), ("moved", 0.01)):
+        train_ppo.main(ppo(base, pm, prompts, tmp_path / name, critic_warmup=2, critic_lr=critic_lr))
+        assert weights(tmp_path / name) == weights(base)
+        values.append([row["values_mean"] for row in rows_of(tmp_path / name / "metrics.jsonl")])
+    assert values[0][0] == values[1][0] and values[0][1] != values[1][1]
 
 
 def test_ppo_draws_only_the_loop_split_in_the_asked_share(base, prompts):
@@ -204,19 +225,21 @@ def test_ppo_draws_every_prompt_once_a_round():
     assert all(sorted(one) == list("abcd") for one in rounds) and len(set(map(tuple, rounds))) > 1
 
 
-@pytest.mark.parametrize("more", [dict(batch=9), dict(micro_batch=3), dict(updates=0), dict(benign_share=1.5)])
+@pytest.mark.parametrize("more", [dict(batch=9), dict(micro_batch=3), dict(updates=0),
+                                  dict(benign_share=1.5)])
 def test_ppo_refuses_settings_that_cannot_work(more):
     with pytest.raises(UserError):
         train_ppo.check(train_ppo.Config(**{"batch": 8, "micro_batch": 4, **more}))
 
 
-# --- all three -----------------------------------------------------------------------------------------------------
+# --- all three --------------------------------------------------------------------------------------------
 
 def test_same_seed_same_bits(base, revisions, pairs, prompts, tmp_path):
     pm = planted_pm(tmp_path / "start", base)
     for name in "ab":
         train_sft.main(sft(base, revisions, tmp_path / f"sft-{name}"))
-        train_pm.main(train_pm.Config(init=base, pairs=pairs, out=str(tmp_path / f"pm-{name}"), epochs=1, **QUIET))
+        train_pm.main(train_pm.Config(init=base, pairs=pairs, out=str(tmp_path / f"pm-{name}"), epochs=1,
+                                      **QUIET))
         train_ppo.main(ppo(base, pm, prompts, tmp_path / f"ppo-{name}", critic_warmup=0))
     for stage in ("sft", "pm", "ppo"):
         assert weights(tmp_path / f"{stage}-a") == weights(tmp_path / f"{stage}-b")
@@ -228,7 +251,8 @@ def test_done_work_is_skipped_and_other_settings_are_an_error(base, revisions, t
     out = tmp_path / "sft"
     train_sft.main(sft(base, revisions, out))
     before = weights(out)
-    assert train_sft.main(sft(base, revisions, out)) == {"skipped": True} and "already" in capsys.readouterr().out
+    assert train_sft.main(sft(base, revisions, out)) == {"skipped": True}
+    assert "already" in capsys.readouterr().out
     with pytest.raises(UserError, match="--lr"):
         train_sft.main(sft(base, revisions, out, lr=0.1))
     assert weights(out) == before
@@ -238,16 +262,15 @@ def test_done_work_is_skipped_and_other_settings_are_an_error(base, revisions, t
 
 @pytest.mark.parametrize("module", [train_sft, train_pm, train_ppo])
 def test_flags_are_read_and_misspelt_ones_refused(module):
-    from mincai import cli
     with pytest.raises(SystemExit) as stop:
         cli.parse(module.Config, ["--learning-rte", "1"])
     assert stop.value.code == 2
     source = Path(module.__file__).read_text()
-    for field in module.Config.__dataclass_fields__:
-        assert f"cfg.{field}" in source or f'"{field}"' in source.split("def check")[-1] or field in ("seed", "again")
+    assert [name for name in module.Config.__dataclass_fields__ if f"cfg.{name}" not in source] == []
 
 
 def test_an_error_is_one_line(tmp_path):
-    ran = subprocess.run([sys.executable, str(ROOT / "train_sft.py"), "--base", str(tmp_path / "nothing"), "--out",
-                          str(tmp_path / "out")], capture_output=True, text=True, cwd=ROOT)
-    assert ran.returncode == 2 and ran.stderr.startswith("mincai: error:") and len(ran.stderr.splitlines()) == 1
+    ran = subprocess.run([sys.executable, "train_sft.py", "--base", str(tmp_path / "nothing"),
+                          "--out", str(tmp_path / "out")], capture_output=True, text=True, cwd=ROOT)
+    assert ran.returncode == 2
+    assert ran.stderr.startswith("mincai: error:") and len(ran.stderr.splitlines()) == 1
