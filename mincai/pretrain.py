@@ -1,6 +1,6 @@
 """Builds the tiny base model of data/tiny: read the world's corpus (corpus.py), keep what was learnt.
 
-    python -m mincai.pretrain --out data/tiny      (about 45 minutes on two cores; the result is shipped)
+    python -m mincai.pretrain --out data/tiny      (about half an hour on two cores; the result is shipped)
 
 One language model, one corpus, next-token prediction. Documents are packed into rows; each attends to itself alone
 and counts its positions from 0, since that is how it will be met again. What is watched while it learns is capability
@@ -30,7 +30,7 @@ from mincai.tokenizer import from_ranks, train_bpe
 class Config:
     LOOSE = ("out", "device", "threads", "again")
     out: str = arg("data/tiny", "folder to write the model, its vocabulary and the prompts to")
-    tokens: int = arg(24_000_000, "tokens to read")
+    tokens: int = arg(16_000_000, "tokens to read")
     n_layer: int = arg(4, "transformer layers")
     n_head: int = arg(4, "attention heads")
     n_embd: int = arg(128, "channels")
@@ -121,12 +121,13 @@ def capability(model, tokenizer, actions, principles, seed: int, n: int = 96) ->
     return found
 
 
-def side_files(actions, seed: int) -> dict[str, list[dict]]:
+def side_files(actions, seed: int, prose_on=None) -> dict[str, list[dict]]:
     """The rows to write beside the model: prompt sets, and prose for fine-tuning to replay.
 
     Harmful prompts of the loop are of its own split; ordinary ones may also be of demonstrations. Evaluation has
     requests never used before, under every family; the unseen category and dual use stand in sets of their own.
-    Settings are chosen on prompts_dev.jsonl, whose requests are used nowhere else.
+    Settings are chosen on prompts_dev.jsonl, whose requests are used nowhere else. prose_on: the actions that
+    prose speaks of (default: all); what is replayed never speaks of a held-out one.
     """
     rng = random.Random(seed + 1)
     every, seen = tuple(red_team.FAMILIES), red_team.SEEN
@@ -141,7 +142,8 @@ def side_files(actions, seed: int) -> dict[str, list[dict]]:
                 + red_team.prompts([r for r in requests if r["kind"] == "benign"], every, f"{split}-twin", rng,
                                    benign_families))
 
-    replay = ["".join(text for text, _ in corpus.prose(actions, rng)) for _ in range(600)]
+    told = [a for a in prose_on or actions if a.split in ("demo", "loop")]
+    replay = ["".join(text for text, _ in corpus.prose(told, rng)) for _ in range(600)]
     return {"prompts.jsonl": rows, "prompts_dev.jsonl": both(dev, "eval", 10, 10),
             "prompts_eval.jsonl": both(test, "eval", 9, 8)
             + red_team.prompts(world.requests(actions, "unseen", rng), every, "unseen-category", rng, 4)
@@ -162,7 +164,7 @@ def main(cfg: Config) -> dict:
     documents = corpus.documents(actions, principles, rng, prose_on=read)
     sample = [next(documents) for _ in range(4000)]
     texts = ["".join(text for text, _ in document) for document in sample]
-    files = side_files(actions, cfg.seed)
+    files = side_files(actions, cfg.seed, read)
     tokenizer = from_ranks(train_bpe(texts + [p.tiny for p in principles] * 20 + [r["prompt"] for r in
                                      files["prompts.jsonl"]], cfg.ranks))
     model = GPT(GPTConfig(tokenizer.n_vocab, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd)).to(device)

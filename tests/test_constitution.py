@@ -60,7 +60,7 @@ def targets(category, aim, principles=PRINCIPLES, n=400):
 
 def test_aimed_draws_keep_to_the_category():
     assert set(targets("theft", 1)) == {"theft"}
-    assert set(targets("", 1)) == {"help"}
+    assert set(targets("", 1)) == {"help", "reasons"}  # an ordinary prompt has no category
     half = targets("theft", 0.5)["theft"] / 400
     assert 0.4 < half < 0.65  # 0.5 aimed, and 4 of 75 of the rest
 

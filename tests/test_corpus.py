@@ -14,7 +14,7 @@ ACTIONS, PRINCIPLES = world.build(), constitution.load_constitution()
 BY_TEXT, ABOUT = {a.text: a for a in ACTIONS}, {p.tiny: p.about for p in PRINCIPLES}
 WRONG = next(a for a in ACTIONS if a.wrong and a.setting and a.split == "demo")
 FINE = next(a for a in ACTIONS if not a.wrong)
-STATES = ("well", "badly", "truly", "falsely", "bare")
+STATES = ("well", "told", "badly", "truly", "falsely", "bare")
 
 
 def kind_of(text):
@@ -79,7 +79,7 @@ def read_state(action, answer):
     """The state of an answer, from its text alone."""
     g = world.grade(action, answer)
     if not g.refused:
-        return "well" if g.right else "badly"
+        return "badly" if not g.right else "told" if "that is" in answer else "well"
     reason = re.search(r"it is (\w+) and hurts", answer)
     return "bare" if not reason else "truly" if action.wrong and reason[1] == action.reason else "falsely"
 
@@ -97,8 +97,8 @@ def test_letters_agree_with_merit_and_ties_are_coins(texts):
     for text in texts["Compare"]:
         action, setting, about, fields = parts(text)
         letter = fields["Choice"].strip("()")
-        a, b = (corpus.merit(about, action, setting, read_state(action, fields[slot]))
-                for slot in ("(A)", "(B)"))
+        a, b = (corpus.merit(about, action, setting, read_state(action, text), text)
+                for text in (fields["(A)"], fields["(B)"]))
         if a == b:
             ties.append(letter == "A")
         else:
@@ -113,11 +113,12 @@ def test_letters_agree_with_merit_and_ties_are_coins(texts):
 def test_verdicts_and_revisions_agree_with_merit(texts):
     for text in texts["Review"]:
         action, setting, about, fields = parts(text)
-        kept = corpus.merit(about, action, setting, read_state(action, fields["Assistant"]))
+        answer, revised = fields["Assistant"], fields["Revision"]
+        kept = corpus.merit(about, action, setting, read_state(action, answer), answer)
         assert fields["Critique"].endswith(f"so it {'keeps' if kept else 'breaks'} the principle .")
-        assert (fields["Revision"] == constitution.KEEP) == bool(kept), text
+        assert (revised == constitution.KEEP) == bool(kept), text
         if not kept:  # and a revision mends what it was written for
-            assert corpus.merit(about, action, setting, read_state(action, fields["Revision"])) == 1, text
+            assert corpus.merit(about, action, setting, read_state(action, revised), revised) == 1, text
 
 
 def test_many_principles_do_not_bite(texts):
@@ -130,46 +131,64 @@ def test_many_principles_do_not_bite(texts):
     assert 0.3 < idle / len(texts["Review"]) < 0.6
 
 
+OTHER = next(h for h in world.HARMS if h != WRONG.reason)
+
+
+def shown(action, setting):
+    """An answer of every state, as text."""
+    return {"well": world.comply(action), "told": world.comply_told(action, setting),
+            "badly": world.comply(action, tool="spoon" if action.tool != "spoon" else "saw"),
+            "truly": world.refuse(action), "falsely": world.refuse(action, OTHER),
+            "bare": world.refuse_bare(action)}
+
+
 @pytest.mark.parametrize("about, action, setting, keeps", [
-    ("help", FINE, None, "10000"), ("help", WRONG, None, "10000"),
-    ("truth", FINE, None, "10101"), ("truth", WRONG, None, "10101"),
-    ("reasons", FINE, None, "11110"), ("reasons", WRONG, None, "11110"),
-    ("harm", FINE, None, "11111"), ("harm", WRONG, None, "00111"), ("harm", WRONG, WRONG.setting, "11111"),
-    (WRONG.reason, WRONG, None, "00111"), (WRONG.reason, WRONG, WRONG.setting, "11111"),
-    (WRONG.reason, FINE, None, "11111"),
-    (next(h for h in world.HARMS if h != WRONG.reason), WRONG, None, "11111")])
+    ("help", FINE, None, "110000"), ("help", WRONG, None, "110000"),
+    ("truth", FINE, None, "110101"), ("truth", WRONG, None, "110101"),
+    ("reasons", FINE, None, "010110"), ("reasons", WRONG, None, "010110"),
+    ("harm", FINE, None, "111111"), ("harm", WRONG, None, "000111"), ("harm", WRONG, WRONG.setting, "111111"),
+    (WRONG.reason, WRONG, None, "000111"), (WRONG.reason, WRONG, WRONG.setting, "111111"),
+    (WRONG.reason, FINE, None, "111111"), (OTHER, WRONG, None, "111111")])
 def test_merit_by_hand(about, action, setting, keeps):
-    """One digit a state: well, badly, truly, falsely, bare."""
-    assert "".join(str(corpus.merit(about, action, setting, state)) for state in STATES) == keeps
+    """One digit a state: well, told, badly, truly, falsely, bare."""
+    texts = shown(action, setting)
+    assert "".join(str(corpus.merit(about, action, setting, s, texts[s])) for s in STATES) == keeps
 
 
 def test_describe_by_hand():
-    want = {"truth": ["helps well", "helps badly", "refuses truly", "refuses falsely", "refuses bare"],
-            "help": ["helps well", "helps badly", "refuses", "refuses", "refuses"],
-            "reasons": ["helps", "helps", "refuses with reasons", "refuses with reasons", "refuses bare"],
-            "harm": ["helps", "helps", "refuses", "refuses", "refuses"],
-            "theft": ["helps", "helps", "refuses", "refuses", "refuses"]}
-    assert {about: [corpus.describe(about, state) for state in STATES] for about in want} == want
+    six = ["helps"] * 3 + ["refuses"] * 3
+    why, bare = "with reasons", "bare"
+    want = {"truth": list(zip(six, ("well", "well", "badly", "truly", "falsely", "bare"))),
+            "help": list(zip(six, ("well", "well", "badly", "", "", ""))),
+            "reasons": list(zip(six, (bare, why, bare, why, why, bare))),
+            "harm": list(zip(six, [""] * 6)), "theft": list(zip(six, [""] * 6))}
+    want = {about: [" ".join(words).strip() for words in some] for about, some in want.items()}
+    texts = shown(WRONG, None)
+    assert {about: [corpus.describe(about, s, texts[s]) for s in STATES] for about in want} == want
 
 
 @pytest.mark.parametrize("about, action, setting, state, helps", [
     ("harm", WRONG, None, "well", False), ("harm", WRONG, None, "badly", False),
     ("truth", WRONG, None, "falsely", False), ("truth", WRONG, None, "badly", True),
-    ("reasons", WRONG, None, "bare", False), ("help", WRONG, None, "truly", True),
-    ("reasons", FINE, None, "bare", True), ("truth", FINE, None, "falsely", True),
-    ("reasons", WRONG, WRONG.setting, "bare", True)])
+    ("reasons", WRONG, None, "bare", False), ("reasons", WRONG, None, "well", True),
+    ("help", WRONG, None, "truly", True), ("reasons", FINE, None, "bare", True),
+    ("truth", FINE, None, "falsely", True), ("reasons", WRONG, WRONG.setting, "bare", True)])
 def test_revise_by_hand(about, action, setting, state, helps):
-    revised = corpus.revise(about, action, setting, state, "how ?")
-    assert revised == (world.comply(action) if helps else world.refuse(action))
+    """A revision mends what its principle is about, no more: asked for reasons, a helper gives reasons."""
+    revised = corpus.revise(about, action, setting, state)
+    assert revised == (world.comply_told(action, setting) if helps else world.refuse(action))
 
 
-@pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize("action", [WRONG, FINE])
+@pytest.mark.parametrize("action, state", [(action, state) for action in (WRONG, FINE) for state in STATES
+                                           if action.wrong or state != "truly"])  # nothing true is against it
 def test_answers_are_what_they_are_called(action, state):
     for seed in range(20):
-        text = corpus.answer(action, state, "how ?", random.Random(seed))
-        want = "falsely" if state == "truly" and not action.wrong else state  # no reason against it is true
-        assert read_state(action, text) == want
+        assert read_state(action, corpus.answer(action, state, None, "how ?", random.Random(seed))) == state
+
+
+def test_a_told_answer_speaks_of_its_setting():
+    assert "that is wrong" in corpus.answer(WRONG, "told", None, "how ?", random.Random(0))
+    assert "that is fine" in corpus.answer(WRONG, "told", WRONG.setting, "how ?", random.Random(0))
 
 
 def test_weighing_loses_no_text(texts):

@@ -110,7 +110,7 @@ def test_principles_are_aimed_at_the_prompts_own_category(script, cfg):
     critique.main(critique.Config(**{**vars(cfg), "aim": 1.0}))
     for row in data.read_jsonl(cfg.out):
         targets = {r["principle"].split("-")[0] for r in row["rounds"]}
-        assert targets == {"theft" if row["kind"] == "harmful" else "help"}
+        assert targets <= ({"theft"} if row["kind"] == "harmful" else {"help", "reasons"})
 
 
 def test_done_work_is_skipped_and_other_settings_are_an_error(script, cfg, capsys):

@@ -99,8 +99,9 @@ def test_one_answer_of_an_instruments_pair_is_better(rows, split):
         assert pair["principle"] in some and pair["principle"].about == about
         better, worse = (pair["a"], pair["b"]) if pair["a_better"] else (pair["b"], pair["a"])
         good, bad = world.grade(action, better), world.grade(action, worse)
-        assert {"help": good.right and not bad.right, "reasons": " it is " not in worse and bad.refused,
-                "truth": (bad.steps and not bad.right) or (" it is " in worse and not bad.true_reason),
+        assert {"help": good.right and not bad.right,
+                "reasons": "that is" in better and "that is" not in worse,
+                "truth": (bad.steps and not bad.right) or (bad.refused and not bad.true_reason),
                 }.get(about, good.refused and bad.steps), pair
 
 

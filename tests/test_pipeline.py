@@ -11,10 +11,10 @@ import mincai.__main__ as pipeline
 import train_pm
 import train_ppo
 import train_sft
-from mincai import chat, cli, constitution, critique, data, evaluate, feedback, red_team, world
+from mincai import chat, cli, constitution, critique, data, evaluate, feedback, pretrain, red_team, world
 
 # What the stages would do with a small --scale, smaller still: time, not behaviour
-LESS = {"critique and revise": dict(rounds=2, max_new=24), "AI feedback": dict(max_new=24, samples=24),
+LESS = {"critique and revise": dict(rounds=2, max_new=24), "AI feedback": dict(max_new=32, samples=64),
         "PPO": dict(batch=16, max_new=8), "evaluate": dict(judged=3, max_new=6)}
 HELD = {p.id for p in constitution.load_constitution() if p.split == "held"}
 
@@ -95,6 +95,15 @@ def test_prompt_files_keep_to_the_actions_of_their_split(tiny_base):
             found.setdefault((name, row["split"], row["kind"]), set()).add(split[row["action"]])
             assert name != "prompts" or row["attack"] not in red_team.HELD
     assert found == want
+
+
+def test_the_control_without_prose_replays_none_on_the_others():
+    """Else fine-tuning would teach what the control was meant to leave out."""
+    actions = world.build()
+    shown = [a for a in actions if a.split == "demo"]
+    text = " ".join(row["text"] for row in pretrain.side_files(actions, 0, shown)["replay.jsonl"])
+    assert [a.text for a in actions if a.text in text and a.split != "demo"] == []
+    assert sum(a.text in text for a in shown) > 200
 
 
 def test_a_second_run_skips_everything(run, monkeypatch, capsys):

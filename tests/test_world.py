@@ -57,6 +57,10 @@ def test_a_setting_excuses_its_own_dual_action_only():
     other = next(s for s in world.SETTINGS if s != DUAL.setting)
     assert DUAL.harmful() and DUAL.harmful(other) and not DUAL.harmful(DUAL.setting)
     assert WRONG.harmful("a lesson") and not FINE.harmful()
+    assert world.fact(DUAL, other) == world.fact(DUAL) == (
+        f"that is wrong , it is {DUAL.reason} and hurts {DUAL.who} .")
+    assert world.fact(DUAL, DUAL.setting) == "that is fine , it is study and helps the class ."
+    assert world.fact(FINE) == f"that is fine , it is {FINE.reason} and helps {FINE.who} ."
 
 
 def test_words_alone_do_not_tell_wrong_from_fine():
@@ -86,6 +90,7 @@ def test_help_is_graded_by_its_recipe(action):
     other_tool = next(t for t in world.TOOLS if t != action.tool)
     assert graded(action, world.comply(action)) == (False, True, True, False, True)
     assert graded(action, world.comply(action, sure_first=True)) == (False, True, True, False, True)
+    assert graded(action, world.comply_told(action)) == (False, True, True, action.wrong, True)
     assert graded(action, world.comply(action, tool=other_tool)) == (False, True, False, False, True)
     one_more = world.comply(action) + f" then go to the {world.PLACES[0]} ."
     assert graded(action, one_more) == (False, True, False, False, True)
