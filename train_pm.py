@@ -39,13 +39,14 @@ class Config:
     init: str = arg("runs/tiny/sft", "checkpoint folder of the fine-tuned model, whose answers are compared")
     pairs: str = arg("runs/tiny/comparisons.jsonl", "file of judged pairs of answers")
     out: str = arg("runs/tiny/pm", "folder to write the preference model to")
-    epochs: int = arg(2, "how often every pair is seen")
-    lr: float = arg(3e-4, "learning rate of AdamW, falling in a line to 0")
-    batch_size: int = arg(32, "pairs in one optimiser step")
+    epochs: int = arg(4, "how often every pair is seen")
+    lr: float = arg(1e-3, "learning rate of AdamW, falling in a line to 0")
+    batch_size: int = arg(16, "pairs in one optimiser step")
     clamp: float = arg(0.0, "keep labels within clamp and 1 - clamp, e.g. 0.4 for a too sure judge; 0: off")
     hard: bool = arg(False, "round the labels to 0 and 1 (the paper found this much worse)")
     weight_decay: float = arg(0.01, "AdamW's weight decay")
     clip: float = arg(1.0, "largest norm of the gradient")
+    freeze: int = arg(2, "blocks from the bottom, embeddings with them, that stay as they are; 0 trains all")
     holdout: float = arg(0.1, "part of the prompts kept out of training to measure on")
     seed: int = arg(0, "of the head, of the order of pairs and of the held-out prompts")
     device: str = arg("auto", "auto, cpu or cuda")
@@ -182,7 +183,11 @@ def main(cfg: Config) -> dict:
     steps = cfg.epochs * math.ceil(len(train) / cfg.batch_size)
     print(f"train_pm: {len(train)} pairs to train on, {len(held)} held out, {too_long} too long, {equal} "
           f"with equal answers; {steps} steps on {device}")
-    optimizer = torch.optim.AdamW(pm.parameters(), cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
+    if cfg.freeze:  # what the model knows sits low; with few pairs, learning to read it beats learning it anew
+        for part in (pm.gpt.wte, pm.gpt.wpe, *pm.gpt.h[:cfg.freeze]):
+            part.requires_grad_(False)
+    learning = [p for p in pm.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learning, cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
     log = []
 
     # --- the loop ---

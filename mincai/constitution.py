@@ -80,17 +80,14 @@ def select(principles, only: str = "", without: str = "", split: str = "train") 
     return kept
 
 
-ORDINARY = ("help", "reasons")  # what an ordinary prompt's answers are aimed at
-
-
-def draw(principles, category: str, aim: float, rng: random.Random) -> Principle:
-    """One principle at random. With probability `aim` from those written about this prompt's category (for an
-    ordinary prompt: about help and about giving reasons), else from all of them by weight.
+def draw(principles, targets: tuple[str, ...], aim: float, rng: random.Random) -> Principle:
+    """One principle at random. With probability `aim` from those written about one of `targets` (a prompt's own
+    harm category, or what an ordinary answer should be), else from all of them by weight.
 
     A red team is sorted by category; aiming is how a constitution of 75 principles is brought to bear in a few
     rounds on a prompt that only some of them speak of. Whether the principle applies, the model decides.
     """
-    near = [p for p in principles if p.target in ((category,) if category else ORDINARY)]
+    near = [p for p in principles if p.target in targets]
     pool = near if near and rng.random() < aim else principles
     return rng.choices(pool, [p.weight for p in pool])[0]
 

@@ -20,7 +20,8 @@ from mincai.world import GOODS, HARMS, UNSEEN, Action
 GIVEN, OWN, FACT, LETTER = 0.1, 0.5, 3.0, 5.0
 FACTS = re.compile("|".join((
     r"(?:(?<=you want to)|(?<=human wants to)) \w+ a \w+", r"(?<=\bis) (?:wrong|fine)\b(?: , it is \w+)?",
-    r"(?<=helps) (?:well|badly)", r"(?<=refuses) (?:truly|falsely|bare)", r"(?<=take the) \w+", r"(?<=to the) \w+",
+    r"(?<=helps) (?:well|badly)", r" (?:yes|no)\b", r"(?<=refuses) (?:truly|falsely|bare)",
+    r"(?<=take the) \w+", r"(?<=to the) \w+",
     r"(?<=way is the) \w+ and the \w+", r"(?<= make) \w+", r"(?<=from the end is) \w+")))
 Document = list[tuple[str, float]]
 ENCODED = ("spelled", "combined", "spelled", "backwards", "backwards")  # harder to read, so met more often
@@ -118,13 +119,25 @@ def answer(action: Action, state: str, setting: str | None, prompt: str, rng: ra
 HELPS = ("well", "told", "badly")
 
 
-def describe(about: str, state: str, shown: str) -> str:
-    """What critique and judge say of an answer (shown: its text): only what the principle looks at."""
-    if about == "truth":
-        return {"well": "helps well", "told": "helps well", "badly": "helps badly"}.get(state, f"refuses {state}")
-    if about == "help":
-        return "refuses" if state not in HELPS else "helps badly" if state == "badly" else "helps well"
+def describe(about: str, action: Action, state: str, shown: str) -> str:
+    """What critique and judge say of an answer (shown: its text): only what the principle looks at.
+
+    Where it matters whether a claim is right, the claim is quoted and checked word by word before the verdict: a
+    small model compares one word with one word, not two sentences at once.
+    """
+    def checked(words, right):
+        return " and ".join(f"the {w} {'yes' if w == r else 'no'}" for w, r in zip(words, right))
+
     word = "helps" if state in HELPS else "refuses"
+    if about in ("help", "truth") and state in HELPS:
+        steps = re.search(r"take the (\w+) \. then go to the (\w+)", shown).groups()
+        quality = "badly" if state == "badly" else "well"
+        return f"says {checked(steps, (action.tool, action.place))} , helps {quality}"
+    if about == "truth" and state != "bare":
+        reason = re.search(r"that is wrong , it is (\w+)", shown)[1]
+        return f"says {checked([reason], [action.reason])} , refuses {state}"
+    if about == "truth":
+        return "refuses bare"
     if about == "reasons":
         return word + (" with reasons" if "that is" in shown else " bare")
     return word
@@ -178,7 +191,7 @@ def review(actions: list[Action], principles, rng: random.Random) -> Document:
     state = rng.choices(list(states), states.values())[0]
     shown = answer(action, state, setting, prompt, rng)
     kept = merit(about, action, setting, state, shown)
-    critique = f"{_analysis(principle, action, setting)} the answer {describe(about, state, shown)} . so it"
+    critique = f"{_analysis(principle, action, setting)} the answer {describe(about, action, state, shown)} . so it"
     revised = constitution.KEEP if kept else revise(about, action, setting, state)
     head = constitution.review(constitution.dialogue(prompt, setting), shown, principle.tiny)
     return [(head, GIVEN), *weigh(" " + critique), (" keeps" if kept else " breaks", LETTER),
@@ -203,13 +216,13 @@ def comparison(actions: list[Action], principles, rng: random.Random, with_reaso
     if rng.random() >= with_reasons:
         return [(head + "Choice: (", GIVEN), (letter, LETTER), (")", OWN)]
     prefers = "none" if merits[0] == merits[1] else f"({letter})"
-    text = (f" {_analysis(principle, action, setting)} (A) {describe(about, a, shown[0])} . (B) "
-            f"{describe(about, b, shown[1])} . the principle prefers")
+    text = (f" {_analysis(principle, action, setting)} (A) {describe(about, action, a, shown[0])} . (B) "
+            f"{describe(about, action, b, shown[1])} . the principle prefers")
     return [(constitution.reasons(head), GIVEN), *weigh(text), (f" {prefers}", LETTER),
             (" .\nChoice: (", OWN), (letter, LETTER), (")", OWN)]
 
 
-SHARES = {"prose": 0.32, "dialogue": 0.36, "review": 0.17, "comparison": 0.15}  # of documents; tokens are more even
+SHARES = {"prose": 0.31, "dialogue": 0.34, "review": 0.17, "comparison": 0.18}  # of documents; tokens are more even
 
 
 def documents(actions: list[Action], principles, rng: random.Random, prose_on=None):

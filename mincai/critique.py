@@ -22,6 +22,9 @@ from mincai.sample import generate_batched
 from mincai.tokenizer import load_tokenizer
 
 
+ORDINARY = ("help", "reasons")  # what an answer without a harm category is aimed at: it should help, and say why
+
+
 @dataclass(frozen=True)
 class Config:
     LOOSE = ("out", "device", "threads", "again", "batch_size")
@@ -30,13 +33,13 @@ class Config:
     constitution: str = arg(str(constitution.PATH), "the principles")
     only: str = arg("", "use these principle ids or targets only, commas between")
     without: str = arg("", "leave out these principle ids or targets")
-    aim: float = arg(0.6, "share of draws from principles about the prompt's own category (help, if it has none)")
+    aim: float = arg(0.6, "share of draws from principles on the prompt's own category (on help and reasons, if none)")
     harmful: int = arg(320, "adversarial prompts, the attack families in turn; 0 for all")
     helpful: int = arg(320, "ordinary prompts; 0 for all")
     responses: int = arg(2, "answers sampled to each adversarial prompt, at temperature 1")
     rounds: int = arg(4, "critiques and revisions of each answer, each under its own principle")
     temperature: float = arg(0.3, "of critiques and revisions; copying suffers at 1")
-    max_new: int = arg(80, "tokens of a critique or an answer at most")
+    max_new: int = arg(104, "tokens of a critique or an answer at most")
     out: str = arg("runs/tiny/revisions.jsonl", "JSONL to write")
     seed: int = arg(0, "seed of the draws and samples")
     batch_size: int = arg(128, "rows sampled together")
@@ -71,7 +74,8 @@ def critique_rounds(model, tokenizer, items, principles, cfg, rng, generator) ->
     for item in items:
         item["revision"], item["rounds"] = item["original"], []
     for number in range(cfg.rounds):
-        drawn = [constitution.draw(principles, item["category"], cfg.aim, rng) for item in items]
+        drawn = [constitution.draw(principles, (item["category"],) if item["category"] else ORDINARY, cfg.aim, rng)
+                 for item in items]
         reviews = [constitution.review(item["conversation"], item["revision"], p.tiny) for item, p in zip(items, drawn)]
         critiques = write(reviews, f"round {number + 1}: critiques")
         texts = [constitution.clean(tokenizer.decode(c)) for c in critiques]

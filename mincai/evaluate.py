@@ -38,7 +38,7 @@ class Config:
     constitution: str = arg(str(constitution.PATH), "the principles")
     temperature: float = arg(1.0, "of the answers; 0 is greedy")
     judged: int = arg(240, "pairs for each of the judge's and critic's measurements")
-    max_new: int = arg(80, "tokens of an answer at most")
+    max_new: int = arg(104, "tokens of an answer at most")
     world: int = arg(0, "seed of the world that the base model read about")
     seed: int = arg(0, "seed of the samples")
     batch_size: int = arg(128, "rows sampled together")

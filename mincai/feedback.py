@@ -2,7 +2,7 @@
 
     python -m mincai.feedback --model runs/tiny/sft --out runs/tiny/comparisons.jsonl
 
-The SFT model answers each prompt 16 times at temperature 1. Pairs of different answers go to the judge, the
+The SFT model answers each prompt 16 times. Pairs of different answers go to the judge, the
 pretrained model, with one principle drawn for each pair: it describes both answers, then chooses, and its log-probs of
 "A" and "B" are the label (Bai et al. 2022, section 4.1). Both orders are judged and averaged, because small judges
 prefer a slot (Lee et al. 2023, 2309.00267). A judge is any function (conversations, a, b, principles) -> Verdicts.
@@ -22,6 +22,9 @@ from mincai.sample import generate_batched, next_logp
 from mincai.tokenizer import load_tokenizer
 
 
+ORDINARY = ("help", "truth")  # what answers without a harm category are judged by: is it helpful, is it true
+
+
 @dataclass(frozen=True)
 class Config:
     LOOSE = ("out", "device", "threads", "again", "batch_size")
@@ -31,15 +34,17 @@ class Config:
     constitution: str = arg(str(constitution.PATH), "the principles")
     only: str = arg("", "use these principle ids or targets only, commas between")
     without: str = arg("", "leave out these principle ids or targets")
-    aim: float = arg(0.6, "share of draws from principles about the prompt's own category (help, if it has none)")
-    harmful: int = arg(200, "adversarial prompts, the attack families in turn; 0 for all")
-    helpful: int = arg(200, "ordinary prompts; 0 for all")
-    samples: int = arg(16, "answers of the model to each prompt, at temperature 1")
+    aim: float = arg(0.8, "share of draws from principles on the prompt's own category (on help and truth, if none)")
+    harmful: int = arg(160, "adversarial prompts, the attack families in turn; 0 for all")
+    helpful: int = arg(240, "ordinary prompts; 0 for all")
+    samples: int = arg(16, "answers of the model to each prompt")
+    temperature: float = arg(2.0, "of these answers; a nearly certain model needs more than 1 to differ from itself")
+    top_k: int = arg(5, "each token is one of the k likeliest; keeps hot samples readable, 0 for all")
     base_samples: int = arg(2, "answers of the judge's own model beside them, so that pairs differ; 0 for none")
-    pairs: int = arg(3, "pairs of different answers kept of each prompt at most; 0 for all")
+    pairs: int = arg(6, "pairs of different answers kept of each prompt at most; 0 for all")
     reasons: bool = arg(True, "the judge describes both answers before it chooses")
     clamp: float = arg(0.0, "keep labels within [clamp, 1 - clamp]; the paper's 40-60%% is 0.4")
-    max_new: int = arg(80, "tokens of an answer or of the judge's reasons at most")
+    max_new: int = arg(104, "tokens of an answer or of the judge's reasons at most")
     out: str = arg("runs/tiny/comparisons.jsonl", "JSONL to write")
     seed: int = arg(0, "seed of the draws and samples")
     batch_size: int = arg(128, "rows sampled together")
@@ -119,13 +124,15 @@ def main(cfg: Config) -> dict:
     answers = [[] for _ in rows]
     for source, sampler, n in (("sft", model, cfg.samples), ("base", judging, cfg.base_samples)):
         if n:
-            found = generate_batched(sampler, prompts, cfg.max_new, stop, cfg.batch_size, n=n, generator=generator,
-                                     desc=f"answers of {source}")
+            heat = (cfg.temperature, cfg.top_k) if source == "sft" else (1.0, 0)
+            found = generate_batched(sampler, prompts, cfg.max_new, stop, cfg.batch_size, *heat, generator=generator,
+                                     n=n, desc=f"answers of {source}")
             for i, ids in enumerate(found):
                 if ids[-1] == tokenizer.eot and len(ids) > 1:  # an answer that never ends is no candidate
                     answers[i // n].append((tuple(ids), source))
     pairs = [(i, *pair) for i, some in enumerate(answers) for pair in make_pairs(some, cfg.pairs, rng)]
-    drawn = [constitution.draw(principles, rows[i].get("category", ""), cfg.aim, rng) for i, _, _ in pairs]
+    targets = [(row["category"],) if row.get("category") else ORDINARY for row in rows]
+    drawn = [constitution.draw(principles, targets[i], cfg.aim, rng) for i, _, _ in pairs]
     texts = [[constitution.clean(tokenizer.decode(side[0])) for side in pair[1:]] for pair in pairs]
     heads = [constitution.compare(conversations[i], *t, p.tiny) for (i, _, _), t, p in zip(pairs, texts, drawn)]
     needed = [len(tokenizer.encode(constitution.choice(head, ""))) + cfg.max_new for head in heads]

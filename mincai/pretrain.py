@@ -107,7 +107,7 @@ def capability(model, tokenizer, actions, principles, seed: int, n: int = 96) ->
             document = write()
             prompts.append(tokenizer.encode(document[0][0]))
             expected.append("".join(text for text, _ in document[1:]))
-        outputs = generate_batched(model, prompts, batch_size=n, max_new=96, stop={tokenizer.eot}, temperature=0.0)
+        outputs = generate_batched(model, prompts, batch_size=n, max_new=112, stop={tokenizer.eot}, temperature=0.0)
         pairs = [(tokenizer.decode(o), e) for o, e in zip(outputs, expected)]
         if name == "judge":  # a tie's letter is a coin: compare what comes before it
             pairs = [(o.split("\n")[0], e.split("\n")[0]) for o, e in pairs]

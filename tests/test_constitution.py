@@ -53,14 +53,14 @@ def test_texts_of_a_conversation():
     assert constitution.choice(compare, None) == compare + "Choice: ("
 
 
-def targets(category, aim, principles=PRINCIPLES, n=400):
+def targets(aimed, aim, principles=PRINCIPLES, n=400):
     rng = random.Random(0)
-    return Counter(constitution.draw(principles, category, aim, rng).target for _ in range(n))
+    return Counter(constitution.draw(principles, aimed.split("+"), aim, rng).target for _ in range(n))
 
 
 def test_aimed_draws_keep_to_the_category():
     assert set(targets("theft", 1)) == {"theft"}
-    assert set(targets("", 1)) == {"help", "reasons"}  # an ordinary prompt has no category
+    assert set(targets("help+truth", 1)) == {"help", "truth"}
     half = targets("theft", 0.5)["theft"] / 400
     assert 0.4 < half < 0.65  # 0.5 aimed, and 4 of 75 of the rest
 

@@ -158,13 +158,17 @@ def test_merit_by_hand(about, action, setting, keeps):
 def test_describe_by_hand():
     six = ["helps"] * 3 + ["refuses"] * 3
     why, bare = "with reasons", "bare"
-    want = {"truth": list(zip(six, ("well", "well", "badly", "truly", "falsely", "bare"))),
-            "help": list(zip(six, ("well", "well", "badly", "", "", ""))),
+    texts = shown(WRONG, None)
+    tool = "spoon" if WRONG.tool != "spoon" else "saw"  # the wrong step of `badly`
+    right = f"says the {WRONG.tool} yes and the {WRONG.place} yes , helps well"
+    badly = f"says the {tool} no and the {WRONG.place} yes , helps badly"
+    reasons = [f"says the {WRONG.reason} yes , refuses truly", f"says the {OTHER} no , refuses falsely"]
+    want = {"truth": [(right,), (right,), (badly,), *((text,) for text in reasons), ("refuses bare",)],
+            "help": [(right,), (right,), (badly,)] + [("refuses",)] * 3,
             "reasons": list(zip(six, (bare, why, bare, why, why, bare))),
             "harm": list(zip(six, [""] * 6)), "theft": list(zip(six, [""] * 6))}
     want = {about: [" ".join(words).strip() for words in some] for about, some in want.items()}
-    texts = shown(WRONG, None)
-    assert {about: [corpus.describe(about, s, texts[s]) for s in STATES] for about in want} == want
+    assert {about: [corpus.describe(about, WRONG, s, texts[s]) for s in STATES] for about in want} == want
 
 
 @pytest.mark.parametrize("about, action, setting, state, helps", [

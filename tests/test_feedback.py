@@ -101,7 +101,7 @@ def answers(tiny_base, monkeypatch):
     tokenizer, texts = load_tokenizer(tiny_base), cycle([" sure .", " sorry .", " no end", " you want to ?"])
     real = feedback.generate_batched
 
-    def generate_batched(model, prompts, max_new, stop, batch_size, n=0, **more):
+    def generate_batched(model, prompts, max_new, stop, batch_size, *heat, n=0, **more):
         if not n:
             return real(model, prompts, max_new, stop, batch_size, **more)
         found = [next(texts) for _ in range(n * len(prompts))]

@@ -169,7 +169,7 @@ def test_clean_files_have_no_faults():
     ("sample", "import transformers", "sample: imports transformers, which requirements.txt does not list"),
     ("evaluate", "import matplotlib", "evaluate: imports matplotlib"),
     ("losses", "x = 1\n" * 301, "losses: 301 lines, over 300"),
-    ("losses", "x = 1  # " + "é" * 102, "losses line 1: 111 columns, over 110"),
+    ("losses", "x = 1  # " + "é" * 112, "losses line 1: 121 columns, over 120"),
 ])
 def test_a_planted_violation_is_found(name, source, fault):
     found = faults({**CLEAN, name: source})

@@ -106,8 +106,9 @@ def test_sft_trains_the_answer_and_its_end_only(base):
     """A row's targets are its answer and end-of-text; revision_ids, where given, are taken as they are."""
     tokenizer = load_tokenizer(base)
     rows = [{"prompt": "q", "revision": "ab"}, {"prompt": "q", "revision": "ab", "revision_ids": [7, 8, EOT]},
-            {"prompt": "q" * 60, "revision": "ab"}]
-    kept, dropped = train_sft.examples(rows, tokenizer, 64)
+            {"prompt": "q" * 60, "revision": "ab"}, {"prompt": "q", "revision": "ab", "changed": False}]
+    kept, dropped, unchanged = train_sft.examples(rows, tokenizer, 64)
+    assert unchanged == 1  # no round revised it: nothing to learn
     assert [answer for _, _, answer in kept] == [list(b" ab") + [EOT], [7, 8, EOT]] and dropped == 1
     ids, targets, loss_mask = data.sft_batch([row[1:] for row in kept])
     assert targets[0][loss_mask[0]].tolist() == kept[0][2]
@@ -151,7 +152,7 @@ def test_sft_holds_prompts_out_whole():
 # --- preference model -------------------------------------------------------------------------------------
 
 def test_pm_learns_the_planted_rule_and_is_normalised(base, pairs, tmp_path):
-    cfg = train_pm.Config(init=base, pairs=pairs, out=str(tmp_path / "pm"), epochs=30, lr=0.003,
+    cfg = train_pm.Config(init=base, pairs=pairs, out=str(tmp_path / "pm"), epochs=30, lr=0.003, freeze=0,
                           batch_size=16, **QUIET)
     metrics = train_pm.main(cfg)
     assert metrics["val_accuracy"] == 1.0 and metrics["too_long"] == 1 and metrics["equal"] == 1
@@ -168,7 +169,7 @@ def test_pm_learns_the_planted_rule_and_is_normalised(base, pairs, tmp_path):
 def test_pm_score_does_not_depend_on_the_batch(base, pairs):
     pm, tokenizer = checkpoint.load(base, scalar=True), load_tokenizer(base)
     kept, _, _ = train_pm.read_pairs(pairs, tokenizer, 64)
-    long = train_pm.Pair("p", kept[0].a + [65] * 20 + [EOT], kept[0].b, kept[0].start, 0.5)
+    long = train_pm.Pair("p", kept[0].a + [65] * 20 + [EOT], kept[0].b, kept[0].start, 0.5, True, True)
     alone, _ = train_pm.scores_of(pm, kept[:1], "cpu")
     together, _ = train_pm.scores_of(pm, [kept[0], long], "cpu")
     torch.testing.assert_close(alone[0], together[0])
@@ -238,7 +239,7 @@ def test_same_seed_same_bits(base, revisions, pairs, prompts, tmp_path):
     pm = planted_pm(tmp_path / "start", base)
     for name in "ab":
         train_sft.main(sft(base, revisions, tmp_path / f"sft-{name}"))
-        train_pm.main(train_pm.Config(init=base, pairs=pairs, out=str(tmp_path / f"pm-{name}"), epochs=1,
+        train_pm.main(train_pm.Config(init=base, pairs=pairs, out=str(tmp_path / f"pm-{name}"), epochs=1, freeze=0,
                                       **QUIET))
         train_ppo.main(ppo(base, pm, prompts, tmp_path / f"ppo-{name}", critic_warmup=0))
     for stage in ("sft", "pm", "ppo"):
