@@ -52,8 +52,7 @@ def stages(cfg: Config) -> list[tuple[str, object, object]]:
             model=str(base), out=str(out / "revisions.jsonl"), harmful=part(critic.harmful),
             helpful=part(critic.helpful), **drawn)),
         ("fine-tune on revisions", train_sft.main, train_sft.Config(
-            base=str(base), data=(str(out / "revisions.jsonl"),), replay=str(base / "replay.jsonl"),
-            out=str(out / "sft"), **common)),
+            base=str(base), data=(str(out / "revisions.jsonl"),), out=str(out / "sft"), **common)),
         ("AI feedback", feedback.main, feedback.Config(
             model=str(out / "sft"), judge=str(base), out=str(out / "comparisons.jsonl"), harmful=part(judged.harmful),
             helpful=part(judged.helpful), **drawn)),

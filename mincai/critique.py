@@ -38,7 +38,7 @@ class Config:
     helpful: int = arg(320, "ordinary prompts; 0 for all")
     responses: int = arg(2, "answers sampled to each adversarial prompt, at temperature 1")
     rounds: int = arg(4, "critiques and revisions of each answer, each under its own principle")
-    temperature: float = arg(0.3, "of critiques and revisions; copying suffers at 1")
+    temperature: float = arg(0.0, "of critiques and revisions, 0 is greedy; copying suffers at 1")
     max_new: int = arg(104, "tokens of a critique or an answer at most")
     out: str = arg("runs/tiny/revisions.jsonl", "JSONL to write")
     seed: int = arg(0, "seed of the draws and samples")

@@ -30,7 +30,7 @@ from mincai.tokenizer import from_ranks, train_bpe
 class Config:
     LOOSE = ("out", "device", "threads", "again")
     out: str = arg("data/tiny", "folder to write the model, its vocabulary and the prompts to")
-    tokens: int = arg(16_000_000, "tokens to read")
+    tokens: int = arg(12_000_000, "tokens to read")
     n_layer: int = arg(4, "transformer layers")
     n_head: int = arg(4, "attention heads")
     n_embd: int = arg(128, "channels")
