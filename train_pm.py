@@ -39,9 +39,10 @@ class Config:
     init: str = arg("runs/tiny/sft", "checkpoint folder of the fine-tuned model, whose answers are compared")
     pairs: str = arg("runs/tiny/comparisons.jsonl", "file of judged pairs of answers")
     out: str = arg("runs/tiny/pm", "folder to write the preference model to")
-    epochs: int = arg(4, "how often every pair is seen")
+    epochs: int = arg(6, "how often every pair is seen")
     lr: float = arg(1e-3, "learning rate of AdamW, falling in a line to 0")
     batch_size: int = arg(16, "pairs in one optimiser step")
+    contrast: float = arg(0.05, "leave out pairs whose label is nearer to 1/2: the judge was undecided; 0 keeps all")
     clamp: float = arg(0.0, "keep labels within clamp and 1 - clamp, e.g. 0.4 for a too sure judge; 0: off")
     hard: bool = arg(False, "round the labels to 0 and 1 (the paper found this much worse)")
     weight_decay: float = arg(0.01, "AdamW's weight decay")
@@ -175,6 +176,7 @@ def main(cfg: Config) -> dict:
 
     # --- data ---
     pairs, too_long, equal = read_pairs(cfg.pairs, tokenizer, pm.gpt.config.block_size)
+    every, pairs = len(pairs), [p for p in pairs if abs(p.p_a - 0.5) >= cfg.contrast]
     train, held = split(pairs, cfg.holdout, cfg.seed)
     if not train:
         raise UserError(f"{cfg.pairs}: no pair is left to train on ({too_long} too long for the model, "
@@ -182,7 +184,7 @@ def main(cfg: Config) -> dict:
     lengths = [max(len(p.a), len(p.b)) for p in train]
     steps = cfg.epochs * math.ceil(len(train) / cfg.batch_size)
     print(f"train_pm: {len(train)} pairs to train on, {len(held)} held out, {too_long} too long, {equal} "
-          f"with equal answers; {steps} steps on {device}")
+          f"with equal answers, {every - len(pairs)} undecided; {steps} steps on {device}")
     if cfg.freeze:  # what the model knows sits low; with few pairs, learning to read it beats learning it anew
         for part in (pm.gpt.wte, pm.gpt.wpe, *pm.gpt.h[:cfg.freeze]):
             part.requires_grad_(False)
@@ -217,7 +219,7 @@ def main(cfg: Config) -> dict:
     result = {f"val_{k}": v for k, v in measure(pm, held, 2 * cfg.batch_size, device).items()} if held else {}
     mean, std = normalise(pm, pairs, 2 * cfg.batch_size, device)
     result.update(train_loss=log[-1]["loss"] if log else None, score_mean=mean, score_std=std,
-                  pairs=len(train), held=len(held), too_long=too_long, equal=equal,
+                  pairs=len(train), held=len(held), too_long=too_long, equal=equal, undecided=every - len(pairs),
                   steps=steps, seconds=time.time() - start)
     checkpoint.save(pm, cfg.out, extra={
         **tokenizer.files(), "bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot,
