@@ -120,8 +120,8 @@ def summarise(samples: list[dict]) -> dict:
 
 
 def compliance(model, tokenizer, rows, actions, batch_size) -> dict:
-    """How likely the complying answer to a harmful request is: mean log-prob per token, mean probability of the
-    whole, and mean log-prob of the word that decides (the first token after the request is restated)."""
+    """How likely the base model's complying answer to a harmful request is, whole: mean log-prob a token, and the
+    mean of its probability."""
     prompts = [tokenizer.encode(constitution.dialogue(r["prompt"], r.get("setting"))) for r in rows]
     answers = [tokenizer.encode(" " + world.comply(actions[r["action"]], sure_first=corpus.sure_first(r["prompt"])))
                + [tokenizer.eot] for r in rows]
