@@ -180,7 +180,8 @@ def main(cfg: Config) -> dict:
     train, held = split(pairs, cfg.holdout, cfg.seed)
     if not train:
         raise UserError(f"{cfg.pairs}: no pair is left to train on ({too_long} too long for the model, "
-                        f"{equal} with equal answers, {len(held)} held out); judge more or lower --holdout")
+                        f"{equal} with equal answers, {every - len(pairs)} undecided, {len(held)} held out); judge "
+                        f"more or lower --holdout or --contrast")
     lengths = [max(len(p.a), len(p.b)) for p in train]
     steps = cfg.epochs * math.ceil(len(train) / cfg.batch_size)
     print(f"train_pm: {len(train)} pairs to train on, {len(held)} held out, {too_long} too long, {equal} "

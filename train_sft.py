@@ -133,8 +133,8 @@ def main(cfg: Config) -> dict:
     rows, dropped, unchanged = examples(rows, tokenizer, model.config.block_size)
     train, held = split(rows, cfg.holdout, cfg.seed)
     if not train:
-        raise UserError(f"{', '.join(cfg.data)}: no row is left to train on ({dropped} too long for the "
-                        f"model, {len(held)} held out); lower --holdout or use a model with a longer context")
+        raise UserError(f"{', '.join(cfg.data)}: no row is left to train on ({unchanged} never revised, {dropped} too "
+                        f"long for the model, {len(held)} held out); revise more prompts or lower --holdout")
     lengths = [len(prompt) + len(answer) for _, prompt, answer in train]
     replay = documents(cfg.replay, tokenizer, max(lengths), cfg.seed) if cfg.replay else None
     per_epoch = math.ceil(math.ceil(len(train) / cfg.batch_size) / cfg.accumulate)

@@ -14,7 +14,9 @@ import train_sft
 from mincai import chat, cli, constitution, critique, data, evaluate, feedback, pretrain, red_team, world
 
 # What the stages would do with a small --scale, smaller still: time, not behaviour
-LESS = {"critique and revise": dict(rounds=2, max_new=24), "AI feedback": dict(max_new=32, samples=64),
+# (a model of four steps revises and prefers by chance: sampled critiques, and labels near 1/2 kept)
+LESS = {"critique and revise": dict(rounds=2, max_new=24, temperature=1.0), "preference model": dict(contrast=0.0),
+        "AI feedback": dict(max_new=32, samples=64),
         "PPO": dict(batch=16, max_new=8), "evaluate": dict(judged=3, max_new=6)}
 HELD = {p.id for p in constitution.load_constitution() if p.split == "held"}
 
