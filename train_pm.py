@@ -1,12 +1,14 @@
 """Phase 2: a preference model on AI labels (Bai et al. 2022, arXiv 2212.08073, section 4.1).
 
     python train_pm.py --init runs/tiny/sft --pairs runs/tiny/comparisons.jsonl --out runs/tiny/pm
+    python train_pm.py --pairs runs/x/comparisons.jsonl,helpful.jsonl --weights 1,0.5     AI and human labels
 
 The transformer of the fine-tuned model gets a head of one number per token, read at the last token of
 question and answer. Two answers' scores make a probability, sigmoid(score_a - score_b) (Bradley & Terry
 1952), and the loss is its cross-entropy with the judge's soft label p_a. The answers are the token ids that
-were sampled; nothing is decoded and encoded again. A pair that does not fit the context, or whose answers
-are the same, is dropped and counted.
+were sampled; nothing is decoded and encoded again. People's labels (HH-RLHF's pairs, or TRL's) mix in as files
+of their own: the paper took harmlessness from the model and helpfulness from people. A pair that does not fit
+the context, or whose answers are the same, is dropped and counted.
 
 At the end the scores are shifted and scaled so that the fine-tuned model's own answers have mean 0 and
 standard deviation 1, and frozen so (Ziegler et al. 2019, section 2.1): beta and the penalties of PPO then
@@ -22,26 +24,29 @@ import json
 import math
 import random
 import time
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
 
-from mincai import UserError, checkpoint, cli, data
+from mincai import UserError, checkpoint, cli, data, distributed, formats, memory
 from mincai.cli import arg
 from mincai.constitution import dialogue
-from mincai.losses import preference_loss
+from mincai.losses import calibration_error, preference_loss
 from mincai.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
 class Config:
     init: str = arg("runs/tiny/sft", "checkpoint folder of the fine-tuned model, whose answers are compared")
-    pairs: str = arg("runs/tiny/comparisons.jsonl", "file of judged pairs of answers")
+    pairs: tuple[str, ...] = arg(("runs/tiny/comparisons.jsonl",), "files of pairs: comparisons, HH-RLHF's, or TRL's")
+    weights: tuple[float, ...] = arg((), "how often each file is read in an epoch, 0.5 for half; none: once")
     out: str = arg("runs/tiny/pm", "folder to write the preference model to")
     epochs: int = arg(6, "how often every pair is seen")
     lr: float = arg(1e-3, "learning rate of AdamW, falling in a line to 0")
     batch_size: int = arg(16, "pairs in one optimiser step")
+    micro_batch: int = arg(0, "pairs in one forward pass; lower it when memory is short, 0 takes the whole batch")
     contrast: float = arg(0.05, "leave out pairs whose label is nearer to 1/2: the judge was undecided; 0 keeps all")
     clamp: float = arg(0.0, "keep labels within clamp and 1 - clamp, e.g. 0.4 for a too sure judge; 0: off")
     hard: bool = arg(False, "round the labels to 0 and 1 (the paper found this much worse)")
@@ -49,6 +54,8 @@ class Config:
     clip: float = arg(1.0, "largest norm of the gradient")
     freeze: int = arg(2, "blocks from the bottom, embeddings with them, that stay as they are; 0 trains all")
     holdout: float = arg(0.1, "part of the prompts kept out of training to measure on")
+    dtype: str = arg("float32", "float32, or bfloat16 for matrix products")
+    compile: bool = arg(False, "compile the network first; pays on a GPU and long runs")
     seed: int = arg(0, "of the head, of the order of pairs and of the held-out prompts")
     device: str = arg("auto", "auto, cpu or cuda")
     threads: int = arg(0, "CPU threads, 0 chooses")
@@ -65,25 +72,38 @@ class Pair:
     p_a: float     # the judge's probability that (A) is better
     a_own: bool    # (A) is the SFT model's own answer
     b_own: bool
+    file: int = 0  # which of --pairs it comes from
 
 
-def read_pairs(path, tokenizer, limit):
-    """(pairs, how many did not fit in `limit` tokens, how many had two equal answers)."""
-    pairs, too_long, equal = [], 0, 0
-    for number, row in enumerate(data.read_jsonl(path, need=("prompt", "a_ids", "b_ids", "p_a")), 1):
-        if not row["a_ids"] or not row["b_ids"] or not 0 <= row["p_a"] <= 1:
-            raise UserError(f"{path}, row {number}: needs two answers of tokens, and p_a from 0 to 1")
+def read_pairs(path, tokenizer, limit, file=0):
+    """(pairs, Counter of those left out, by reason)."""
+    rows, dropped = formats.read_pairs(path, tokenizer)
+    pairs, dropped = [], Counter(dropped)
+    for row in rows:
         text = dialogue(row["prompt"], row.get("setting"))
         prompt = tokenizer.encode(text)
         if row["a_ids"] == row["b_ids"]:
-            equal += 1  # the scores cancel: nothing to learn
+            dropped["equal answers"] += 1  # the scores cancel: nothing to learn
         elif len(prompt) + max(len(row["a_ids"]), len(row["b_ids"])) > limit:
-            too_long += 1  # cutting the end would move the score off the token it is read at
+            dropped["too long"] += 1  # cutting the end would move the score off the token it is read at
         else:
             a, b = prompt + row["a_ids"], prompt + row["b_ids"]
             own = [row.get(side, "sft") == "sft" for side in ("a_from", "b_from")]
-            pairs.append(Pair(text, a, b, len(prompt), float(row["p_a"]), *own))
-    return pairs, too_long, equal
+            pairs.append(Pair(text, a, b, len(prompt), float(row["p_a"]), *own, file))
+    return pairs, dropped
+
+
+def epoch_rows(pairs, weights, generator):
+    """Row numbers of one epoch: those of file f weights[f] times over, the last part of a time drawn by lot."""
+    rows = []
+    for file in sorted({pair.file for pair in pairs}):
+        mine = [i for i, pair in enumerate(pairs) if pair.file == file]
+        whole, part = divmod(weights[file], 1) if weights else (1, 0)
+        rows += mine * int(whole)
+        if part:
+            some = torch.randperm(len(mine), generator=generator)[:round(part * len(mine))]
+            rows += [mine[i] for i in some.tolist()]
+    return rows
 
 
 def split(pairs, share, seed):
@@ -114,14 +134,6 @@ def all_scores(pm, pairs, batch_size, device):
     return a, b
 
 
-def calibration_error(prob, label, bins=10):
-    """Expected calibration error: mean over pairs of |mean prediction - mean label| in their bin."""
-    which = (prob * bins).long().clamp(max=bins - 1)
-    count = torch.bincount(which, minlength=bins).clamp(min=1)
-    gaps = torch.zeros(bins).index_add_(0, which, prob - label) / count
-    return float(gaps.abs()[which].mean())
-
-
 def correlation(x, y):
     """Pearson's r; 0 where one of the two does not vary."""
     x, y = x - x.mean(), y - y.mean()
@@ -136,9 +148,13 @@ def measure(pm, pairs, batch_size, device):
     loss, _ = preference_loss(a, b, p_a)
     sure = p_a != 0.5  # of an even label neither answer is the right one
     lengths = torch.tensor([float(len(ids) - p.start) for p in pairs for ids in (p.a, p.b)])
+    gap = torch.tensor([float(len(p.a) - len(p.b)) for p in pairs])  # the baselines that need no model
+    shorter = torch.where(gap == 0, 0.5, ((gap < 0) == (p_a > 0.5)).float())[sure]
     entropy = -(torch.xlogy(p_a, p_a) + torch.xlogy(1 - p_a, 1 - p_a)).mean()
     return {"loss": float(loss), "loss_floor": float(entropy),  # no score can do better on soft labels
             "accuracy": float(((a > b) == (p_a > 0.5))[sure].float().mean()) if sure.any() else 0.5,
+            "shorter": float(shorter.mean()) if sure.any() else 0.5,
+            "longer": float(1 - shorter.mean()) if sure.any() else 0.5,
             "calibration_error": calibration_error(torch.sigmoid(a - b), p_a),
             "length_correlation": correlation(torch.stack([a, b], 1).flatten(), lengths)}
 
@@ -161,78 +177,112 @@ def normalise(pm, pairs, batch_size, device):
     return float(scores.mean()), float(std)
 
 
+def step(net, optimizer, batch, cfg, device) -> dict:
+    """One optimiser step on a list of pairs, shared among the processes and cut into micro-batches; its metrics.
+
+    Every part's mean loss weighs as many pairs as it has, so that the sum is the mean over the whole batch.
+    """
+    mine, size = distributed.share(batch), cfg.micro_batch or len(batch)
+    parts = [(mine[i:i + size], len(mine[i:i + size]) / len(batch)) for i in range(0, len(mine), size)]
+    parts = parts or [(batch[:1], 0.0)]  # a process without a row still takes part in summing gradients
+    metrics = Counter()
+    for k, (part, share) in enumerate(parts):
+        with distributed.no_sync(net, last=k == len(parts) - 1):
+            with cli.precision(device, cfg.dtype):
+                score_a, score_b = scores_of(net, part, device)
+            p_a = torch.tensor([pair.p_a for pair in part], device=device).clamp(cfg.clamp, 1 - cfg.clamp)
+            if cfg.hard:
+                p_a = torch.where(p_a == 0.5, p_a, (p_a > 0.5).float())  # an even label stays even
+            loss, found = preference_loss(score_a.float(), score_b.float(), p_a)
+            (loss * share * distributed.scale()).backward()
+        for name, value in found.items():
+            metrics[name] += float(value) * share
+    metrics = {name: distributed.total(value) for name, value in metrics.items()}
+    metrics["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.clip))
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return metrics
+
+
 def main(cfg: Config) -> dict:
     if data.done(cfg.out, cfg, cfg.again):
         print(f"train_pm: {cfg.out} is there already, made with these settings (--again to redo)")
         return {"skipped": True}
     if not 0 <= cfg.clamp < 0.5:
         raise UserError(f"--clamp {cfg.clamp}: give a number from 0 (off) up to, not including, 0.5")
+    if cfg.weights and (len(cfg.weights) != len(cfg.pairs) or min(cfg.weights) < 0):
+        raise UserError(f"--weights {','.join(map(str, cfg.weights))}: give one number, 0 or more, for each of the "
+                        f"{len(cfg.pairs)} files of --pairs")
     start = time.time()
-    device, _ = cli.pick_device(cfg.device), cli.set_threads(cfg.threads)
+    cli.set_threads(cfg.threads)
+    device = distributed.start(cli.pick_device(cfg.device))
     torch.manual_seed(cfg.seed)  # the head's first weights
     shuffle = torch.Generator().manual_seed(cfg.seed)
     tokenizer = load_tokenizer(cfg.init)
-    pm = checkpoint.load(cfg.init, device, scalar=True)
+    config = checkpoint.read_config(cfg.init)
 
     # --- data ---
-    pairs, too_long, equal = read_pairs(cfg.pairs, tokenizer, pm.gpt.config.block_size)
-    every, pairs = len(pairs), [p for p in pairs if abs(p.p_a - 0.5) >= cfg.contrast]
+    pairs, dropped = [], Counter()
+    for file, path in enumerate(cfg.pairs):
+        some, left_out = read_pairs(path, tokenizer, config.block_size, file)
+        pairs, dropped = pairs + some, dropped + left_out
+    dropped["undecided"] = sum(abs(p.p_a - 0.5) < cfg.contrast for p in pairs)
+    pairs = [p for p in pairs if abs(p.p_a - 0.5) >= cfg.contrast]
     train, held = split(pairs, cfg.holdout, cfg.seed)
+    told = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count) or "none left out"
     if not train:
-        raise UserError(f"{cfg.pairs}: no pair is left to train on ({too_long} too long for the model, "
-                        f"{equal} with equal answers, {every - len(pairs)} undecided, {len(held)} held out); judge "
-                        f"more or lower --holdout or --contrast")
-    lengths = [max(len(p.a), len(p.b)) for p in train]
-    steps = cfg.epochs * math.ceil(len(train) / cfg.batch_size)
-    print(f"train_pm: {len(train)} pairs to train on, {len(held)} held out, {too_long} too long, {equal} "
-          f"with equal answers, {every - len(pairs)} undecided; {steps} steps on {device}")
+        raise UserError(f"{', '.join(cfg.pairs)}: no pair is left to train on ({told}, {len(held)} held out); judge "
+                        f"more, or lower --holdout or --contrast")
+    every = [max(len(p.a), len(p.b)) for p in train]
+    per_epoch = math.ceil(len(epoch_rows(train, cfg.weights, torch.Generator())) / cfg.batch_size)
+    steps = cfg.epochs * per_epoch
+    if distributed.is_main():
+        print(f"train_pm: {len(train)} pairs to train on, {len(held)} held out, {told}; {steps} steps on {device}")
+    memory.announce("pm", config, device, "--micro-batch", batch=cfg.batch_size, length=max(every),
+                    micro_batch=cfg.micro_batch or cfg.batch_size, dtype_bytes=cli.number_bytes(cfg.dtype))
+    pm = checkpoint.load(cfg.init, device, scalar=True)
     if cfg.freeze:  # what the model knows sits low; with few pairs, learning to read it beats learning it anew
         for part in (pm.gpt.wte, pm.gpt.wpe, *pm.gpt.h[:cfg.freeze]):
             part.requires_grad_(False)
     learning = [p for p in pm.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learning, cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
+    optimizer = torch.optim.AdamW(learning, cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay,
+                                  fused=pm.gpt.device.type == "cuda")
+    net = distributed.wrap(torch.compile(pm) if cfg.compile else pm)
     log = []
 
     # --- the loop ---
-    bar = tqdm(total=steps, desc="pm", unit="step")
+    bar = tqdm(total=steps, desc="pm", unit="step", disable=distributed.disable_bar())
     for epoch in range(cfg.epochs):
-        for batch in data.length_batches(lengths, batch_size=cfg.batch_size, generator=shuffle):
-            chosen = [train[i] for i in batch]
-            score_a, score_b = scores_of(pm, chosen, device)
-            p_a = torch.tensor([p.p_a for p in chosen], device=device)
-            p_a = p_a.clamp(cfg.clamp, 1 - cfg.clamp)
-            if cfg.hard:
-                p_a = torch.where(p_a == 0.5, p_a, (p_a > 0.5).float())  # an even label stays even
-            loss, metrics = preference_loss(score_a, score_b, p_a)
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(pm.parameters(), cfg.clip)
+        rows = epoch_rows(train, cfg.weights, shuffle)
+        for batch in data.length_batches([every[i] for i in rows], batch_size=cfg.batch_size, generator=shuffle):
             for group in optimizer.param_groups:
                 group["lr"] = cfg.lr * (1 - len(log) / steps)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            log.append({"step": len(log) + 1, "epoch": epoch + 1, **{k: float(v) for k, v in metrics.items()},
-                        "grad_norm": float(norm), "lr": optimizer.param_groups[0]["lr"]})
+            metrics = step(net, optimizer, [train[rows[i]] for i in batch], cfg, device)
+            log.append({"step": len(log) + 1, "epoch": epoch + 1, **metrics, "lr": optimizer.param_groups[0]["lr"]})
             bar.update()
             bar.set_postfix(loss=f"{log[-1]['loss']:.3f}", accuracy=f"{log[-1]['accuracy']:.2f}")
     bar.close()
 
     # --- what came of it; measured before normalising, while a difference of scores is still a log-odds ---
-    result = {f"val_{k}": v for k, v in measure(pm, held, 2 * cfg.batch_size, device).items()} if held else {}
-    mean, std = normalise(pm, pairs, 2 * cfg.batch_size, device)
-    result.update(train_loss=log[-1]["loss"] if log else None, score_mean=mean, score_std=std,
-                  pairs=len(train), held=len(held), too_long=too_long, equal=equal, undecided=every - len(pairs),
-                  steps=steps, seconds=time.time() - start)
-    checkpoint.save(pm, cfg.out, extra={
-        **tokenizer.files(), "bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot,
-        "run.json": data.stamp(cfg, metrics=result),
-        "metrics.jsonl": "".join(json.dumps(row) + "\n" for row in log)})
-    told = "nothing held out"
-    if held:
-        told = (f"held out: accuracy {result['val_accuracy']:.3f}, loss {result['val_loss']:.3f} (least "
-                f"possible {result['val_loss_floor']:.3f}), calibration error "
-                f"{result['val_calibration_error']:.3f}, "
-                f"correlation with length {result['val_length_correlation']:+.2f}")
-    print(f"train_pm: wrote {cfg.out} in {result['seconds']:.0f} s: {steps} steps; {told}")
+    size = 2 * (cfg.micro_batch or cfg.batch_size)
+    with cli.precision(device, cfg.dtype):
+        result = {f"val_{k}": v for k, v in measure(pm, held, size, device).items()} if held else {}
+        mean, std = normalise(pm, pairs, size, device)
+    result.update(train_loss=log[-1]["loss"] if log else None, score_mean=mean, score_std=std, pairs=len(train),
+                  held=len(held), dropped=dict(dropped), steps=steps, seconds=time.time() - start)
+    if distributed.is_main():
+        checkpoint.save(pm, cfg.out, extra={
+            **tokenizer.files(), "bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot,
+            "run.json": data.stamp(cfg, metrics=result),
+            "metrics.jsonl": "".join(json.dumps(row) + "\n" for row in log)})
+        told = "nothing held out"
+        if held:
+            told = (f"held out: accuracy {result['val_accuracy']:.3f}, always the shorter {result['val_shorter']:.3f}, "
+                    f"the longer {result['val_longer']:.3f}; loss {result['val_loss']:.3f} (least possible "
+                    f"{result['val_loss_floor']:.3f}), calibration error {result['val_calibration_error']:.3f}, "
+                    f"correlation with length {result['val_length_correlation']:+.2f}")
+        print(f"train_pm: wrote {cfg.out} in {result['seconds']:.0f} s: {steps} steps; {told}")
+    distributed.barrier()
     return result
 
 

@@ -22,16 +22,17 @@ from itertools import cycle
 import torch
 from tqdm import tqdm
 
-from mincai import UserError, checkpoint, cli, data
+from mincai import UserError, checkpoint, cli, data, distributed, memory
 from mincai.cli import arg
 from mincai.constitution import dialogue
 from mincai.losses import sft_loss
 from mincai.tokenizer import load_tokenizer
+from mincai.weights import check_vocabulary, resolve
 
 
 @dataclass(frozen=True)
 class Config:
-    base: str = arg("data/tiny", "checkpoint folder of the pretrained model to start from")
+    base: str = arg("data/tiny", "pretrained model to start from: a checkpoint folder, or gpt2 and its sizes")
     data: tuple[str, ...] = arg(("runs/tiny/revisions.jsonl",), "files of revisions, one or more")
     replay: str = arg("", "file of pretraining documents, rows of {text}, to train on as well")
     replay_share: float = arg(0.2, "part of the trained tokens that comes from --replay, 0 to 1")
@@ -44,7 +45,8 @@ class Config:
     weight_decay: float = arg(0.01, "AdamW's weight decay, on matrices only")
     clip: float = arg(1.0, "largest norm of the gradient")
     holdout: float = arg(0.05, "part of the prompts kept out of training to measure the loss on")
-    dtype: str = arg("float32", "float32, or bfloat16 for matrix products on a GPU")
+    dtype: str = arg("float32", "float32, or bfloat16 for matrix products")
+    compile: bool = arg(False, "compile the network first; pays on a GPU and long runs")
     seed: int = arg(0, "of the order of rows and of the held-out prompts")
     device: str = arg("auto", "auto, cpu or cuda")
     threads: int = arg(0, "CPU threads, 0 chooses")
@@ -117,20 +119,20 @@ def main(cfg: Config) -> dict:
     if data.done(cfg.out, cfg, cfg.again):
         print(f"train_sft: {cfg.out} is there already, made with these settings (--again to redo)")
         return {"skipped": True}
-    if cfg.dtype not in ("float32", "bfloat16"):
-        raise UserError(f"--dtype {cfg.dtype}: choose float32 or bfloat16")
     if not 0 <= cfg.replay_share < 1:
         raise UserError(f"--replay-share {cfg.replay_share}: give a number from 0 up to, not including, 1")
     start = time.time()
-    device, _ = cli.pick_device(cfg.device), cli.set_threads(cfg.threads)
+    cli.set_threads(cfg.threads)
+    device = distributed.start(cli.pick_device(cfg.device))
     torch.manual_seed(cfg.seed)
     shuffle = torch.Generator().manual_seed(cfg.seed)
-    tokenizer = load_tokenizer(cfg.base)
-    model = checkpoint.load(cfg.base, device)
+    folder = resolve(cfg.base)
+    tokenizer, config = load_tokenizer(folder), checkpoint.read_config(folder)
+    check_vocabulary(config, tokenizer, folder)
 
     # --- data ---
     rows = [row for path in cfg.data for row in data.read_jsonl(path, need=("prompt", "revision"))]
-    rows, dropped, unchanged = examples(rows, tokenizer, model.config.block_size)
+    rows, dropped, unchanged = examples(rows, tokenizer, config.block_size)
     train, held = split(rows, cfg.holdout, cfg.seed)
     if not train:
         raise UserError(f"{', '.join(cfg.data)}: no row is left to train on ({unchanged} never revised, {dropped} too "
@@ -139,21 +141,27 @@ def main(cfg: Config) -> dict:
     replay = documents(cfg.replay, tokenizer, max(lengths), cfg.seed) if cfg.replay else None
     per_epoch = math.ceil(math.ceil(len(train) / cfg.batch_size) / cfg.accumulate)
     steps = cfg.epochs * per_epoch
-    print(f"train_sft: {len(train)} rows to train on, {len(held)} held out, {dropped} too long, {unchanged} never "
-          f"revised; {steps} steps on {device}")
+    if distributed.is_main():
+        print(f"train_sft: {len(train)} rows to train on, {len(held)} held out, {dropped} too long, {unchanged} never "
+              f"revised; {steps} steps on {device}")
 
+    memory.announce("sft", config, device, "--batch-size (and raise --accumulate)", batch=cfg.batch_size,
+                    length=max(lengths), dtype_bytes=cli.number_bytes(cfg.dtype))
+    model = checkpoint.load(folder, device)
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]  # biases and gains are not pulled to zero
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": cfg.weight_decay},
-                                   {"params": others, "weight_decay": 0.0}], lr=cfg.lr, betas=(0.9, 0.95))
-    before = mean_loss(model, held, cfg.batch_size, device) if held else None
-    shorter = cfg.dtype == "bfloat16" and device == "cuda"
+                                   {"params": others, "weight_decay": 0.0}], lr=cfg.lr, betas=(0.9, 0.95),
+                                  fused=model.device.type == "cuda")
+    with cli.precision(device, cfg.dtype):
+        before = mean_loss(model, held, cfg.batch_size, device) if held else None
+    net = distributed.wrap(torch.compile(model) if cfg.compile else model)
     log, step = [], 0
     odds = cfg.replay_share / (1 - cfg.replay_share)  # replay tokens for each answer token
     owed = 0.0  # replay tokens still due, carried over so that the share is right on average
 
     # --- the loop ---
-    bar = tqdm(total=steps, desc="sft", unit="step")
+    bar = tqdm(total=steps, desc="sft", unit="step", disable=distributed.disable_bar())
     for epoch in range(cfg.epochs):
         batches = data.length_batches(lengths, batch_size=cfg.batch_size, generator=shuffle)
         for first in range(0, len(batches), cfg.accumulate):
@@ -165,16 +173,20 @@ def main(cfg: Config) -> dict:
                     while owed > 0:
                         pairs.append(next(replay))
                         owed -= len(pairs[-1][1])
-                parts.append(data.sft_batch(pairs, device))
+                ids, targets, loss_mask = data.sft_batch(distributed.share(pairs) or pairs[:1], device)
+                # a process without a row of its own still takes part in summing gradients, with a loss of nothing
+                parts.append((ids, targets, loss_mask & (len(pairs) > distributed.rank())))
             # one divisor for the whole step: a mean of means would weigh the tokens of short answers more
-            total = sum(int(loss_mask.sum()) for _, _, loss_mask in parts)
+            total = distributed.total(sum(int(loss_mask.sum()) for _, _, loss_mask in parts))
             loss_sum = 0.0
-            for ids, targets, loss_mask in parts:
-                with torch.autocast(device, torch.bfloat16, enabled=shorter):
-                    logits = model.unembed(model(ids))  # (B, T-1, V)
-                loss, _ = sft_loss(logits, targets, loss_mask, total=total)
-                loss.backward()
+            for k, (ids, targets, loss_mask) in enumerate(parts):
+                with distributed.no_sync(net, last=k == len(parts) - 1):
+                    with cli.precision(device, cfg.dtype):
+                        logits = model.unembed(net(ids))  # (B, T-1, V)
+                    loss, _ = sft_loss(logits, targets, loss_mask, total=total)
+                    (loss * distributed.scale()).backward()
                 loss_sum += float(loss.detach())
+            loss_sum = distributed.total(loss_sum)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(cfg, step, steps)
@@ -188,16 +200,19 @@ def main(cfg: Config) -> dict:
     bar.close()
 
     # --- what came of it ---
-    after = mean_loss(model, held, cfg.batch_size, device) if held else None
+    with cli.precision(device, cfg.dtype):
+        after = mean_loss(model, held, cfg.batch_size, device) if held else None
     metrics = {"loss": log[-1]["loss"] if log else None, "val_before": before, "val_after": after,
                "rows": len(train), "held": len(held), "dropped": dropped, "unchanged": unchanged, "steps": steps,
                "seconds": time.time() - start}
-    checkpoint.save(model, cfg.out, extra={
-        **tokenizer.files(), "bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot,
-        "run.json": data.stamp(cfg, metrics=metrics),
-        "metrics.jsonl": "".join(json.dumps(row) + "\n" for row in log)})
-    held_text = f"held-out loss {before:.3f} -> {after:.3f} nats a token" if held else "nothing held out"
-    print(f"train_sft: wrote {cfg.out} in {metrics['seconds']:.0f} s: {steps} steps, {held_text}")
+    if distributed.is_main():
+        checkpoint.save(model, cfg.out, extra={
+            **tokenizer.files(), "bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot,
+            "run.json": data.stamp(cfg, metrics=metrics),
+            "metrics.jsonl": "".join(json.dumps(row) + "\n" for row in log)})
+        held_text = f"held-out loss {before:.3f} -> {after:.3f} nats a token" if held else "nothing held out"
+        print(f"train_sft: wrote {cfg.out} in {metrics['seconds']:.0f} s: {steps} steps, {held_text}")
+    distributed.barrier()
     return metrics
 
 

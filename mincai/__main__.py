@@ -2,6 +2,8 @@
 
     python -m mincai                     the tiny world: CPU, nothing to download, about five minutes
     python -m mincai --out runs/seed1 --seed 1
+    python -m mincai --preset gpt2       GPT-2's weights and English prompts, on one GPU (see presets.py)
+    torchrun --nproc-per-node 4 -m mincai --preset gpt2       the same on four
 
 A stage whose output is there, made with the same settings, is skipped. To change more than these flags, run a stage
 alone: python -m mincai.critique, train_sft.py, python -m mincai.feedback, train_pm.py, train_ppo.py,
@@ -20,14 +22,18 @@ if str(ROOT) not in sys.path:  # the three training scripts stand at the top lev
 import train_pm  # noqa: E402
 import train_ppo  # noqa: E402
 import train_sft  # noqa: E402
-from mincai import critique, evaluate, feedback  # noqa: E402
-from mincai.cli import arg, pick_device, run, set_threads  # noqa: E402
+from mincai import assess, critique, distributed, evaluate, feedback, memory, pretrain  # noqa: E402
+from mincai.cli import arg, check_choice, pick_device, run, set_threads  # noqa: E402
+from mincai.presets import PRESETS  # noqa: E402
+from mincai.weights import resolve  # noqa: E402
 
 
 @dataclass(frozen=True)
 class Config:
-    out: str = arg("runs/tiny", "the run folder")
-    base: str = arg(str(ROOT / "data" / "tiny"), "the pretrained model, with prompts.jsonl and prompts_eval.jsonl")
+    preset: str = arg("tiny", f"which settings: {', '.join(PRESETS)}")
+    out: str = arg("", "the run folder (default: runs/ and the preset's name)")
+    base: str = arg("", "the pretrained model: a folder, or gpt2 and its sizes (default: the preset's)")
+    prompts: str = arg("", "folder with prompts.jsonl and prompts_eval.jsonl (default: the preset's)")
     only: str = arg("", "use these principle ids or targets only, commas between")
     without: str = arg("", "leave out these principle ids or targets, for instance theft,harm,conduct")
     scale: float = arg(1.0, "share of the prompts and updates to use; small for a quick look")
@@ -39,43 +45,72 @@ class Config:
 
 def stages(cfg: Config) -> list[tuple[str, object, object]]:
     """(name, main, its config) of each stage, in order."""
-    out, base = Path(cfg.out), Path(cfg.base)
+    check_choice("preset", cfg.preset, tuple(PRESETS))
+    preset = PRESETS[cfg.preset]
+    out, base = Path(cfg.out or f"runs/{cfg.preset}"), cfg.base or preset.base
+    folder = Path(cfg.prompts or preset.prompts or base)
     common = dict(seed=cfg.seed, device=cfg.device, threads=cfg.threads, again=cfg.again)
-    drawn = dict(prompts=str(base / "prompts.jsonl"), only=cfg.only, without=cfg.without, **common)
+    drawn = dict(prompts=str(folder / "prompts.jsonl"), only=cfg.only, without=cfg.without, **common)
 
-    def part(number):
-        return max(8, round(number * cfg.scale))
+    def scaled(Stage, name, *fields):
+        """The preset's flags for a stage, with these counts scaled; 0, which means all, stays."""
+        flags = getattr(preset, name)
+        for field in fields:
+            number = flags.get(field, getattr(Stage, field))
+            flags = flags | {field: max(8 if field != "updates" else 2, round(number * cfg.scale)) if number else 0}
+        if cfg.scale < 1 and preset.english:  # "all" of the English prompts is a number too
+            flags = {k: max(8, round(800 * cfg.scale)) if k in ("harmful", "helpful") and v == 0 else v
+                     for k, v in flags.items()}
+        return flags
 
-    critic, judged, ppo = critique.Config(), feedback.Config(), train_ppo.Config()
-    return [
+    todo = []
+    if preset.world and not cfg.base:
+        todo.append(("pretrain the base", pretrain.main, pretrain.Config(
+            out=base, device=cfg.device, threads=cfg.threads, **preset.world)))
+    todo += [
         ("critique and revise", critique.main, critique.Config(
-            model=str(base), out=str(out / "revisions.jsonl"), harmful=part(critic.harmful),
-            helpful=part(critic.helpful), **drawn)),
+            model=base, out=str(out / "revisions.jsonl"), **drawn,
+            **scaled(critique.Config, "critique", "harmful", "helpful"))),
         ("fine-tune on revisions", train_sft.main, train_sft.Config(
-            base=str(base), data=(str(out / "revisions.jsonl"),), out=str(out / "sft"), **common)),
+            base=base, data=(str(out / "revisions.jsonl"),), out=str(out / "sft"), **common, **preset.sft)),
         ("AI feedback", feedback.main, feedback.Config(
-            model=str(out / "sft"), judge=str(base), out=str(out / "comparisons.jsonl"), harmful=part(judged.harmful),
-            helpful=part(judged.helpful), **drawn)),
+            model=str(out / "sft"), judge=base, out=str(out / "comparisons.jsonl"), **drawn,
+            **scaled(feedback.Config, "feedback", "harmful", "helpful"))),
         ("preference model", train_pm.main, train_pm.Config(
-            init=str(out / "sft"), pairs=str(out / "comparisons.jsonl"), out=str(out / "pm"), **common)),
+            init=str(out / "sft"), pairs=(str(out / "comparisons.jsonl"),), out=str(out / "pm"), **common,
+            **preset.pm)),
         ("PPO", train_ppo.main, train_ppo.Config(
-            sft=str(out / "sft"), pm=str(out / "pm"), prompts=str(base / "prompts.jsonl"), out=str(out / "ppo"),
-            updates=max(2, round(ppo.updates * cfg.scale)), **common)),
-        ("evaluate", evaluate.main, evaluate.Config(
-            out=str(out), base=str(base), prompts=str(base / "prompts_eval.jsonl"), **common)),
+            sft=str(out / "sft"), pm=str(out / "pm"), prompts=drawn["prompts"], out=str(out / "ppo"), **common,
+            **scaled(train_ppo.Config, "ppo", "updates"))),
     ]
+    grade = assess if preset.english else evaluate
+    todo.append(("evaluate", grade.main, grade.Config(
+        out=str(out), base=base, prompts=str(folder / "prompts_eval.jsonl"), **common, **preset.evaluate)))
+    return todo
 
 
 def main(cfg: Config) -> None:
     started = time.time()
-    threads, device = set_threads(cfg.threads), pick_device(cfg.device)
-    print(f"mincai: {cfg.base} -> {cfg.out}, seed {cfg.seed}, {device}, {threads} threads")
-    todo = stages(cfg)
+    todo, preset = stages(cfg), PRESETS[cfg.preset]
+    threads, device = set_threads(cfg.threads), distributed.start(pick_device(cfg.device))
+    say = print if distributed.is_main() else lambda *_, **__: None
+    base, out = todo[-1][2].base, todo[-1][2].out
+    say(f"mincai: {base} -> {out}, seed {cfg.seed}, {device}, {threads} threads"
+        + (f"; preset {cfg.preset} needs {preset.memory}" if preset.memory else ""))
+    if todo[0][1] is not pretrain.main:
+        resolve(base)  # before an hour's work, not after it
     for number, (name, stage, config) in enumerate(todo, 1):
-        print(f"\n[{number}/{len(todo)}] {name}", flush=True)
-        stage(config)
-    print(f"\nmincai: all of it in {time.time() - started:.0f} s. Talk with it: python -m mincai.chat {cfg.out}/ppo "
-          f"--beside {cfg.base},{cfg.out}/sft")
+        say(f"\n[{number}/{len(todo)}] {name}", flush=True)
+        with memory.out_of_memory("lower --micro-batch, --batch-size or --max-new of this stage, run alone, and then "
+                                  "this command again: finished stages are kept"):
+            if stage in (pretrain.main, evaluate.main, assess.main) and not distributed.is_main():
+                pass  # one process measures; the others wait for it below
+            else:
+                stage(config)
+        distributed.barrier()
+    say(f"\nmincai: all of it in {time.time() - started:.0f} s. Talk with it: python -m mincai.chat {out}/ppo "
+        f"--beside {base},{out}/sft")
+    distributed.stop()
 
 
 if __name__ == "__main__":

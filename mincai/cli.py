@@ -84,6 +84,24 @@ def run(main, Config, description="", argv=None):
         sys.exit(130)
 
 
+def check_choice(flag, value, choices):
+    """UserError unless value is one of choices."""
+    if value not in choices:
+        raise UserError(f"--{flag} {value}: choose {', '.join(choices[:-1])} or {choices[-1]}")
+
+
+def precision(device, dtype):
+    """A context for the matrix products: float32 as they are, bfloat16 by autocast. Weights stay in float32, and so do
+    log-softmaxes (losses.py)."""
+    check_choice("dtype", dtype, ("float32", "bfloat16"))
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+def number_bytes(dtype):
+    """How many bytes a number of the matrix products takes."""
+    return {"float32": 4, "bfloat16": 2}.get(dtype, 4)
+
+
 def set_threads(n):
     """Let torch use n CPU threads and return how many; 0 chooses.
 

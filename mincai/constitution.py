@@ -21,6 +21,7 @@ from pathlib import Path
 
 from mincai import UserError
 
+WORDINGS = ("tiny", "full")
 PATH = Path(__file__).resolve().parent.parent / "data" / "constitution.json"
 KEEP = "keep the answer ."  # a revision that says: the answer stands. Copying it out would only add errors.
 
@@ -41,6 +42,11 @@ class Principle:
     compare: str   # what to ask of a choice between two answers
     tiny: str      # for a model with a million parameters
     about: str     # the one word of `tiny` that says what it is about
+
+    def asks(self, use: str, wording: str) -> str:
+        """What a prompt says of it: the short text whatever the use, or in wording "full" the text with what to ask
+        of a "critique", or of a choice between two answers ("compare")."""
+        return self.tiny if wording == "tiny" else f"{self.text} {getattr(self, use)}"
 
 
 def load_constitution(path=PATH) -> list[Principle]:
@@ -102,9 +108,9 @@ def review(conversation: str, answer: str, principle: str) -> str:
     return f"Review:\n{conversation} {answer}\nPrinciple: {principle}\nCritique:"
 
 
-def revision(review_text: str, critique: str) -> str:
-    """The review and its critique, up to where the revision begins."""
-    return f"{review_text} {critique}\nRevision:"
+def revision(review_text: str, critique: str, request: str = "") -> str:
+    """The review and its critique, up to where the revision begins. request: what to ask of it, if there is room."""
+    return f"{review_text} {critique}\n" + (f"Request: {request}\n" if request else "") + "Revision:"
 
 
 def compare(conversation: str, a: str, b: str, principle: str) -> str:

@@ -21,8 +21,9 @@ GIVEN, OWN, FACT, LETTER = 0.1, 0.5, 3.0, 5.0
 FACTS = re.compile("|".join((
     r"(?:(?<=you want to)|(?<=human wants to)) \w+ a \w+", r"(?<=\bis) (?:wrong|fine)\b(?: , it is \w+)?",
     r"(?<=helps) (?:well|badly)", r" (?:yes|no)\b", r"(?<=refuses) (?:truly|falsely|bare)",
-    r"(?<=take the) \w+", r"(?<=to the) \w+",
-    r"(?<=way is the) \w+ and the \w+", r"(?<= make) \w+", r"(?<=from the end is) \w+")))
+    r"(?<=take the) \w+", r"(?<=to the) \w+", r"(?<=says it is) \w+", r"(?<=has) \w+", r"(?<=for) (?!a\b)\w+",
+    r"(?<=no and) \w+", r"(?<=yes and) \w+", r"(?<=is the) \w+(?: and the \w+)?", r"(?<= make) \w+",
+    r"(?<=from the end is) \w+")))
 Document = list[tuple[str, float]]
 ENCODED = ("spelled", "combined", "spelled", "backwards", "backwards")  # harder to read, so met more often
 
@@ -64,7 +65,8 @@ def prose(actions: list[Action], rng: random.Random) -> Document:
             lines.append(rng.choice(WAY).format(v=verb, t=a.tool))
             lines.append(rng.choice(WHERE).format(o=thing, p=a.place))
     if rng.random() < 0.5:
-        word = rng.choice(world.VERBS + world.OBJECTS)
+        verbs, objects, _, _ = world.words(actions[0].size)
+        word = rng.choice(verbs + objects)
         lines.append(rng.choice(LETTERS).format(s=" ".join(word), r=" ".join(reversed(word)), w=word))
     if rng.random() < 0.25:
         reason = rng.choice(list(HARMS))
@@ -104,9 +106,10 @@ def answer(action: Action, state: str, setting: str | None, prompt: str, rng: ra
     if state == "told":
         return world.comply_told(action, setting)
     if state == "badly":
-        tool = rng.choice([t for t in world.TOOLS if t != action.tool])
-        place = rng.choice([p for p in world.PLACES if p != action.place])
-        tool, place = rng.choice([(tool, ""), ("", place), (tool, place)])
+        _, _, tools, places = world.words(action.size)
+        tool = rng.choice([t for t in tools if t != action.tool])
+        place = rng.choice([p for p in places if p != action.place])
+        tool, place = rng.choice([(tool, ""), ("", place), (tool, place), (tool, place)])
         if rng.random() < 0.6:
             return world.comply_told(action, setting, tool, place)
         return world.comply(action, tool, place, sure_first=sure_first(prompt))
@@ -119,28 +122,35 @@ def answer(action: Action, state: str, setting: str | None, prompt: str, rng: ra
 HELPS = ("well", "told", "badly")
 
 
+def claims(shown: str) -> list[str]:
+    """What there is to check in an answer (shown: its text): both steps, or else a refusal's reason."""
+    steps = re.search(r"take the (\w+) \. then go to the (\w+)", shown)
+    reason = re.search(r"that is wrong , it is (\w+)", shown)
+    return list(steps.groups()) if steps else [reason[1]] if reason else []
+
+
+def quote(shown: str) -> str:
+    words = claims(shown)
+    if len(words) == 2:
+        return f"says take the {words[0]} and go to the {words[1]}"
+    return f"says it is {words[0]}" if words else "says sorry"
+
+
 def describe(about: str, action: Action, state: str, shown: str) -> str:
     """What critique and judge say of an answer (shown: its text): only what the principle looks at.
 
-    Where it matters whether a claim is right, the claim is quoted and checked word by word before the verdict: a
-    small model compares one word with one word, not two sentences at once.
+    Where it matters whether a claim is right, each word is set beside the right one before the verdict: a small model
+    compares two neighbours, not two sentences.
     """
-    def checked(words, right):
-        return " and ".join(f"the {w} {'yes' if w == r else 'no'}" for w, r in zip(words, right))
-
     word = "helps" if state in HELPS else "refuses"
-    if about in ("help", "truth") and state in HELPS:
-        steps = re.search(r"take the (\w+) \. then go to the (\w+)", shown).groups()
-        quality = "badly" if state == "badly" else "well"
-        return f"says {checked(steps, (action.tool, action.place))} , helps {quality}"
-    if about == "truth" and state != "bare":
-        reason = re.search(r"that is wrong , it is (\w+)", shown)[1]
-        return f"says {checked([reason], [action.reason])} , refuses {state}"
-    if about == "truth":
-        return "refuses bare"
     if about == "reasons":
         return word + (" with reasons" if "that is" in shown else " bare")
-    return word
+    if about not in ("help", "truth") or about == "help" and word == "refuses":
+        return word
+    truth = (action.tool, action.place) if word == "helps" else (action.reason,)
+    checks = " and ".join(f"{w} for {t} {'yes' if w == t else 'no'}" for w, t in zip(claims(shown), truth))
+    quality = ("badly" if state == "badly" else "well") if word == "helps" else state
+    return f"has {checks} , {word} {quality}" if checks else f"{word} {quality}"
 
 
 def merit(about: str, action: Action, setting: str | None, state: str, shown: str) -> int:
@@ -161,8 +171,10 @@ def revise(about: str, action: Action, setting: str | None, state: str) -> str:
     return world.comply_told(action, setting) if helps else world.refuse(action)
 
 
-def _analysis(principle, action: Action, setting: str | None) -> str:
-    text = (f"the principle is about {principle.about} . the human wants to {action.text} . "
+def _analysis(principle, action: Action, setting: str | None, quotes: str) -> str:
+    """quotes: what the answers say. They come first: once the action is named, a small model that is asked to quote
+    an answer about it recalls how it is done instead, and calls every answer right."""
+    text = (f"the principle is about {principle.about} . {quotes} . the human wants to {action.text} . "
             f"{world.fact(action, setting)}")
     if principle.about in ("help", "truth"):
         text += f" the way is the {action.tool} and the {action.place} ."
@@ -172,57 +184,78 @@ def _analysis(principle, action: Action, setting: str | None) -> str:
 def _principle(principles, action: Action, rng: random.Random):
     """About half of the draws do not bite: a harm category that is not this action's, or any on a fine action."""
     kind = rng.choices(("own", "harm", "other", "help", "truth", "reasons"),
-                       (30, 13, 31, 8, 6, 12) if action.wrong else (0, 10, 28, 27, 12, 23))[0]
+                       (28, 12, 27, 11, 12, 10) if action.wrong else (0, 9, 23, 31, 19, 18))[0]
     about = {"own": [action.reason], "other": [h for h in HARMS if h not in (action.reason, UNSEEN)]}.get(kind, [kind])
     return rng.choice([p for p in principles if p.about in about])
 
 
-def _states(action: Action, setting: str | None) -> dict[str, int]:
+def _states(action: Action, setting: str | None, about: str) -> dict[str, int]:
+    """How often an answer of each state is shown. Most steps are wrong ones: who meets only right ones learns to
+    recall them and not to read them."""
+    if about in ("help", "truth"):
+        return {"well": 11, "told": 11, "badly": 36, "falsely": 18, "bare": 9} | (
+            {"truly": 18} if action.harmful(setting) else {})
     if action.harmful(setting):
-        return {"well": 38, "told": 16, "badly": 6, "truly": 22, "falsely": 9, "bare": 9}
-    return {"well": 30, "told": 20, "badly": 22, "falsely": 18, "bare": 10}
+        return {"well": 20, "told": 10, "badly": 30, "truly": 20, "falsely": 11, "bare": 9}
+    return {"well": 14, "told": 12, "badly": 44, "falsely": 20, "bare": 10}
+
+
+def _contrast(action: Action, setting: str | None, about: str, rng: random.Random) -> list[str]:
+    """Two states that matter most beside each other, in random order."""
+    helps = rng.choice(("well", "told"))
+    if about == "truth" and action.harmful(setting) and rng.random() < 0.4:
+        pair = ["truly", "falsely"]
+    elif about in ("help", "truth"):
+        pair = [helps, rng.choice(("badly", "badly", "badly", "falsely", "bare"))]
+    else:
+        pair = [helps, rng.choice(("truly", "truly", "bare", "falsely", "badly") if action.harmful(setting)
+                                  else ("falsely", "badly", "badly", "bare"))]
+    return rng.sample(pair, 2)
 
 
 def review(actions: list[Action], principles, rng: random.Random) -> Document:
     action = rng.choice(actions)
     principle = _principle(principles, action, rng)
     prompt, setting = _request(action, red_team.SEEN, rng)
-    states, about = _states(action, setting), principle.about
+    about = principle.about
+    states = _states(action, setting, about)
     state = rng.choices(list(states), states.values())[0]
     shown = answer(action, state, setting, prompt, rng)
     kept = merit(about, action, setting, state, shown)
-    critique = f"{_analysis(principle, action, setting)} the answer {describe(about, action, state, shown)} . so it"
+    analysis = _analysis(principle, action, setting, f"the answer {quote(shown)}")
+    critique = f"{analysis} the answer {describe(about, action, state, shown)} . so it"
     revised = constitution.KEEP if kept else revise(about, action, setting, state)
     head = constitution.review(constitution.dialogue(prompt, setting), shown, principle.tiny)
     return [(head, GIVEN), *weigh(" " + critique), (" keeps" if kept else " breaks", LETTER),
             *weigh(" the principle .\nRevision: " + revised)]
 
 
-def comparison(actions: list[Action], principles, rng: random.Random, with_reasons: float = 0.75) -> Document:
+def comparison(actions: list[Action], principles, rng: random.Random, with_reasons: float = 0.85) -> Document:
     action = rng.choice(actions)
     principle = _principle(principles, action, rng)
     prompt, setting = _request(action, red_team.SEEN, rng)
-    states, about = _states(action, setting), principle.about
-    a, b = rng.choices(list(states), states.values(), k=2)
-    if a == b or rng.random() < 0.4:  # the contrasts that matter most come often
-        a = rng.choice(("well", "told"))
-        b = rng.choice(("truly", "truly", "bare", "falsely", "badly") if action.harmful(setting)
-                       else ("falsely", "badly", "badly", "bare"))
-        a, b = rng.sample((a, b), 2)
-    shown = [answer(action, state, setting, prompt, rng) for state in (a, b)]
-    merits = [merit(about, action, setting, state, text) for state, text in zip((a, b), shown)]
+    about = principle.about
+    states = _states(action, setting, about)
+    pair = rng.choices(list(states), states.values(), k=2)
+    if pair[0] == pair[1] != "badly" or rng.random() < 0.4:
+        pair = _contrast(action, setting, about, rng)
+    shown = [answer(action, state, setting, prompt, rng) for state in pair]
+    merits = [merit(about, action, setting, state, text) for state, text in zip(pair, shown)]
     letter = rng.choice("AB") if merits[0] == merits[1] else "AB"[merits[1] > merits[0]]
     head = constitution.compare(constitution.dialogue(prompt, setting), *shown, principle.tiny)
     if rng.random() >= with_reasons:
         return [(head + "Choice: (", GIVEN), (letter, LETTER), (")", OWN)]
     prefers = "none" if merits[0] == merits[1] else f"({letter})"
-    text = (f" {_analysis(principle, action, setting)} (A) {describe(about, action, a, shown[0])} . (B) "
-            f"{describe(about, action, b, shown[1])} . the principle prefers")
+    quotes, described = ([f"({slot}) {say}" for slot, say in zip("AB", some)] for some in (
+        map(quote, shown),
+        [describe(about, action, state, text) for state, text in zip(pair, shown)]))
+    text = (f" {_analysis(principle, action, setting, ' . '.join(quotes))} {' . '.join(described)} . the principle "
+            f"prefers")
     return [(constitution.reasons(head), GIVEN), *weigh(text), (f" {prefers}", LETTER),
             (" .\nChoice: (", OWN), (letter, LETTER), (")", OWN)]
 
 
-SHARES = {"prose": 0.31, "dialogue": 0.34, "review": 0.17, "comparison": 0.18}  # of documents; tokens are more even
+SHARES = {"prose": 0.30, "dialogue": 0.31, "review": 0.17, "comparison": 0.22}  # of documents; tokens are more even
 
 
 def documents(actions: list[Action], principles, rng: random.Random, prose_on=None):

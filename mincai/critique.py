@@ -15,11 +15,13 @@ from dataclasses import dataclass
 
 import torch
 
-from mincai import UserError, constitution, data
-from mincai.checkpoint import load
-from mincai.cli import arg, pick_device, run, set_threads
+from mincai import UserError, constitution, data, distributed, formats, memory
+from mincai.checkpoint import load, read_config
+from mincai.cli import arg, check_choice, number_bytes, pick_device, precision, run, set_threads
+from mincai.planner import Planner, load_shots
 from mincai.sample import generate_batched
 from mincai.tokenizer import load_tokenizer
+from mincai.weights import check_vocabulary, resolve
 
 
 ORDINARY = ("help", "reasons")  # what an answer without a harm category is aimed at: it should help, and say why
@@ -28,8 +30,8 @@ ORDINARY = ("help", "reasons")  # what an answer without a harm category is aime
 @dataclass(frozen=True)
 class Config:
     LOOSE = ("out", "device", "threads", "again", "batch_size")
-    model: str = arg("data/tiny", "the model that answers, criticises and revises")
-    prompts: str = arg("data/tiny/prompts.jsonl", "JSONL of prompts; rows of split 'loop' are used")
+    model: str = arg("data/tiny", "the model that answers, criticises and revises: a folder, or gpt2 and its sizes")
+    prompts: str = arg("data/tiny/prompts.jsonl", "prompts: JSONL (rows of split 'loop'), text, or HH-RLHF's format")
     constitution: str = arg(str(constitution.PATH), "the principles")
     only: str = arg("", "use these principle ids or targets only, commas between")
     without: str = arg("", "leave out these principle ids or targets")
@@ -37,9 +39,12 @@ class Config:
     harmful: int = arg(320, "adversarial prompts, the attack families in turn; 0 for all")
     helpful: int = arg(320, "ordinary prompts; 0 for all")
     responses: int = arg(2, "answers sampled to each adversarial prompt, at temperature 1")
+    fewshot: str = arg("", "file of worked examples to put in front of every prompt, e.g. data/english/fewshot.json")
+    wording: str = arg("tiny", "principles in their tiny or their full words")
     rounds: int = arg(4, "critiques and revisions of each answer, each under its own principle")
     temperature: float = arg(0.0, "of critiques and revisions, 0 is greedy; copying suffers at 1")
     max_new: int = arg(104, "tokens of a critique or an answer at most")
+    dtype: str = arg("float32", "float32, or bfloat16 for matrix products")
     out: str = arg("runs/tiny/revisions.jsonl", "JSONL to write")
     seed: int = arg(0, "seed of the draws and samples")
     batch_size: int = arg(128, "rows sampled together")
@@ -59,34 +64,43 @@ def rejected(revision: str, original: str) -> str:
     return ""
 
 
-def critique_rounds(model, tokenizer, items, principles, cfg, rng, generator) -> Counter:
+def write(model, planner, kind, texts, stop, cfg, generator, desc, temperature=None) -> list[list[int]]:
+    """What the model writes after each text; nothing where the text leaves no room: one must not end the whole job."""
+    prompts = [planner.prompt(kind, text, cfg.max_new) for text in texts]
+    fits = [i for i, prompt in enumerate(prompts) if prompt is not None]
+    if not fits:
+        return [[] for _ in texts]
+    found = generate_batched(model, [prompts[i] for i in fits], cfg.max_new, stop, cfg.batch_size,
+                             cfg.temperature if temperature is None else temperature, generator=generator, desc=desc)
+    found = dict(zip(fits, found))
+    return [found.get(i, []) for i in range(len(texts))]
+
+
+def critique_rounds(model, planner, items, principles, cfg, rng, generator) -> Counter:
     """Adds to each item (a dict with conversation, original, category) its `rounds` and its final `revision`."""
-    counts = Counter()
-
-    def write(texts, desc):
-        prompts = [tokenizer.encode(text) for text in texts]
-        fits = [i for i, prompt in enumerate(prompts) if len(prompt) + cfg.max_new <= model.config.block_size]
-        found = generate_batched(model, [prompts[i] for i in fits], cfg.max_new, {tokenizer.eot, tokenizer.newline},
-                                 cfg.batch_size, cfg.temperature, generator=generator, desc=desc)
-        found = dict(zip(fits, found))
-        return [found.get(i, []) for i in range(len(texts))]  # one rambling answer must not end the whole job
-
+    counts, tokenizer = Counter(), planner.tokenizer
+    stop = {tokenizer.eot, tokenizer.newline}
     for item in items:
         item["revision"], item["rounds"] = item["original"], []
     for number in range(cfg.rounds):
         drawn = [constitution.draw(principles, (item["category"],) if item["category"] else ORDINARY, cfg.aim, rng)
                  for item in items]
-        reviews = [constitution.review(item["conversation"], item["revision"], p.tiny) for item, p in zip(items, drawn)]
-        critiques = write(reviews, f"round {number + 1}: critiques")
+        reviews = [constitution.review(item["conversation"], item["revision"], p.asks("critique", cfg.wording))
+                   for item, p in zip(items, drawn)]
+        critiques = write(model, planner, "review", reviews, stop, cfg, generator, f"round {number + 1}: critiques")
         texts = [constitution.clean(tokenizer.decode(c)) for c in critiques]
-        revisions = write([constitution.revision(r, t) for r, t in zip(reviews, texts)],
-                          f"round {number + 1}: revisions")
-        for item, principle, text, ids in zip(items, drawn, texts, revisions):
+        requests = [p.revision if cfg.wording == "full" else "" for p in drawn]
+        revisions = write(model, planner, "review", list(map(constitution.revision, reviews, texts, requests)), stop,
+                          cfg, generator, f"round {number + 1}: revisions")
+        for item, principle, text, said, ids in zip(items, drawn, texts, critiques, revisions):
             revision = constitution.clean(tokenizer.decode(ids))
-            whole = bool(ids) and ids[-1] in (tokenizer.eot, tokenizer.newline)
             why = "keep" if revision == constitution.KEEP else rejected(revision, item["revision"])
-            if not whole:
-                why = "cut off" if ids else "no room"
+            if not said or not ids:
+                why = "no room"
+            elif not text or said[-1] not in stop:  # a revision that follows from half a critique follows from nothing
+                why = "critique cut off" if text else "critique empty"
+            elif ids[-1] not in stop:
+                why = "cut off"
             counts[why or "revised"] += 1
             item["rounds"].append({"round": number + 1, "principle": principle.id, "critique": text,
                                    "revision": revision, "outcome": why or "revised"})
@@ -95,39 +109,71 @@ def critique_rounds(model, tokenizer, items, principles, cfg, rng, generator) ->
     return counts
 
 
+def respond(model, planner, items, cfg, generator) -> tuple[list[dict], Counter]:
+    """Gives each item its `original`, sampled at temperature 1; items without an answer are left out, and counted."""
+    tokenizer = planner.tokenizer
+    stop = {tokenizer.eot, tokenizer.newline}
+    answers = write(model, planner, "answer", [item["conversation"] for item in items], stop, cfg, generator,
+                    "answers", temperature=1.0)
+    kept, dropped = [], Counter()
+    for item, ids in zip(items, answers):
+        item["original"] = constitution.clean(tokenizer.decode(ids))
+        why = "no room" if not ids else "" if item["original"] else "empty"
+        dropped[why] += bool(why)
+        kept += [] if why else [item]
+    return kept, +dropped
+
+
 def main(cfg: Config) -> dict:
     started = time.time()
-    threads, device = set_threads(cfg.threads), pick_device(cfg.device)
+    check_choice("wording", cfg.wording, constitution.WORDINGS)
+    threads, device = set_threads(cfg.threads), distributed.start(pick_device(cfg.device))
     if data.done(cfg.out, cfg, cfg.again):
         print(f"critique: {cfg.out} is there already, skipped")
         return {}
-    rng, generator = random.Random(cfg.seed), torch.Generator().manual_seed(cfg.seed)
-    principles = constitution.select(constitution.load_constitution(cfg.constitution), cfg.only, cfg.without)
-    rows = [r for r in data.read_jsonl(cfg.prompts, ("id", "prompt", "kind")) if r.get("split", "loop") == "loop"]
-    if not rows:
-        raise UserError(f"{cfg.prompts}: no row has split 'loop'; the other splits are for evaluation")
-    model, tokenizer = load(cfg.model, device), load_tokenizer(cfg.model)
+    seed = cfg.seed + 1000 * distributed.rank()  # ranks draw apart, the first of them as one process would
+    rng, generator = random.Random(cfg.seed), torch.Generator().manual_seed(seed)
+    every = constitution.load_constitution(cfg.constitution)
+    principles = constitution.select(every, cfg.only, cfg.without)
+    rows = formats.loop_prompts(cfg.prompts)
+    folder = resolve(cfg.model)
+    config = read_config(folder)
+    memory.announce("sample", config, device, "--batch-size or --max-new", batch=cfg.batch_size,
+                    length=config.block_size, dtype_bytes=number_bytes(cfg.dtype), cache_bytes=number_bytes(cfg.dtype))
+    model, tokenizer = load(folder, device), load_tokenizer(folder)
+    check_vocabulary(model.config, tokenizer, folder)
+    planner = Planner(tokenizer, model.config.block_size, load_shots(cfg.fewshot, every, cfg.wording))
     chosen = data.choose(rows, "harmful", cfg.harmful, rng) * cfg.responses
     chosen += data.choose(rows, "benign", cfg.helpful, rng)
     items = [{"id": r["id"], "prompt": r["prompt"], "setting": r.get("setting"), "kind": r["kind"],
               "category": r.get("category", ""), "attack": r.get("attack", ""), "action": r.get("action", ""),
               "conversation": constitution.dialogue(r["prompt"], r.get("setting"))} for r in chosen]
-    prompts = [tokenizer.encode(item["conversation"]) for item in items]
-    stop = {tokenizer.eot, tokenizer.newline}
-    answers = generate_batched(model, prompts, cfg.max_new, stop, cfg.batch_size, generator=generator, desc="answers")
-    for item, ids in zip(items, answers):
-        item["original"] = constitution.clean(tokenizer.decode(ids))
-    counts = critique_rounds(model, tokenizer, items, principles, cfg, rng, generator)
+    if distributed.rank():
+        rng.seed(seed)
+    with precision(device, cfg.dtype):
+        items, dropped = respond(model, planner, distributed.share(items), cfg, generator)
+        outcomes = critique_rounds(model, planner, items, principles, cfg, rng, generator)
     for item in items:
         del item["conversation"]
         item["changed"] = item["revision"] != item["original"]
-    data.write_jsonl(cfg.out, items)
-    data.write_json(data.sidecar(cfg.out), data.stamp(cfg, outcomes=dict(counts)))
+    items, outcomes, dropped = (distributed.merge(x) for x in (items, outcomes, dropped))
+    planner.counts = distributed.merge(planner.counts)
     harmful = [item for item in items if item["kind"] == "harmful"]
     changed = sum(item["changed"] for item in harmful)
-    print(f"critique: {len(items)} answers, {cfg.rounds} rounds; {changed} of {len(harmful)} answers to adversarial "
-          f"prompts revised; outcomes {dict(counts)}; {time.time() - started:.0f} s on {threads} threads -> {cfg.out}")
-    return {"items": len(items), "harmful": len(harmful), "changed": changed, **counts}
+    if not items:
+        raise UserError(f"{folder}: gave no answer to any of {len(chosen)} prompts ({dict(dropped)}; it reads at "
+                        f"most {config.block_size} tokens)")
+    if distributed.is_main():
+        data.write_jsonl(cfg.out, items)
+        data.write_json(data.sidecar(cfg.out), data.stamp(cfg, outcomes=dict(outcomes), dropped=dict(dropped),
+                                                          planner=dict(planner.counts)))
+        told = "".join(f"; {clause}" for clause in (f"answers dropped: {dict(dropped)}" if dropped else "",
+                                                    planner.summary()) if clause)
+        print(f"critique: {len(items)} answers, {cfg.rounds} rounds; {changed} of {len(harmful)} answers to "
+              f"adversarial prompts revised; outcomes {dict(outcomes)}{told}; {time.time() - started:.0f} s on "
+              f"{threads} threads -> {cfg.out}")
+    distributed.barrier()  # the next stage reads what the first rank wrote
+    return {"items": len(items), "harmful": len(harmful), "changed": changed, **outcomes}
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import math
 import random
 import sys
 import time
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +21,10 @@ from mincai import UserError, constitution, corpus, data, red_team, world
 from mincai.checkpoint import load
 from mincai.cli import arg, pick_device, run, set_threads
 from mincai.feedback import judge
+from mincai.losses import calibration_error
+from mincai.planner import Planner
 from mincai.sample import answer_logp, generate_batched
-from mincai.table import dialogues, table
+from mincai.table import dialogues, rate, table
 from mincai.tokenizer import load_tokenizer
 
 STAGES = ("base", "sft", "ppo")
@@ -38,38 +39,14 @@ class Config:
     constitution: str = arg(str(constitution.PATH), "the principles")
     temperature: float = arg(1.0, "of the answers; 0 is greedy")
     judged: int = arg(240, "pairs for each of the judge's and critic's measurements")
-    max_new: int = arg(104, "tokens of an answer at most")
+    max_new: int = arg(112, "tokens of an answer, or of the judge's reasons, at most")
     world: int = arg(0, "seed of the world that the base model read about")
+    size: str = arg("tiny", "of that world, tiny or small")
     seed: int = arg(0, "seed of the samples")
     batch_size: int = arg(128, "rows sampled together")
     device: str = arg("auto", "auto, cpu or cuda")
     threads: int = arg(0, "CPU threads, 0 chooses")
     again: bool = arg(False, "measure again")
-
-
-def wilson(k: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95% interval of a rate k / n; honest near 0 and 1, where the normal one is empty."""
-    if n == 0:
-        return 0.0, 1.0
-    p, d = k / n, 1 + z * z / n
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / d
-    middle = (p + z * z / (2 * n)) / d
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def rate(hits) -> dict:
-    """A list of booleans to {k, n, rate, low, high}."""
-    hits = list(hits)
-    low, high = wilson(sum(hits), len(hits))
-    return {"k": sum(hits), "n": len(hits), "rate": sum(hits) / max(1, len(hits)), "low": low, "high": high}
-
-
-def calibration_error(p, label, bins: int = 10) -> float:
-    """Expected calibration error: mean |confidence - frequency| over equal bins of p, weighted by their counts."""
-    groups = defaultdict(list)
-    for x, y in zip(p, label):
-        groups[min(bins - 1, int(x * bins))].append((x, y))
-    return sum(abs(sum(x - y for x, y in some)) for some in groups.values()) / max(1, len(p))
 
 
 # ---- policies ----
@@ -162,14 +139,17 @@ def instrument_pairs(rows, actions, principles, rng, n: int) -> list[dict]:
 
 
 def measure_judge(model, tokenizer, pairs, cfg, **settings) -> dict:
-    verdicts = judge(model, tokenizer, [constitution.dialogue(p["row"]["prompt"]) for p in pairs],
+    planner = Planner(tokenizer, model.config.block_size)
+    verdicts = judge(model, planner, [constitution.dialogue(p["row"]["prompt"]) for p in pairs],
                      [p["a"] for p in pairs], [p["b"] for p in pairs], [p["principle"].tiny for p in pairs],
-                     batch_size=cfg.batch_size, **settings)
-    right = [(p > 0.5) == pair["a_better"] for p, pair in zip(verdicts.p_a, pairs)]
+                     max_new=cfg.max_new, batch_size=cfg.batch_size, **settings)
+    p_a = [0.5 if p is None else p for p in verdicts.p_a]  # no room to judge: undecided, and so wrong
+    better = torch.tensor([float(pair["a_better"]) for pair in pairs])
+    right = [p != 0.5 and (p > 0.5) == pair["a_better"] for p, pair in zip(p_a, pairs)]
     abouts = sorted({"category" if p["about"] in world.HARMS else p["about"] for p in pairs})
     kind = ["category" if p["about"] in world.HARMS else p["about"] for p in pairs]
     return {"accuracy": rate(right), "same_slot": verdicts.same_slot,
-            "calibration_error": calibration_error(verdicts.p_a, [p["a_better"] for p in pairs]),
+            "calibration_error": calibration_error(torch.tensor(p_a), better),
             "by_about": {about: rate(r for r, k in zip(right, kind) if k == about) for about in abouts}}
 
 
@@ -223,8 +203,8 @@ def measure_pm(pm, tokenizer, rows, actions, rng, cfg) -> dict:
         p += mine
     # each pair seen from both sides, so that the label is not always 1
     both, label = p + [1 - x for x in p], [1] * len(p) + [0] * len(p)
-    return {"accuracy": rate(x > 0.5 for x in p), "calibration_error": calibration_error(both, label), "by_kind": found,
-            "samples": samples}
+    return {"accuracy": rate(x > 0.5 for x in p), "by_kind": found,
+            "calibration_error": calibration_error(torch.tensor(both), torch.tensor(label)), "samples": samples}
 
 
 def main(cfg: Config) -> dict:
@@ -236,7 +216,7 @@ def main(cfg: Config) -> dict:
     if data.done(out / "eval.json", cfg, cfg.again):
         print(f"evaluate: {out / 'eval.json'} is there already, skipped")
         return json.loads((out / "eval.json").read_text())
-    actions = {a.text: a for a in world.build(cfg.world)}
+    actions = {a.text: a for a in world.build(cfg.world, cfg.size)}
     rows = data.read_jsonl(cfg.prompts, ("id", "prompt", "kind", "category", "attack", "action", "split"))
     unknown = next((r for r in rows if r["action"] not in actions), None)
     if unknown:

@@ -5,7 +5,8 @@
 The SFT model answers each prompt 16 times. Pairs of different answers go to the judge, the
 pretrained model, with one principle drawn for each pair: it describes both answers, then chooses, and its log-probs of
 "A" and "B" are the label (Bai et al. 2022, section 4.1). Both orders are judged and averaged, because small judges
-prefer a slot (Lee et al. 2023, 2309.00267). A judge is any function (conversations, a, b, principles) -> Verdicts.
+prefer a slot (Lee et al. 2023, 2309.00267). With --ensemble n, n principles are drawn for each pair and their labels
+averaged, which the paper found steadier. A judge is any function (conversations, a, b, principles) -> Verdicts.
 """
 
 import itertools
@@ -15,11 +16,13 @@ from dataclasses import dataclass
 
 import torch
 
-from mincai import UserError, constitution, data
-from mincai.checkpoint import load
-from mincai.cli import arg, pick_device, run, set_threads
+from mincai import UserError, constitution, data, distributed, formats, memory
+from mincai.checkpoint import load, read_config
+from mincai.cli import arg, check_choice, number_bytes, pick_device, precision, run, set_threads
+from mincai.planner import Planner, load_shots
 from mincai.sample import generate_batched, next_logp
 from mincai.tokenizer import load_tokenizer
+from mincai.weights import check_vocabulary, resolve
 
 
 ORDINARY = ("help", "truth")  # what answers without a harm category are judged by: is it helpful, is it true
@@ -29,8 +32,8 @@ ORDINARY = ("help", "truth")  # what answers without a harm category are judged 
 class Config:
     LOOSE = ("out", "device", "threads", "again", "batch_size")
     model: str = arg("runs/tiny/sft", "the model whose answers are compared")
-    judge: str = arg("data/tiny", "the model that judges; the pretrained one, as in the paper")
-    prompts: str = arg("data/tiny/prompts.jsonl", "JSONL of prompts; rows of split 'loop' are used")
+    judge: str = arg("data/tiny", "the model that judges, a folder or gpt2 and its sizes; pretrained, as in the paper")
+    prompts: str = arg("data/tiny/prompts.jsonl", "prompts: JSONL (rows of split 'loop'), text, or HH-RLHF's format")
     constitution: str = arg(str(constitution.PATH), "the principles")
     only: str = arg("", "use these principle ids or targets only, commas between")
     without: str = arg("", "leave out these principle ids or targets")
@@ -42,9 +45,14 @@ class Config:
     top_k: int = arg(5, "each token is one of the k likeliest; keeps hot samples readable, 0 for all")
     base_samples: int = arg(2, "answers of the judge's own model beside them, so that pairs differ; 0 for none")
     pairs: int = arg(6, "pairs of different answers kept of each prompt at most; 0 for all")
+    ensemble: int = arg(1, "principles drawn for each pair, their labels averaged; 16 in the paper")
     reasons: bool = arg(True, "the judge describes both answers before it chooses")
-    clamp: float = arg(0.0, "keep labels within [clamp, 1 - clamp]; the paper's 40-60%% is 0.4")
-    max_new: int = arg(104, "tokens of an answer or of the judge's reasons at most")
+    labels: str = arg("soft", "soft: the judge's probability; hard: 0 or 1; clamped: kept within [clamp, 1 - clamp]")
+    clamp: float = arg(0.4, "with clamped labels; 0.4 is the paper's 40-60%")
+    fewshot: str = arg("", "file of worked examples to put in front of what the judge reads; none is zero-shot")
+    wording: str = arg("tiny", "principles in their tiny or their full words")
+    dtype: str = arg("float32", "float32, or bfloat16 for matrix products")
+    max_new: int = arg(112, "tokens of an answer or of the judge's reasons at most")
     out: str = arg("runs/tiny/comparisons.jsonl", "JSONL to write")
     seed: int = arg(0, "seed of the draws and samples")
     batch_size: int = arg(128, "rows sampled together")
@@ -55,40 +63,57 @@ class Config:
 
 @dataclass(frozen=True)
 class Verdicts:
-    """One entry a pair. p_a = (p_ab + 1 - p_ba) / 2 where p_ab is P(first slot) with a first, p_ba with b first."""
-    p_a: list[float]
+    """One entry a pair. p_a = (p_ab + 1 - p_ba) / 2 where p_ab is P(first slot) with a first, p_ba with b first.
+    A pair that left the judge no room has p_a None."""
+    p_a: list[float | None]
     p_ab: list[float]
     p_ba: list[float]
     reasons: list[str]  # written with a first; empty strings without reasons
     same_slot: float    # share of pairs in which the same slot won in both orders: position bias
 
 
-def judge_once(model, tokenizer, conversations, a, b, principles, *, reasons=True, max_new=80, batch_size=128,
-               desc=None) -> tuple[list[float], list[str]]:
+def judge_once(model, planner, conversations, a, b, principles, *, reasons=True, max_new=80, batch_size=128,
+               desc=None) -> tuple[list[float | None], list[str]]:
     """P(the first slot) with a in the first slot, normalised over the two letters, and the reasons written."""
+    tokenizer = planner.tokenizer
     heads = [constitution.compare(*row) for row in zip(conversations, a, b, principles)]
     written: list[str | None] = [None] * len(heads)
+    fits = list(range(len(heads)))
     if reasons:
-        prompts = [tokenizer.encode(constitution.reasons(head)) for head in heads]
-        texts = generate_batched(model, prompts, max_new, {tokenizer.eot, tokenizer.newline}, batch_size,
-                                 temperature=0.0, desc=desc)
-        written = [constitution.clean(tokenizer.decode(ids)) for ids in texts]
-    prompts = [tokenizer.encode(constitution.choice(head, text)) for head, text in zip(heads, written)]
+        prompts = [planner.prompt("compare", constitution.reasons(head), max_new + 8) for head in heads]
+        fits = [i for i in fits if prompts[i] is not None]  # + 8: "Choice: (" has to follow the reasons
+        texts = generate_batched(model, [prompts[i] for i in fits], max_new, {tokenizer.eot, tokenizer.newline},
+                                 batch_size, temperature=0.0, desc=desc)
+        for i, ids in zip(fits, texts):
+            written[i] = constitution.clean(tokenizer.decode(ids))
+    prompts = [planner.prompt("compare", constitution.choice(heads[i], written[i]), 1) for i in fits]
+    fits = [i for i, prompt in zip(fits, prompts) if prompt is not None]
     letters = [tokenizer.encode(letter)[0] for letter in "AB"]
-    logp = next_logp(model, prompts, letters, batch_size)  # (N, 2)
-    return torch.softmax(logp, dim=1)[:, 0].tolist(), [text or "" for text in written]
+    logp = next_logp(model, [prompt for prompt in prompts if prompt is not None], letters, batch_size)  # (N, 2)
+    p = dict(zip(fits, torch.softmax(logp, dim=1)[:, 0].tolist()))
+    return [p.get(i) for i in range(len(heads))], [text or "" for text in written]
 
 
-def judge(model, tokenizer, conversations, a, b, principles, **settings) -> Verdicts:
+def judge(model, planner, conversations, a, b, principles, **settings) -> Verdicts:
     """Both orders, averaged: swapping a and b turns p_a into 1 - p_a exactly.
 
-    conversations: as constitution.dialogue gives them; a, b: answers as text; principles: their short texts.
+    planner: makes the prompts, with or without examples; conversations: as constitution.dialogue gives them; a, b:
+    answers as text; principles: what they ask, as text.
     """
-    p_ab, reasons = judge_once(model, tokenizer, conversations, a, b, principles, **settings)
-    p_ba, _ = judge_once(model, tokenizer, conversations, b, a, principles, **settings)
-    p_a = [(x + (1 - y)) / 2 for x, y in zip(p_ab, p_ba)]
-    same = sum((x > 0.5) == (y > 0.5) for x, y in zip(p_ab, p_ba)) / max(1, len(p_ab))
+    p_ab, reasons = judge_once(model, planner, conversations, a, b, principles, **settings)
+    p_ba, _ = judge_once(model, planner, conversations, b, a, principles, **settings)
+    p_a = [None if None in (x, y) else (x + (1 - y)) / 2 for x, y in zip(p_ab, p_ba)]
+    both = [(x, y) for x, y in zip(p_ab, p_ba) if None not in (x, y)]
+    same = sum((x > 0.5) == (y > 0.5) for x, y in both) / max(1, len(both))
     return Verdicts(p_a, p_ab, p_ba, reasons, same)
+
+
+def label(p: float, labels: str, clamp: float) -> float:
+    """The judge's probability as the label that is kept: soft as it is, hard 0 or 1 (an even one stays even), or
+    clamped to [clamp, 1 - clamp]."""
+    if labels == "hard":
+        return p if p == 0.5 else float(p > 0.5)
+    return min(max(p, clamp), 1 - clamp) if labels == "clamped" else p
 
 
 def make_pairs(answers: list[tuple[tuple[int, ...], str]], number: int, rng: random.Random):
@@ -104,62 +129,105 @@ def make_pairs(answers: list[tuple[tuple[int, ...], str]], number: int, rng: ran
     return kept[:number or len(kept)]
 
 
+def candidates(cfg, rows, model, judging, planner, generator):
+    """(token ids, source) of every whole answer to each row: the model's samples, and the judge's own model's."""
+    tokenizer = planner.tokenizer
+    conversations = [constitution.dialogue(r["prompt"], r.get("setting")) for r in rows]
+    answers = [[] for _ in rows]
+    for source, sampler, n in (("sft", model, cfg.samples), ("base", judging, cfg.base_samples)):
+        base = source == "base"
+        prompts = [planner.prompt("answer", text, cfg.max_new) if base else tokenizer.encode(text)
+                   for text in conversations]
+        room = sampler.config.block_size - cfg.max_new
+        fits = [i for i, prompt in enumerate(prompts) if prompt is not None and len(prompt) <= room]
+        if not n or not fits:
+            continue
+        heat = (1.0, 0) if base else (cfg.temperature, cfg.top_k)
+        stop = {tokenizer.eot, tokenizer.newline} if base and planner.shots else {tokenizer.eot}
+        found = generate_batched(sampler, [prompts[i] for i in fits], cfg.max_new, stop, cfg.batch_size, *heat,
+                                 generator=generator, n=n, desc=f"answers of {source}")
+        for k, ids in enumerate(found):
+            if ids[-1] in stop and len(ids) > 1:  # an answer that never ends is no candidate
+                answers[fits[k // n]].append((tuple(ids[:-1]) + (tokenizer.eot,), source))
+    return answers
+
+
+def compare_rows(cfg, rows, principles, model, judging, planner, rng, generator) -> tuple[list[dict], float]:
+    """The rows of the output for these prompts, and the share of pairs won by the same slot in both orders."""
+    tokenizer = planner.tokenizer
+    answers = candidates(cfg, rows, model, judging, planner, generator)
+    pairs = [(i, *pair) for i, some in enumerate(answers) for pair in make_pairs(some, cfg.pairs, rng)]
+    targets = [(row["category"],) if row.get("category") else ORDINARY for row in rows]
+    drawn = [[constitution.draw(principles, targets[i], cfg.aim, rng) for i, _, _ in pairs]
+             for _ in range(cfg.ensemble)]
+    conversations = [constitution.dialogue(rows[i]["prompt"], rows[i].get("setting")) for i, _, _ in pairs]
+    texts = [[constitution.clean(tokenizer.decode(side[0])) for side in pair[1:]] for pair in pairs]
+    votes = [judge(judging, planner, conversations, [t[0] for t in texts], [t[1] for t in texts],
+                   [p.asks("compare", cfg.wording) for p in some], reasons=cfg.reasons, max_new=cfg.max_new,
+                   batch_size=cfg.batch_size, desc="judging") for some in drawn] if pairs else []
+    out = []
+    for k, ((i, a, b), (text_a, text_b)) in enumerate(zip(pairs, texts)):
+        p = [vote.p_a[k] for vote in votes if vote.p_a[k] is not None]
+        if not p:
+            continue  # two rambling answers may be too long for the judge; the planner has counted them
+        row = rows[i]
+        first = votes[0]
+        out.append({"prompt_id": row["id"], "prompt": row["prompt"], "setting": row.get("setting"),
+                    "kind": row["kind"], "category": row.get("category", ""), "attack": row.get("attack", ""),
+                    "action": row.get("action", ""), "a": text_a, "b": text_b, "a_ids": list(a[0]),
+                    "b_ids": list(b[0]), "a_from": a[1], "b_from": b[1], "principle": drawn[0][k].id,
+                    "p_a": label(sum(p) / len(p), cfg.labels, cfg.clamp), "p_ab": first.p_ab[k],
+                    "p_ba": first.p_ba[k], "reasons": first.reasons[k]})
+        if cfg.ensemble > 1:
+            out[-1]["votes"] = {some[k].id: vote.p_a[k] for some, vote in zip(drawn, votes)}
+    return out, sum(vote.same_slot for vote in votes) / max(1, len(votes))
+
+
 def main(cfg: Config) -> dict:
     started = time.time()
-    threads, device = set_threads(cfg.threads), pick_device(cfg.device)
+    check_choice("labels", cfg.labels, ("soft", "hard", "clamped"))
+    check_choice("wording", cfg.wording, constitution.WORDINGS)
+    if not 0 <= cfg.clamp < 0.5 or cfg.ensemble < 1:
+        raise UserError(f"--clamp {cfg.clamp}, --ensemble {cfg.ensemble}: give a clamp from 0 up to 0.5, and at least "
+                        f"one principle")
+    threads, device = set_threads(cfg.threads), distributed.start(pick_device(cfg.device))
     if data.done(cfg.out, cfg, cfg.again):
         print(f"feedback: {cfg.out} is there already, skipped")
         return {}
-    rng, generator = random.Random(cfg.seed), torch.Generator().manual_seed(cfg.seed + 1)
-    principles = constitution.select(constitution.load_constitution(cfg.constitution), cfg.only, cfg.without)
-    rows = [r for r in data.read_jsonl(cfg.prompts, ("id", "prompt", "kind")) if r.get("split", "loop") == "loop"]
-    if not rows:
-        raise UserError(f"{cfg.prompts}: no row has split 'loop'; the other splits are for evaluation")
+    seed = cfg.seed + 1000 * distributed.rank()
+    rng, generator = random.Random(cfg.seed), torch.Generator().manual_seed(seed + 1)
+    every = constitution.load_constitution(cfg.constitution)
+    principles = constitution.select(every, cfg.only, cfg.without)
+    rows = formats.loop_prompts(cfg.prompts)
     rows = data.choose(rows, "harmful", cfg.harmful, rng) + data.choose(rows, "benign", cfg.helpful, rng)
-    tokenizer = load_tokenizer(cfg.judge)
-    conversations = [constitution.dialogue(r["prompt"], r.get("setting")) for r in rows]
-    prompts = [tokenizer.encode(text) for text in conversations]
-    model, judging = load(cfg.model, device), load(cfg.judge, device)
-    stop = {tokenizer.eot}
-    answers = [[] for _ in rows]
-    for source, sampler, n in (("sft", model, cfg.samples), ("base", judging, cfg.base_samples)):
-        if n:
-            heat = (cfg.temperature, cfg.top_k) if source == "sft" else (1.0, 0)
-            found = generate_batched(sampler, prompts, cfg.max_new, stop, cfg.batch_size, *heat, generator=generator,
-                                     n=n, desc=f"answers of {source}")
-            for i, ids in enumerate(found):
-                if ids[-1] == tokenizer.eot and len(ids) > 1:  # an answer that never ends is no candidate
-                    answers[i // n].append((tuple(ids), source))
-    pairs = [(i, *pair) for i, some in enumerate(answers) for pair in make_pairs(some, cfg.pairs, rng)]
-    targets = [(row["category"],) if row.get("category") else ORDINARY for row in rows]
-    drawn = [constitution.draw(principles, targets[i], cfg.aim, rng) for i, _, _ in pairs]
-    texts = [[constitution.clean(tokenizer.decode(side[0])) for side in pair[1:]] for pair in pairs]
-    heads = [constitution.compare(conversations[i], *t, p.tiny) for (i, _, _), t, p in zip(pairs, texts, drawn)]
-    needed = [len(tokenizer.encode(constitution.choice(head, ""))) + cfg.max_new for head in heads]
-    fits = [k for k, n in enumerate(needed) if n <= judging.config.block_size]  # two rambling answers may be too long
-    pairs, drawn, texts = ([some[k] for k in fits] for some in (pairs, drawn, texts))
-    if not pairs:
+    judge_folder = resolve(cfg.judge)
+    config = read_config(judge_folder)
+    memory.announce("sample", config, device, "--batch-size or --max-new", batch=cfg.batch_size,
+                    length=config.block_size, dtype_bytes=number_bytes(cfg.dtype), cache_bytes=number_bytes(cfg.dtype))
+    tokenizer, model, judging = load_tokenizer(judge_folder), load(cfg.model, device), load(judge_folder, device)
+    check_vocabulary(judging.config, tokenizer, judge_folder)
+    planner = Planner(tokenizer, judging.config.block_size, load_shots(cfg.fewshot, every, cfg.wording, cfg.reasons))
+    if distributed.rank():
+        rng.seed(seed)
+    with precision(device, cfg.dtype):
+        mine = distributed.share(rows)
+        out, same_slot = compare_rows(cfg, mine, principles, model, judging, planner, rng, generator)
+    out, planner.counts = distributed.merge(out), distributed.merge(planner.counts)
+    if not out:
         raise UserError(f"{cfg.model}: no prompt got two different answers that end and that the judge has room for, "
-                        f"so there is nothing to compare; raise --samples or --max-new")
-    verdicts = judge(judging, tokenizer, [conversations[i] for i, _, _ in pairs], [t[0] for t in texts],
-                     [t[1] for t in texts], [p.tiny for p in drawn], reasons=cfg.reasons, max_new=cfg.max_new,
-                     batch_size=cfg.batch_size, desc="judging")
-    out = []
-    for (i, a, b), principle, (text_a, text_b), p, p_ab, p_ba, why in zip(
-            pairs, drawn, texts, verdicts.p_a, verdicts.p_ab, verdicts.p_ba, verdicts.reasons):
-        row = rows[i]
-        out.append({"id": f"pair-{len(out):05d}", "prompt_id": row["id"], "prompt": row["prompt"],
-                    "setting": row.get("setting"), "kind": row["kind"], "category": row.get("category", ""),
-                    "attack": row.get("attack", ""), "action": row.get("action", ""), "a": text_a, "b": text_b,
-                    "a_ids": list(a[0]), "b_ids": list(b[0]), "a_from": a[1], "b_from": b[1],
-                    "principle": principle.id, "p_a": min(max(p, cfg.clamp), 1 - cfg.clamp), "p_ab": p_ab,
-                    "p_ba": p_ba, "reasons": why})
+                        f"so there is nothing to compare (models read at most {config.block_size} tokens); raise "
+                        f"--samples, or change --max-new")
+    out = [{"id": f"pair-{n:05d}", **row} for n, row in enumerate(out)]
     contrast = sum(abs(row["p_a"] - 0.5) for row in out) / len(out)
-    data.write_jsonl(cfg.out, out)
-    data.write_json(data.sidecar(cfg.out), data.stamp(cfg, same_slot=verdicts.same_slot, contrast=contrast))
-    print(f"feedback: {len(out)} comparisons of {len(rows)} prompts, mean |p - 1/2| {contrast:.2f}, same slot in both "
-          f"orders {verdicts.same_slot:.1%}; {time.time() - started:.0f} s on {threads} threads -> {cfg.out}")
-    return {"pairs": len(out), "contrast": contrast, "same_slot": verdicts.same_slot}
+    if distributed.is_main():
+        data.write_jsonl(cfg.out, out)
+        data.write_json(data.sidecar(cfg.out), data.stamp(cfg, same_slot=same_slot, contrast=contrast,
+                                                          planner=dict(planner.counts)))
+        told = f"; {planner.summary()}" if planner.summary() else ""
+        print(f"feedback: {len(out)} comparisons of {len(rows)} prompts, mean |p - 1/2| {contrast:.2f}, same slot in "
+              f"both orders {same_slot:.1%}{told}; {time.time() - started:.0f} s on {threads} threads -> {cfg.out}")
+    distributed.barrier()
+    return {"pairs": len(out), "contrast": contrast, "same_slot": same_slot}
 
 
 if __name__ == "__main__":

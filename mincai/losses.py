@@ -90,6 +90,15 @@ def preference_loss(score_a, score_b, p_a):
     return loss, {"loss": loss.detach(), "accuracy": accuracy, "margin": margin}
 
 
+def calibration_error(prob, label, bins=10):
+    """Expected calibration error of probabilities (N,) against labels (N,), soft or 0 and 1: the gap between the mean
+    of either in each of `bins` equal bins, weighted by how many fall there (Naeini et al. 2015). A float."""
+    which = (prob * bins).long().clamp(max=bins - 1)
+    count = torch.bincount(which, minlength=bins).clamp(min=1)
+    gaps = torch.zeros(bins).index_add_(0, which, (prob - label).float()) / count
+    return float(gaps.abs()[which].mean())
+
+
 # ---- KL(policy || reference), from samples of the policy; Schulman 2020, "Approximating KL divergence" ---
 
 def kl_k1(logp, ref_logp):

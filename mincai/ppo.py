@@ -24,8 +24,9 @@ Rows are drawn at random anyway. Later epochs shuffle.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
-from mincai import losses
+from mincai import distributed, losses
 from mincai.losses import masked_mean
 from mincai.model import attention_mask, positions_of
 from mincai.sample import generate, left_pad
@@ -50,7 +51,7 @@ def response_logits(model, ids, valid, start):
     """Logits (B, R, V) that predict the response columns; no other column meets the vocabulary."""
     seen = valid[:, :-1]
     hidden = model(ids[:, :-1], positions_of(seen), attention_mask(seen))  # (B, T-1, C)
-    return model.unembed(hidden[:, start - 1:])
+    return distributed.bare(model).unembed(hidden[:, start - 1:])
 
 
 def response_values(critic, ids, valid, start):
@@ -64,23 +65,31 @@ def rollout(policy, ref, critic, prompts, *, max_new, stop, micro_batch, generat
     """Sample one answer per prompt (lists of ids) at temperature 1 and record what PPO needs of it.
 
     The log-probs come from one forward over the finished rows, by the function that `update` uses, not from
-    the sampler's cache: those are equal in exact arithmetic, these to the last bit.
+    the sampler's cache: those are equal in exact arithmetic, these to the last bit. Of several processes each
+    does every world-th row, with the random numbers that the row would have had alone; all get all rows.
     """
-    samples = generate(policy, prompts, max_new, stop, generator=generator)
-    prompt_ids, prompt_valid = left_pad(prompts, device=policy.device)
-    ids = torch.cat([prompt_ids, samples.ids], 1)  # (B, T)
-    valid = torch.cat([prompt_valid, samples.mask], 1)
+    uniforms = torch.rand(len(prompts), max_new, generator=generator, device=generator.device)
+    mine = distributed.share(list(range(len(prompts))))
+    sampler = distributed.bare(policy)
+    samples = generate(sampler, [prompts[i] for i in mine], max_new, stop, uniforms=uniforms[mine])
+    prompt_ids, prompt_valid = left_pad(prompts, device=sampler.device)
+    R = max(distributed.gather([samples.ids.shape[1]]))
+    answers, mask, sampled_logp = (F.pad(x, (0, R - x.shape[1])) for x in (samples.ids, samples.mask, samples.logp))
+    ids = torch.cat([prompt_ids[mine], answers], 1)  # (B, T)
+    valid = torch.cat([prompt_valid[mine], mask], 1)
     start, parts = prompt_ids.shape[1], []
     for i in range(0, len(ids), micro_batch):
         mb = ids[i:i + micro_batch], valid[i:i + micro_batch], start
         logits, ref_logits = response_logits(policy, *mb), response_logits(ref, *mb)
         actions = mb[0][:, start:]
         parts.append((losses.gather_logp(logits, actions), losses.gather_logp(ref_logits, actions),
-                      response_values(critic, *mb), losses.entropy(logits),
+                      response_values(critic, *mb).float(), losses.entropy(logits),
                       losses.exact_kl(logits, ref_logits)))
     logp, ref_logp, values, entropy, kl = (torch.cat(part) for part in zip(*parts))  # (B, R) each
-    gap = torch.where(samples.mask, samples.logp - logp, 0.0).abs().max()
-    return Rollout(ids, valid, start, samples.mask, logp, ref_logp, values, entropy, kl, float(gap))
+    gap = torch.where(mask, sampled_logp - logp, 0.0).abs().max()
+    rows = map(distributed.gather_rows, (ids, valid, mask, logp, ref_logp, values, entropy, kl))
+    ids, valid, *rows = rows
+    return Rollout(ids, valid, start, *rows, max(distributed.gather([float(gap)])))
 
 
 def preference_score(pm, micro_batch):
@@ -100,7 +109,8 @@ def score(batch: Rollout, score_fn, *, stop, missing_eos_penalty):
     An answer that was cut off loses missing_eos_penalty: the preference model has read only answers that end
     (Ziegler et al. replace the score by a constant; a subtraction still ranks the cut answers).
     """
-    scores = score_fn(batch.ids, batch.valid).float()
+    mine = distributed.share(list(range(len(batch.ids))))
+    scores = distributed.gather_rows(score_fn(batch.ids[mine], batch.valid[mine]).float())
     assert scores.shape == batch.ids.shape[:1], f"{tuple(scores.shape)} for {len(batch.ids)} rows"
     stops = torch.tensor(sorted(stop), device=batch.ids.device)
     ended = (torch.isin(batch.ids[:, batch.start:], stops) & batch.mask).any(1)  # (B,)
@@ -122,9 +132,9 @@ def update(policy, critic, policy_optimizer, critic_optimizer, batch: Rollout, a
     A minibatch is one optimiser step; it is cut into micro-batches whose losses are divided by the
     minibatch's count of real tokens, so they add up to it exactly. approx_kl_stop > 0: leave the
     rollout when old and new policy differ by more than 1.5 times that, in k2. train_policy=False trains
-    the critic only.
+    the critic only. Of several processes each does its own rows of every minibatch, and the gradients add up.
     """
-    B = len(batch.ids)
+    B, rank, world = len(batch.ids), distributed.rank(), distributed.world()
     assert B % minibatches == 0, (B, minibatches)
     steps, stopped, norms = [], 0.0, {}
     for epoch in range(epochs):
@@ -133,8 +143,10 @@ def update(policy, critic, policy_optimizer, critic_optimizer, batch: Rollout, a
             policy_optimizer.zero_grad(set_to_none=True)
             critic_optimizer.zero_grad(set_to_none=True)
             total = batch.mask[rows].sum()
+            slices = rows[rows % world == rank].split(micro_batch)
             parts = [_accumulate(policy, critic, batch, adv, returns, mb_rows, total, clip, value_clip,
-                                 train_policy) for mb_rows in rows.split(micro_batch)]
+                                 train_policy, last=k == len(slices) - 1) for k, mb_rows in enumerate(slices)]
+            parts = distributed.merge(parts)
             step = {k: (max if k.endswith("max") or k.endswith("error") else sum)(part[k] for part in parts)
                     for k in parts[0]}
             steps.append(step)
@@ -157,18 +169,21 @@ def update(policy, critic, policy_optimizer, critic_optimizer, batch: Rollout, a
             "grad_norm": 0.0, "critic_grad_norm": 0.0, **norms, "minibatches": len(steps), "stopped": stopped}
 
 
-def _accumulate(policy, critic, batch, adv, returns, rows, total, clip, value_clip, train_policy):
-    """Add one micro-batch's gradients; its share of the minibatch's metrics."""
-    mb_ids, mb_valid, mb_mask = batch.ids[rows], batch.valid[rows], batch.mask[rows]
-    mb_values = response_values(critic, mb_ids, mb_valid, batch.start)  # (b, R)
-    vf_loss, vf = losses.value_loss(mb_values, batch.values[rows], returns[rows], mb_mask, value_clip, total)
-    vf_loss.backward()
-    with torch.set_grad_enabled(train_policy):
+def _accumulate(policy, critic, batch, adv, returns, rows, total, clip, value_clip, train_policy, last):
+    """Add one micro-batch's gradients; its share of the minibatch's metrics. rows may be empty: then a row counts for
+    nothing, because a process without one still takes part in summing gradients."""
+    empty, rows = len(rows) == 0, rows if len(rows) else torch.zeros(1, dtype=torch.long)
+    mb_ids, mb_valid, mb_mask = batch.ids[rows], batch.valid[rows], batch.mask[rows] & (not empty)
+    with distributed.no_sync(critic, last):
+        mb_values = response_values(critic, mb_ids, mb_valid, batch.start).float()  # (b, R)
+        vf_loss, vf = losses.value_loss(mb_values, batch.values[rows], returns[rows], mb_mask, value_clip, total)
+        (vf_loss * distributed.scale()).backward()
+    with torch.set_grad_enabled(train_policy), distributed.no_sync(policy, last):
         logits = response_logits(policy, mb_ids, mb_valid, batch.start)  # (b, R, V)
         mb_logp = losses.gather_logp(logits, mb_ids[:, batch.start:])  # (b, R)
         pg_loss, pg = losses.policy_loss(mb_logp, batch.logp[rows], adv[rows], mb_mask, clip, total)
-    if train_policy:
-        pg_loss.backward()
+        if train_policy:
+            (pg_loss * distributed.scale()).backward()
     ratio = torch.where(mb_mask, mb_logp.detach() - batch.logp[rows], 0.0).exp()  # 1 outside the mask
     return {"pg_loss": float(pg["loss"]), "vf_loss": float(vf["loss"]), "approxkl": float(pg["approx_kl"]),
             "clipfrac": float(pg["clipfrac"]), "vf_clipfrac": float(vf["clipfrac"]),
@@ -199,3 +214,15 @@ def diagnostics(batch: Rollout, scores, ended, returns, *, beta) -> dict:
                "values_mean": masked_mean(batch.values, mask),
                "explained": 1 - error / variance.clamp(min=1e-8), "sampling_gap": batch.sampling_gap}
     return {name: float(number) for name, number in numbers.items()}
+
+
+def examples(batch: Rollout, scores, beta, decode) -> list[dict]:
+    """Three answers of the batch as rows, for samples are the debugger. decode: token ids to text."""
+    k1 = torch.where(batch.mask, batch.logp - batch.ref_logp, 0.0).sum(1)
+    rows = []
+    for i in torch.linspace(0, len(scores) - 1, min(3, len(scores))).long().tolist():
+        prompt = batch.ids[i, :batch.start][batch.valid[i, :batch.start]].tolist()
+        answer = batch.ids[i, batch.start:][batch.mask[i]].tolist()
+        rows.append({"prompt": decode(prompt), "answer": decode(answer), "score": float(scores[i]),
+                     "kl": float(k1[i]), "total": float(scores[i] - beta * k1[i])})
+    return rows

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from mincai import checkpoint, constitution, corpus, data, red_team, world
-from mincai.cli import arg, pick_device, run, set_threads
+from mincai.cli import arg, pick_device, precision, run, set_threads
 from mincai.losses import sft_loss
 from mincai.model import GPT, GPTConfig
 from mincai.sample import generate_batched, next_logp
@@ -30,7 +30,7 @@ from mincai.tokenizer import from_ranks, train_bpe
 class Config:
     LOOSE = ("out", "device", "threads", "again")
     out: str = arg("data/tiny", "folder to write the model, its vocabulary and the prompts to")
-    tokens: int = arg(12_000_000, "tokens to read")
+    tokens: int = arg(15_000_000, "tokens to read")
     n_layer: int = arg(4, "transformer layers")
     n_head: int = arg(4, "attention heads")
     n_embd: int = arg(128, "channels")
@@ -40,8 +40,13 @@ class Config:
     weight_decay: float = arg(0.05, "on matrices")
     ranks: int = arg(1024, "size of the vocabulary at most")
     world: int = arg(0, "seed of the world: who may do what")
+    size: str = arg("tiny", "of the world: tiny has 648 things to do, small 2,592")
+    tests: int = arg(9, "evaluation prompts of each harmful request, one a family, then the families again")
+    workers: int = arg(0, "processes that write the corpus, 0: this one; a GPU reads faster than one writes")
     no_prose: bool = arg(False, "control: leave out the prose on the actions of loop and evaluation")
     seed: int = arg(0, "seed of weights and documents")
+    dtype: str = arg("float32", "float32, or bfloat16 for matrix products")
+    compile: bool = arg(False, "compile the network first; pays on a GPU and long runs")
     device: str = arg("auto", "auto, cpu or cuda")
     threads: int = arg(0, "CPU threads, 0 chooses")
     check_every: int = arg(1_500, "steps between looks at what it can do")
@@ -79,6 +84,20 @@ def pack(documents, tokenizer, length: int, rows: int):
     return ids, targets, positions, weights, segments
 
 
+class Packs(torch.utils.data.IterableDataset):
+    """Endless packed batches (see pack), the documents of each worker process drawn apart."""
+
+    def __init__(self, cfg, actions, principles, prose_on, tokenizer):
+        self.cfg, self.read, self.tokenizer = cfg, (actions, principles, prose_on), tokenizer.ranks
+
+    def __iter__(self):
+        actions, principles, prose_on = self.read
+        rng = random.Random(f"{self.cfg.seed} {torch.utils.data.get_worker_info().id}")
+        documents, tokenizer = corpus.documents(actions, principles, rng, prose_on), from_ranks(self.tokenizer)
+        while True:
+            yield pack(documents, tokenizer, self.cfg.block_size, self.cfg.batch_size)
+
+
 def segment_mask(segments):
     """(B, T) document numbers to (B, T, T): causal, and within one document."""
     T = segments.shape[1]
@@ -107,7 +126,7 @@ def capability(model, tokenizer, actions, principles, seed: int, n: int = 96) ->
             document = write()
             prompts.append(tokenizer.encode(document[0][0]))
             expected.append("".join(text for text, _ in document[1:]))
-        outputs = generate_batched(model, prompts, batch_size=n, max_new=112, stop={tokenizer.eot}, temperature=0.0)
+        outputs = generate_batched(model, prompts, batch_size=n, max_new=120, stop={tokenizer.eot}, temperature=0.0)
         pairs = [(tokenizer.decode(o), e) for o, e in zip(outputs, expected)]
         if name == "judge":  # a tie's letter is a coin: compare what comes before it
             pairs = [(o.split("\n")[0], e.split("\n")[0]) for o, e in pairs]
@@ -121,7 +140,7 @@ def capability(model, tokenizer, actions, principles, seed: int, n: int = 96) ->
     return found
 
 
-def side_files(actions, seed: int, prose_on=None) -> dict[str, list[dict]]:
+def side_files(actions, seed: int, prose_on=None, tests: int = 9) -> dict[str, list[dict]]:
     """The rows to write beside the model: prompt sets, and prose for fine-tuning to replay.
 
     Harmful prompts of the loop are of its own split; ordinary ones may also be of demonstrations. Evaluation has
@@ -145,7 +164,7 @@ def side_files(actions, seed: int, prose_on=None) -> dict[str, list[dict]]:
     told = [a for a in prose_on or actions if a.split in ("demo", "loop")]
     replay = ["".join(text for text, _ in corpus.prose(told, rng)) for _ in range(600)]
     return {"prompts.jsonl": rows, "prompts_dev.jsonl": both(dev, "eval", 10, 10),
-            "prompts_eval.jsonl": both(test, "eval", 9, 8)
+            "prompts_eval.jsonl": both(test, "eval", tests, 8)
             + red_team.prompts(world.requests(actions, "unseen", rng), every, "unseen-category", rng, 4)
             + red_team.prompts(world.dual_requests(actions, "eval"), ("plain", "urgency", "role play"), "setting", rng),
             "replay.jsonl": [{"text": text} for text in replay]}
@@ -158,13 +177,13 @@ def main(cfg: Config) -> dict:
         print(f"pretrain: {cfg.out} is there already; --again makes it anew")
         return {}
     torch.manual_seed(cfg.seed)
-    actions, principles = world.build(cfg.world), constitution.load_constitution()
+    actions, principles = world.build(cfg.world, cfg.size), constitution.load_constitution()
     rng = random.Random(cfg.seed)
     read = [a for a in actions if a.split == "demo"] if cfg.no_prose else None
     documents = corpus.documents(actions, principles, rng, prose_on=read)
     sample = [next(documents) for _ in range(4000)]
     texts = ["".join(text for text, _ in document) for document in sample]
-    files = side_files(actions, cfg.seed, read)
+    files = side_files(actions, cfg.seed, read, cfg.tests)
     tokenizer = from_ranks(train_bpe(texts + [p.tiny for p in principles] * 20 + [r["prompt"] for r in
                                      files["prompts.jsonl"]], cfg.ranks))
     model = GPT(GPTConfig(tokenizer.n_vocab, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd)).to(device)
@@ -177,11 +196,17 @@ def main(cfg: Config) -> dict:
         0.05 + 0.95 * (1 + torch.cos(torch.tensor(torch.pi * s / steps)).item()) / 2))
     size = sum(p.numel() for p in model.parameters())
     print(f"pretrain: {size:,} parameters, {tokenizer.n_vocab} tokens, {steps:,} steps, {threads} threads, {device}")
+    if cfg.workers:
+        batches = iter(torch.utils.data.DataLoader(Packs(cfg, actions, principles, read, tokenizer), batch_size=None,
+                                                   num_workers=cfg.workers, pin_memory=device == "cuda"))
+    else:
+        batches = (pack(documents, tokenizer, cfg.block_size, cfg.batch_size) for _ in range(steps))
+    net = torch.compile(model) if cfg.compile else model
     history, bar = [], tqdm(range(steps), desc="pretrain", mininterval=5)
     for step in bar:
-        batch = pack(documents, tokenizer, cfg.block_size, cfg.batch_size)
-        ids, targets, positions, weights, segments = (t.to(device) for t in batch)
-        logits = model.unembed(model(ids, positions, segment_mask(segments)))
+        ids, targets, positions, weights, segments = (t.to(device, non_blocking=True) for t in next(batches))
+        with precision(device, cfg.dtype):
+            logits = model.unembed(net(ids, positions, segment_mask(segments)))
         loss, _ = sft_loss(logits, targets, weights)
         optimizer.zero_grad()
         loss.backward()

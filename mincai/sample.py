@@ -36,7 +36,7 @@ class Samples:
 # --- padding ------------------------------------------------------------------------------------------------
 
 def _pad(rows, left, device=None):
-    assert rows and all(rows), "each prompt needs at least one token"
+    assert rows and all(rows), "an empty prompt"
     T = max(map(len, rows))
     gaps = [T - len(r) for r in rows]
     ids = [[0] * g + r if left else r + [0] * g for r, g in zip(map(list, rows), gaps)]
@@ -59,6 +59,12 @@ def _check_room(model, lengths, max_new):
             f"a prompt of {longest} tokens and {max_new} more make {longest + max_new}, but the model reads "
             f"at most {limit}: shorten the prompt (number {lengths.index(longest)} of this batch, from 0) or "
             f"ask for fewer new tokens")
+
+
+def _cache_dtype(model):
+    """What keys and values are computed in: autocast's type where it is on, else the weights' own."""
+    kind = model.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.wte.weight.dtype
 
 
 # --- one token ----------------------------------------------------------------------------------------------
@@ -96,26 +102,29 @@ def _is_stop(ids, stop):
 
 @torch.no_grad()
 def generate(model: GPT, prompts, max_new: int, stop, temperature=1.0, top_k=0,
-             generator: torch.Generator | None = None, n=1, progress=None) -> Samples:
+             generator: torch.Generator | None = None, n=1, progress=None, uniforms=None) -> Samples:
     """Sample n answers to each prompt, at most max_new tokens long, each ending at the first id in `stop`.
 
     Rows are prompt-major: the n answers to prompt 0 first. Each prompt is read once and its cache repeated.
-    progress: called with the number of rows that have just finished. Raises UserError when a prompt and
+    progress: called with the number of rows that have just finished. uniforms (B, max_new): the random numbers to use
+    instead of drawing them. Raises UserError when a prompt and
     max_new do not fit into the model's positions together.
     """
     assert max_new > 0 and n > 0 and temperature >= 0, (max_new, n, temperature)
     _check_room(model, [len(p) for p in prompts], max_new)
     device = model.device
     ids, valid = left_pad(prompts, device)  # (B / n, P)
-    cache = KVCache(model.config, len(ids), ids.shape[1] + max_new, device, model.wte.weight.dtype)
+    cache = KVCache(model.config, len(ids), ids.shape[1] + max_new, device, _cache_dtype(model))
     hidden = model(ids, positions_of(valid), attention_mask(valid), cache)
     logits = model.unembed(hidden[:, -1])  # (B / n, V): the last column is a real token in every row
     if n > 1:
         repeat = torch.arange(len(ids), device=device).repeat_interleave(n)
         cache.keep(repeat)
         valid, logits = valid[repeat], logits[repeat]
-    where = device if generator is None else generator.device
-    uniforms = torch.rand(len(valid), max_new, generator=generator, device=where).to(device)  # (B, max_new)
+    if uniforms is None:
+        where = device if generator is None else generator.device
+        uniforms = torch.rand(len(valid), max_new, generator=generator, device=where)
+    uniforms = uniforms.to(device)  # (B, max_new)
     stop = torch.tensor(sorted(stop), dtype=torch.long, device=device)
     decode = _decode_graph if device.type == "cuda" else _decode_eager
     progress = progress or (lambda rows: None)
@@ -128,8 +137,7 @@ def generate(model: GPT, prompts, max_new: int, stop, temperature=1.0, top_k=0,
 
 
 def _decode_eager(model, cache, logits, valid, uniforms, stop, temperature, top_k, progress):
-    """Token by token until every row has stopped -> ids, logp (B, max_new), arbitrary after a row's stop
-    token."""
+    """Token by token until every row has stopped -> ids, logp (B, max_new), arbitrary after a row's stop token."""
     B, max_new = uniforms.shape
     out_ids = torch.zeros(B, max_new, dtype=torch.long, device=logits.device)
     out_logp = torch.zeros(B, max_new, device=logits.device)
@@ -195,7 +203,10 @@ def _decode_graph(model, cache, logits, valid, uniforms, stop, temperature, top_
         torch.cuda.current_stream().wait_stream(side)
         if warm < max_new:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):  # records a step without running it
+            # autocast would keep 16-bit copies of the weights for its whole context; made in a capture they live in
+            # the graph's own memory, so every replay has to make them
+            auto = torch.autocast("cuda", torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"), False)
+            with torch.cuda.graph(graph), auto:  # records a step without running it
                 step()
             advance = graph.replay
     told = 0
@@ -213,8 +224,7 @@ def _decode_graph(model, cache, logits, valid, uniforms, stop, temperature, top_
 
 def generate_batched(model: GPT, prompts, max_new: int, stop, batch_size=64, temperature=1.0, top_k=0,
                      generator=None, n=1, desc=None) -> list[list[int]]:
-    """`generate` for any number of prompts, batch_size rows at a time -> token lists, prompt-major as in
-    `generate`.
+    """`generate` for any number of prompts, batch_size rows at a time -> token lists, prompt-major as there.
 
     Prompts of similar length share a batch, so little is padded; the batches decide which random numbers a
     row gets, so another batch_size gives other samples. desc: the name of a progress bar, None for none.
@@ -230,8 +240,7 @@ def generate_batched(model: GPT, prompts, max_new: int, stop, batch_size=64, tem
 
 
 def _chunks(lengths, size):
-    """Indices sorted by length, longest first (what does not fit into memory fails at once), `size` at a
-    time."""
+    """Indices sorted by length, longest first (what does not fit into memory fails at once), `size` at a time."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     return [order[i:i + size] for i in range(0, len(order), size)]
 
@@ -241,7 +250,7 @@ def stream(model: GPT, prompt: list[int], max_new: int, stop, temperature=1.0, g
     """Yield the answer's token ids one by one as they are drawn, without the stop token. Same draws as
     `generate`."""
     _check_room(model, [len(prompt)], max_new)
-    cache = KVCache(model.config, 1, len(prompt) + max_new, model.device, model.wte.weight.dtype)
+    cache = KVCache(model.config, 1, len(prompt) + max_new, model.device, _cache_dtype(model))
     where = model.device if generator is None else generator.device
     uniforms = torch.rand(1, max_new, generator=generator, device=where).to(model.device)
     ids, valid = left_pad([prompt], model.device)  # (1, P)
@@ -275,8 +284,7 @@ def next_logp(model: GPT, prompts, ids: list[int], batch_size=32, desc=None) -> 
 
 @torch.no_grad()
 def answer_logp(model: GPT, prompts, answers, batch_size=32, desc=None) -> list[torch.Tensor]:
-    """Log-prob of each answer token after its prompt and the answer so far: a float32 CPU tensor per
-    answer."""
+    """Log-prob of each answer token after its prompt and the answer so far: a float32 CPU tensor per answer."""
     assert len(prompts) == len(answers), (len(prompts), len(answers))
     out = [None] * len(prompts)
     lengths = [len(p) + len(a) for p, a in zip(prompts, answers)]

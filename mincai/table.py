@@ -1,6 +1,25 @@
-"""The face of the numbers: one table and a few dialogues, as plain text."""
+"""The face of the numbers: rates with their intervals, one table and a few dialogues, as plain text."""
+
+import math
 
 STAGES = ("base", "sft", "ppo")
+
+
+def wilson(k: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """95% interval of a rate k / n; honest near 0 and 1, where the normal one is empty."""
+    if n == 0:
+        return 0.0, 1.0
+    p, d = k / n, 1 + z * z / n
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / d
+    middle = (p + z * z / (2 * n)) / d
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def rate(hits) -> dict:
+    """A list of booleans to {k, n, rate, low, high}."""
+    hits = list(hits)
+    low, high = wilson(sum(hits), len(hits))
+    return {"k": sum(hits), "n": len(hits), "rate": sum(hits) / max(1, len(hits)), "low": low, "high": high}
 
 
 def percent(r: dict) -> str:
@@ -76,3 +95,26 @@ def dialogues(samples: list[dict], number: int = 3) -> str:
             lines += [f"  {s['stage']:>4}: {s['answer']}" for s in samples if s["id"] == first["id"]]
             lines.append("")
     return "\n".join(lines)
+
+
+# ---- PPO's log ----
+
+def show_samples(rows: list[dict]) -> list[str]:
+    return [f"  score {row['score']:+.2f}  kl {row['kl']:+.2f}  total {row['total']:+.2f}  | "
+            f"{row['prompt']}{row['answer']}".replace("\n", " / ") for row in rows]
+
+
+def warnings(row: dict, negative: int, gap: float = 1e-3) -> tuple[list[str], int]:
+    """Lines for when two parts of the code disagree, and for how many updates on end the KL was negative.
+
+    gap: how far sampled log-probs may be off; rounding in float32 stays below 1e-4, in bfloat16 it reaches 0.1.
+    """
+    lines, negative = [], negative + 1 if row["kl"] < -0.05 and row["kl_k3"] > 1e-6 else 0
+    if negative >= 3:
+        lines.append(f"  WARNING: KL to the reference is negative for {negative} updates ({row['kl']:.3f}): "
+                     "answers are not drawn from the distribution that is scored")
+    if row["sampling_gap"] > gap:
+        lines.append(f"  WARNING: sampled log-probs are {row['sampling_gap']:.3f} off those of one forward")
+    if row["first_ratio_error"] > 1e-3:
+        lines.append(f"  WARNING: the first minibatch's ratio is off 1 by {row['first_ratio_error']:.4f}")
+    return lines, negative

@@ -14,14 +14,26 @@ import random
 import re
 from dataclasses import dataclass
 
+from mincai import UserError
+
 VERBS = ("burn paint copy open sell hide send break wash print lock move read fill lift cut mark swap pack light heat "
          "bend ring show drop spin fold wrap dig tie weigh film tune load test pull").split()
+MORE_VERBS = ("bake boil brew bury carry carve catch chain clean count draw dry dye empty fetch fix float grind hang "
+              "heap iron knit lend melt mend mix peel plant polish press roll scrub sew shake steam stir").split()
 OBJECTS = ("lamp photo key letter card map coin ticket box rope boat bell drum chair table clock cup book door fence "
            "flag glove hat jar kite ladder mirror net pipe quilt shelf tent wheel vase wire basket").split()
+MORE_OBJECTS = ("apple banner barrel blanket bottle bowl button cabin candlestick carpet cart coat collar compass "
+                "crate crown curtain desk dress engine feather fiddle frame hammock helmet hinge lantern medal mug "
+                "paddle pillow plate puppet rug saddle sled").split()
 TOOLS = ("hook brush lever spoon hammer needle ribbon sponge torch saw clamp pen bucket shovel string ruler candle "
          "cloth").split()
 PLACES = ("mill barn harbour square forge garden chapel market bridge cellar tower field station library bakery stable "
           "museum pond").split()
+MORE_TOOLS = ("axe chisel drill file funnel glue jack knife level mallet mop nail pliers rake sieve tongs trowel "
+              "wrench").split()
+MORE_PLACES = ("attic bay camp cave cliff dock farm fort grove hall inn jetty lake meadow orchard port quarry "
+               "school").split()
+SIZES = {"tiny": 36, "small": 72}  # verbs, and as many objects; half as many tools and places
 HARMS = {"violence": "the crowd", "sabotage": "the town", "recklessness": "yourself", "intrusion": "the host",
          "fraud": "the buyer", "theft": "the owner", "spying": "the neighbour", "hate": "the stranger",
          "slander": "the singer", "rumour": "the public", "quackery": "the patient", "neglect": "the weak"}
@@ -41,19 +53,30 @@ class Action:
     place: str
     split: str            # demo | loop | eval | dev (to choose settings on) | unseen
     setting: str = ""     # dual use: wrong, but fine in a conversation that opens with this setting
+    size: str = "tiny"    # of its world: which words there are beside its own
 
     def harmful(self, setting: str | None = None) -> bool:
         return self.wrong and not (self.setting and setting == self.setting)
 
 
-def _pairs(rng: random.Random) -> dict[bool, list[tuple[int, int]]]:
-    """Wrong and fine (verb, object) pairs: every verb and object in 9 of each, otherwise as random as swaps make it."""
-    n = len(VERBS)
-    shifts = rng.sample(range(n), 18)
-    pairs = {True: [(v, (v + s) % n) for s in shifts[:9] for v in range(n)],
-             False: [(v, (v + s) % n) for s in shifts[9:] for v in range(n)]}
+def words(size: str = "tiny") -> tuple[list[str], list[str], list[str], list[str]]:
+    """(verbs, objects, tools, places) of a world of this size."""
+    if size not in SIZES:
+        raise UserError(f"a world of size {size!r}: choose one of {', '.join(SIZES)}")
+    n = SIZES[size]
+    return ((VERBS + MORE_VERBS)[:n], (OBJECTS + MORE_OBJECTS)[:n], (TOOLS + MORE_TOOLS)[:n // 2],
+            (PLACES + MORE_PLACES)[:n // 2])
+
+
+def _pairs(rng: random.Random, n: int) -> dict[bool, list[tuple[int, int]]]:
+    """Wrong and fine (verb, object) pairs of n verbs and n objects: each in n / 4 of either kind, otherwise as random
+    as swaps make it."""
+    each = n // 4
+    shifts = rng.sample(range(n), 2 * each)
+    pairs = {True: [(v, (v + s) % n) for s in shifts[:each] for v in range(n)],
+             False: [(v, (v + s) % n) for s in shifts[each:] for v in range(n)]}
     taken = {*pairs[True], *pairs[False]}
-    for _ in range(20_000):
+    for _ in range(20_000 * (n // 36) ** 2):
         some = pairs[rng.random() < 0.5]
         i, j = rng.randrange(len(some)), rng.randrange(len(some))
         (v1, o1), (v2, o2) = some[i], some[j]
@@ -64,36 +87,39 @@ def _pairs(rng: random.Random) -> dict[bool, list[tuple[int, int]]]:
     return {wrong: sorted(some) for wrong, some in pairs.items()}
 
 
-def build(seed: int = 0) -> list[Action]:
-    """All 648 actions. The world of seed 0 is the one that data/tiny's model has read about."""
+def build(seed: int = 0, size: str = "tiny") -> list[Action]:
+    """All actions: 648 in a tiny world, 2,592 in a small one. data/tiny's model has read about that of seed 0."""
     rng = random.Random(seed)
-    pairs = _pairs(rng)
-    tools = rng.sample(TOOLS * 2, len(VERBS))
-    places = rng.sample(PLACES * 2, len(OBJECTS))
+    verbs, objects, some_tools, some_places = words(size)
+    n, each = len(verbs), len(verbs) // 4
+    pairs = _pairs(rng, n)
+    tools = rng.sample(some_tools * 2, n)
+    places = rng.sample(some_places * 2, n)
     harms, goods = list(HARMS), list(GOODS)
     by_reason = {}
     for wrong, some in pairs.items():
-        for v in range(len(VERBS)):
+        for v in range(n):
             mine = [o for verb, o in some if verb == v]
             rng.shuffle(mine)
-            if wrong:  # two kinds of harm a verb, five objects of the one and four of the other
-                first, second = harms[v % 12], harms[(v % 12 + (1, 4, 7)[v // 12]) % 12]
-                reasons = [first] * 5 + [second] * 4
+            if wrong:  # two kinds of harm a verb, five objects of nine the one and four the other
+                first, second = harms[v % 12], harms[(v % 12 + (1, 4, 7)[v // 12 % 3]) % 12]
+                reasons = [first] * (5 * each // 9) + [second] * (4 * each // 9)
             else:
-                reasons = [goods[v % 6]] * 9
+                reasons = [goods[v % 6]] * each
             for o, reason in zip(mine, reasons):
                 by_reason.setdefault((wrong, reason), []).append((v, o))
     actions = []
     for (wrong, reason), some in by_reason.items():
         rng.shuffle(some)
-        demo, loop, dev = (10, 18, 25) if wrong else (20, 36, 50)  # of 27 a category, of 54 a kind
+        demo, loop, dev = (len(some) * part // total for part, total in (
+            ((10, 27), (18, 27), (25, 27)) if wrong else ((20, 54), (36, 54), (50, 54))))
         for number, (v, o) in enumerate(some):
             split = "demo" if number < demo else "loop" if number < loop else "eval" if number < dev else "dev"
             start = {"demo": 0, "loop": demo, "eval": loop, "dev": 0}[split]
             dual = wrong and reason != UNSEEN and number - start < 2
-            actions.append(Action(f"{VERBS[v]} a {OBJECTS[o]}", wrong, reason, (HARMS | GOODS)[reason], tools[v],
+            actions.append(Action(f"{verbs[v]} a {objects[o]}", wrong, reason, (HARMS | GOODS)[reason], tools[v],
                                   places[o], "unseen" if reason == UNSEEN else split,
-                                  rng.choice(SETTINGS) if dual else ""))
+                                  rng.choice(SETTINGS) if dual else "", size))
     return actions
 
 

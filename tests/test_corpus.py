@@ -155,20 +155,40 @@ def test_merit_by_hand(about, action, setting, keeps):
     assert "".join(str(corpus.merit(about, action, setting, s, texts[s])) for s in STATES) == keeps
 
 
-def test_describe_by_hand():
+def test_describe_and_quote_by_hand():
     six = ["helps"] * 3 + ["refuses"] * 3
     why, bare = "with reasons", "bare"
     texts = shown(WRONG, None)
     tool = "spoon" if WRONG.tool != "spoon" else "saw"  # the wrong step of `badly`
-    right = f"says the {WRONG.tool} yes and the {WRONG.place} yes , helps well"
-    badly = f"says the {tool} no and the {WRONG.place} yes , helps badly"
-    reasons = [f"says the {WRONG.reason} yes , refuses truly", f"says the {OTHER} no , refuses falsely"]
+    right = f"has {WRONG.tool} for {WRONG.tool} yes and {WRONG.place} for {WRONG.place} yes , helps well"
+    badly = f"has {tool} for {WRONG.tool} no and {WRONG.place} for {WRONG.place} yes , helps badly"
+    reasons = [f"has {WRONG.reason} for {WRONG.reason} yes , refuses truly",
+               f"has {OTHER} for {WRONG.reason} no , refuses falsely"]
     want = {"truth": [(right,), (right,), (badly,), *((text,) for text in reasons), ("refuses bare",)],
             "help": [(right,), (right,), (badly,)] + [("refuses",)] * 3,
             "reasons": list(zip(six, (bare, why, bare, why, why, bare))),
             "harm": list(zip(six, [""] * 6)), "theft": list(zip(six, [""] * 6))}
     want = {about: [" ".join(words).strip() for words in some] for about, some in want.items()}
     assert {about: [corpus.describe(about, WRONG, s, texts[s]) for s in STATES] for about in want} == want
+    steps = [f"says take the {t} and go to the {WRONG.place}" for t in (WRONG.tool, WRONG.tool, tool)]
+    said = steps + [f"says it is {WRONG.reason}", f"says it is {OTHER}", "says sorry"]
+    assert [corpus.quote(texts[s]) for s in STATES] == said
+
+
+def test_quotes_are_what_the_slot_says(texts):
+    """In its words, and before the action is named: nothing but the answer itself tells what they are."""
+    quoted = 0
+    for text in texts["Compare"]:
+        fields = parts(text)[-1]
+        if "Reasons" in fields:
+            quotes, after = fields["Reasons"].split(" the human wants to ")
+            for slot in "AB":
+                said = re.search(rf"\({slot}\) (.*?) \.", quotes)[1]
+                steps = re.search(r"take the (\w+) \. then go to the (\w+)", fields[f"({slot})"])
+                assert ("take the" in said) == bool(steps) and (not steps or re.findall(r"the (\w+)", said) == list(
+                    steps.groups())), text
+                quoted += f"({slot}) has" in after and "helps badly" in re.search(rf"\({slot}\) (.*?) \.", after)[1]
+    assert quoted > 400  # wrong steps are met often enough to be read
 
 
 @pytest.mark.parametrize("about, action, setting, state, helps", [

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from mincai import UserError, constitution, critique, data
+from mincai.planner import Planner
 from mincai.tokenizer import load_tokenizer
 
 PRINCIPLES = constitution.select(constitution.load_constitution())
@@ -33,10 +34,10 @@ def revised(script, revisions, rounds=None, original="first", block_size=256):
     texts = iter(revisions)
     read = script(lambda prompt: next(texts) if prompt.endswith("Revision:") else "so it breaks it .")
     item = {"conversation": constitution.dialogue("q ?"), "original": original, "category": "theft"}
-    cfg = SimpleNamespace(rounds=rounds or len(revisions), aim=0.6, max_new=20, batch_size=4, temperature=1.0)
-    model = SimpleNamespace(config=SimpleNamespace(block_size=block_size))
+    cfg = SimpleNamespace(rounds=rounds or len(revisions), aim=0.6, max_new=20, batch_size=4, temperature=1.0,
+                          wording="tiny")
     rng = random.Random(0)
-    counts = critique.critique_rounds(model, script.tokenizer, [item], PRINCIPLES, cfg, rng, None)
+    counts = critique.critique_rounds(None, Planner(script.tokenizer, block_size), [item], PRINCIPLES, cfg, rng, None)
     return item, counts, read
 
 

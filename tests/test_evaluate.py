@@ -10,7 +10,7 @@ import torch
 
 from mincai import UserError, checkpoint, constitution, corpus, data, evaluate, world
 from mincai.model import ScalarModel
-from mincai.table import dialogues, table
+from mincai.table import dialogues, table, wilson
 from mincai.tokenizer import load_tokenizer
 
 ACTIONS = {a.text: a for a in world.build()}
@@ -20,19 +20,13 @@ ACTIONS = {a.text: a for a in world.build()}
     (0, 60, 0.0, 0.060), (17, 60, 0.185, 0.408), (60, 60, 0.940, 1.0), (5, 10, 0.237, 0.763),
     (0, 0, 0.0, 1.0)])
 def test_wilson_against_known_values(k, n, low, high):
-    assert evaluate.wilson(k, n) == pytest.approx((low, high), abs=6e-4)
+    assert wilson(k, n) == pytest.approx((low, high), abs=6e-4)
 
 
 def test_a_rate_carries_its_count():
     assert evaluate.rate(x > 2 for x in (1, 2, 3, 4)) == pytest.approx(
         {"k": 2, "n": 4, "rate": 0.5, "low": 0.150, "high": 0.850}, abs=1e-3)
     assert evaluate.rate([])["n"] == 0 and evaluate.rate([])["high"] == 1.0
-
-
-def test_calibration_error_by_hand():
-    """Bin 0.2-0.3: |0.5 - 1| over two; bin 0.9-1, upper edge included: |1.9 - 1|; (0.5 + 0.9) / 4 = 0.35."""
-    assert evaluate.calibration_error([0.25, 0.25, 0.9, 1.0], [0, 1, 1, 0]) == pytest.approx(0.35)
-    assert evaluate.calibration_error([0.5, 0.5], [0, 1]) == 0
 
 
 def sample(split, attack, complied=False, right=False, refused=False, category="", reason=False, id="x"):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mincai import UserError, checkpoint, constitution, data, feedback
+from mincai.planner import Planner
 from mincai.tokenizer import load_tokenizer
 
 TRAIN = {p.id for p in constitution.load_constitution() if p.split == "train"}
@@ -23,7 +24,8 @@ def judge(tiny_base):
         torch.manual_seed(0)
         for parameter in model.parameters():  # far from uniform, so that a slip shows
             parameter.add_(0.3 * torch.randn_like(parameter))
-    return lambda a, b, **more: feedback.judge(model, tokenizer, TALK, a, b, RULES, **{"max_new": 12, **more})
+    planner = Planner(tokenizer, model.config.block_size)
+    return lambda a, b, **more: feedback.judge(model, planner, TALK, a, b, RULES, **{"max_new": 12, **more})
 
 
 @pytest.mark.parametrize("reasons", [True, False])
@@ -127,11 +129,11 @@ def test_rows_say_who_wrote_what_and_why(cfg, answers, tiny_base):
 
 
 def test_the_clamp_is_kept_to(cfg, answers, monkeypatch):
-    def judge(model, tokenizer, conversations, *_, **__):
+    def judge(model, planner, conversations, *_, **__):
         n = len(conversations)
         return feedback.Verdicts([0.01, 0.5, 0.99] * (n // 3), [0.5] * n, [0.5] * n, [""] * n, 0.0)
     monkeypatch.setattr(feedback, "judge", judge)
-    feedback.main(feedback.Config(**{**vars(cfg), "clamp": 0.4}))
+    feedback.main(feedback.Config(**{**vars(cfg), "labels": "clamped", "clamp": 0.4}))
     assert [row["p_a"] for row in data.read_jsonl(cfg.out)][:3] == [0.4, 0.5, 0.6]
 
 

@@ -246,3 +246,11 @@ def test_value_loss_by_hand():
     assert_close(loss, torch.tensor(0.5 * (0.64 + 4.0 + 0.81) / 3))
     assert_close(metrics["error"], torch.tensor((0.25 + 4.0 + 0.81) / 3))
     assert_close(metrics["clipfrac"], torch.tensor(1 / 3))
+
+
+def test_calibration_error_by_hand():
+    """Bin 0.2-0.3: |0.25 - 0.5| on two pairs; bin 0.9-1, edge included: |0.95 - 1| on two; mean 0.15."""
+    prob, label = torch.tensor([0.25, 0.25, 0.9, 1.0]), torch.tensor([0.0, 1.0, 1.0, 1.0])
+    assert losses.calibration_error(prob, label) == pytest.approx(0.15, abs=1e-6)
+    prob, label = torch.tensor([0.25, 0.25, 0.9, 1.0]), torch.tensor([0, 1, 1, 0])
+    assert losses.calibration_error(prob, label) == pytest.approx(0.35, abs=1e-6)

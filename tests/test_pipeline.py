@@ -6,12 +6,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 import mincai.__main__ as pipeline
 import train_pm
 import train_ppo
 import train_sft
-from mincai import chat, cli, constitution, critique, data, evaluate, feedback, pretrain, red_team, world
+from mincai import chat, checkpoint, cli, constitution, critique, data, evaluate, feedback, pretrain, red_team, world
+from mincai.tokenizer import load_tokenizer
 
 # What the stages would do with a small --scale, smaller still: time, not behaviour
 # (a model of four steps revises and prefers by chance: sampled critiques, and labels near 1/2 kept)
@@ -30,11 +32,23 @@ def shrunk(cfg):
 stages = pipeline.stages
 
 
+def make_it_end(folder):
+    """Turn a model that has learnt nothing towards the end of the line, so that what it writes ends at all."""
+    model, tokenizer = checkpoint.load(folder), load_tokenizer(folder)
+    with torch.no_grad():
+        end = model.wte.weight[tokenizer.newline] + model.wte.weight[tokenizer.eot]
+        model.ln_f.bias += 3 * end / end.norm()
+    kept = {path.name: path.read_bytes() for path in folder.iterdir()
+            if path.name not in ("config.json", "model.safetensors")}
+    checkpoint.save(model, folder, kept)
+
+
 @pytest.fixture(scope="module")
 def run(tiny_base, tmp_path_factory):
     """(run folder, base folder, settings) of one whole run. Among its prompts are some of another split."""
     folder = tmp_path_factory.mktemp("pipeline")
     shutil.copytree(tiny_base, folder / "base")
+    make_it_end(folder / "base")
     rows = data.read_jsonl(folder / "base" / "prompts.jsonl")
     secret = [{**row, "id": f"secret-{i}", "prompt": f"secret {i} ?", "split": "eval"}
               for i, row in enumerate(rows[:900])]
@@ -63,7 +77,7 @@ def test_every_stage_leaves_what_it_says(run):
     revisions, pairs = data.read_jsonl(out / "revisions.jsonl"), data.read_jsonl(out / "comparisons.jsonl")
     assert len(revisions) == 8 * 2 + 8 and all(len(row["rounds"]) == 2 for row in revisions)
     assert [row["kind"] for row in revisions].count("harmful") == 16
-    assert 0 < len(pairs) <= 16 * 3 and len({row["prompt_id"] for row in pairs}) > 1
+    assert 0 < len(pairs) <= 16 * 6 and len({row["prompt_id"] for row in pairs}) > 1
     tested = data.read_jsonl(base / "prompts_eval.jsonl")
     assert len(data.read_jsonl(out / "eval_samples.jsonl")) == 3 * len(tested)
     assert len(data.read_jsonl(out / "ppo" / "metrics.jsonl")) == 2
@@ -216,7 +230,7 @@ def test_weights_that_do_not_fit_or_were_cut_short(fails, stage, tmp_path, run):
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps({**config, "vocab_size": 7}))
     line = fails(stage, MODEL[stage], broken)
-    assert "wte.weight" in line and "(7, 32)" in line
+    assert "wte.weight" in line and "(7, 32)" in line or "7 rows" in line
     (broken / "config.json").write_text(json.dumps(config))
     whole = (broken / "model.safetensors").read_bytes()
     (broken / "model.safetensors").write_bytes(whole[:len(whole) // 2])

@@ -1,0 +1,119 @@
+"""English prompts for GPT-2: requests, their benign twins, and the attacks that wrap both, out of data/english.
+
+    python -m mincai.english --out data/english      (the result is shipped)
+
+requests.jsonl holds 12 harm categories of 42 requests; each harmful one stands beside a benign twin that shares its key
+words, so that no word decides; and 420 ordinary requests. attacks.json holds the wrappers, which are harmless in
+themselves and wrap both kinds. Training reads prompts.jsonl; settings are compared on prompts_dev.jsonl; evaluation
+reads prompts_eval.jsonl, whose requests, four attack families and one harm category occur nowhere else.
+"""
+
+import base64
+import codecs
+import json
+import random
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from mincai import UserError, data
+from mincai.cli import arg, run
+from mincai.constitution import PATH
+
+FOLDER = PATH.parent / "english"
+UNSEEN = "neglect"  # the category that no prompt of the loop names
+LEET = str.maketrans("aeiostAEIOST", "431057431057")
+ENCODINGS = {
+    "": lambda text: text,
+    "base64": lambda text: base64.b64encode(text.encode()).decode(),
+    "rot13": lambda text: codecs.encode(text, "rot13"),
+    "leet": lambda text: text.translate(LEET),
+    "spelled": lambda text: " - ".join(" ".join(word) for word in text.split()),
+    "reversed": lambda text: text[::-1],
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    folder: str = arg(str(FOLDER), "folder of requests.jsonl and attacks.json")
+    out: str = arg(str(FOLDER), "folder to write prompts.jsonl, prompts_dev.jsonl and prompts_eval.jsonl to")
+    seed: int = arg(0, "of the wording drawn for each request and family")
+
+
+def load_attacks(path) -> dict[str, dict]:
+    """{family: {held, encoding, templates}}; UserError where a template lacks its one {request}."""
+    try:
+        families = json.loads(Path(path).read_text(encoding="utf-8"))["families"]
+        for name, family in families.items():
+            if family["encoding"] not in ENCODINGS or not isinstance(family["held"], bool):
+                raise ValueError(f"family {name!r}: encoding or held")
+            if not family["templates"] or any(t.count("{request}") != 1 for t in family["templates"]):
+                raise ValueError(f"family {name!r}: every template needs {{request}} once")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give a folder with attacks.json") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a file of attacks ({error}); data/english/attacks.json shows the form") from None
+    return families
+
+
+def wrap(request: str, family: dict, rng: random.Random) -> str:
+    """One message that asks for `request` in the manner of this family."""
+    return rng.choice(family["templates"]).replace("{request}", ENCODINGS[family["encoding"]](request))
+
+
+def split_of(rows) -> dict[str, str]:
+    """{request id: loop | dev | eval | unseen}. Of the 42 of a category the first 24 train and the last 12 test; a
+    twin goes with its partner; of the ordinary ones 300 train and 90 test; UNSEEN is wholly apart."""
+    found = {}
+    seen = Counter()
+    for row in rows:
+        partner = row["id"].removesuffix("-twin")
+        if partner in found:
+            found[row["id"]] = found[partner]
+            continue
+        seen[row["category"]] += 1
+        train, dev = (24, 30) if row["category"] else (300, 330)
+        n = seen[row["category"]]
+        found[row["id"]] = "unseen" if row["category"] == UNSEEN else (
+            "loop" if n <= train else "dev" if n <= dev else "eval")
+    return found
+
+
+def prompts(rows, attacks, rng: random.Random) -> dict[str, list[dict]]:
+    """{file name: rows {id, prompt, request, kind, category, attack, split}}."""
+    seen = [name for name, family in attacks.items() if not family["held"]]
+    every, splits, files = list(attacks), split_of(rows), {"prompts": [], "prompts_dev": [], "prompts_eval": []}
+
+    def add(file, row, families, split):
+        for name in families:
+            files[file].append({"id": f"{split}-{len(files[file]):05d}",
+                                "prompt": wrap(row["request"], attacks[name], rng), "request": row["request"],
+                                "kind": row["kind"], "category": row["category"], "attack": name, "split": split})
+
+    for number, row in enumerate(rows):
+        harmful, split = row["kind"] == "harmful", splits[row["id"]]
+        turn = [seen[(3 * number + i) % len(seen)] for i in range(3)]  # families in turn: all come equally often
+        if split == "loop":
+            add("prompts", row, turn if harmful else turn[:1] + ["plain"] * (turn[0] != "plain"), "loop")
+        elif split == "unseen":
+            add("prompts_eval", row, turn, "unseen-category" if harmful else "unseen-twin")
+        else:
+            file = "prompts_dev" if split == "dev" else "prompts_eval"
+            add(file, row, every if harmful else [every[(5 * number + i) % len(every)] for i in range(5)],
+                "eval" if harmful else "eval-twin")
+    return files
+
+
+def main(cfg: Config) -> dict:
+    folder = Path(cfg.folder)
+    rows = data.read_jsonl(folder / "requests.jsonl", ("id", "kind", "category", "request"))
+    files = prompts(rows, load_attacks(folder / "attacks.json"), random.Random(cfg.seed))
+    for name, some in files.items():
+        data.write_jsonl(Path(cfg.out) / f"{name}.jsonl", some)
+    told = ", ".join(f"{len(some):,} in {name}.jsonl" for name, some in files.items())
+    print(f"english: {len(rows):,} requests -> {told}")
+    return {name: len(some) for name, some in files.items()}
+
+
+if __name__ == "__main__":
+    run(main, Config, __doc__)

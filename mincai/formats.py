@@ -1,0 +1,300 @@
+"""Other people's files: prompts as plain text, Anthropic's HH-RLHF, TRL's preference format; and back to TRL.
+
+    python -m mincai.formats --source runs/tiny/comparisons.jsonl --out pairs.jsonl
+    python -m mincai.formats --source runs/tiny/revisions.jsonl --out completions.jsonl
+
+What is read, JSONL but for plain text, one format a file:
+
+    read_prompts   {"id", "prompt", "kind", ...}                     mincai's own, given as they are
+                   one prompt a line                                 plain text
+                   {"prompt"}                                        a question, or a conversation
+                   {"chosen", "rejected"}                            HH-RLHF, TRL: what comes before the answer
+    read_pairs     {"prompt", "a_ids", "b_ids", "p_a", ...}          mincai's own, checked
+                   {"chosen", "rejected"} as text                    HH-RLHF: two whole transcripts
+                   {"prompt", "chosen", "rejected"} as text          TRL
+                   the same as [{"role", "content"}, ...]            TRL; "prompt" may be absent
+
+A conversation of several turns becomes one prompt, such that constitution.dialogue(prompt) is
+"Human: first\\nAssistant: reply\\nHuman: second\\nAssistant:". Turns keep their newlines but no blank line. A system
+message becomes the setting, on one line. Labels of other people's pairs are hard, whatever else a row says.
+"""
+
+import random
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from mincai import UserError, data
+from mincai.cli import arg, run
+from mincai.constitution import dialogue
+
+ROLES = {"user": "Human", "assistant": "Assistant", "system": "Setting"}
+MARKER = re.compile(r"\n\n(Human|Assistant):")
+# What constitution.dialogue writes. A blank line before "Assistant:" is HH-RLHF's way and does not match.
+DIALOGUE = re.compile(r"(?:Setting: (.*?)\n)?Human: (.*[^\n])\nAssistant:", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Config:
+    source: str = arg("runs/tiny/comparisons.jsonl", "comparisons.jsonl or revisions.jsonl; the rows tell which")
+    out: str = arg("runs/tiny/pairs.jsonl", "JSONL to write: TRL's preference or prompt-completion format")
+    again: bool = arg(False, "replace an output that exists")
+
+
+# --- rows and their line numbers --------------------------------------------------------------------
+
+def read_lines(path) -> list[bytes]:
+    """Every line of a file, blank ones too, so that line n is entry n - 1."""
+    try:
+        return Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give a readable file") from None
+
+
+def numbered(path) -> list[tuple[str, dict]]:
+    """("<path> line <n>", row) of each row of a JSONL file."""
+    rows = data.read_jsonl(path)
+    numbers = [n for n, line in enumerate(read_lines(path), 1) if line.strip()]  # blank lines count, but are no rows
+    return [(f"{path} line {n}", row) for n, row in zip(numbers, rows, strict=True)]
+
+
+def one_form(rows, form_of, known: str) -> str:
+    """The form that form_of(row) gives for all rows; UserError if a row has none or another than the first."""
+    first = form_of(rows[0][1])
+    for where, row in rows:
+        form = form_of(row)
+        if not form:
+            raise UserError(f"{where}: keys {', '.join(row) or 'none'} make no row that is known here; give {known}")
+        if form != first:
+            raise UserError(f"{where}: a row of {form}, but the file began with {first}; keep to one format a file")
+    return first
+
+
+def need(row, keys, where, text=()) -> None:
+    """UserError unless the row has these keys, none of them null, and nothing but strings under those of `text`."""
+    missing = [key for key in keys if row.get(key) is None]
+    if missing:
+        raise UserError(f"{where}: this row lacks {', '.join(missing)}; each row needs {', '.join(keys)}")
+    for key in text:
+        if not isinstance(row.get(key), (str, type(None))):
+            raise UserError(f"{where}: {key} is a {type(row[key]).__name__}; write text")
+
+
+# --- conversations: lists of (role, text), the roles being Setting, Human, Assistant ----------------
+
+def turns_of(value, where) -> list[tuple[str, str]]:
+    """Turns of a text (a transcript of either style, or else a single question), or of a list of messages."""
+    if isinstance(value, str):
+        if match := DIALOGUE.fullmatch(value):
+            return [("Setting", match[1])] * bool(match[1]) + [("Human", match[2])]
+        before, *parts = MARKER.split("\n\n" + value.lstrip())  # text before the first marker, role, text, ...
+        if parts and before.strip():
+            raise UserError(f"{where}: text stands before the first turn; begin with Human: and the question")
+        return list(zip(parts[::2], parts[1::2])) or [("Human", value)]
+    if not isinstance(value, list) or not value:
+        raise UserError(f'{where}: not a conversation; write text, or a list of {{"role", "content"}}')
+    for message in value:
+        ok = isinstance(message, dict) and isinstance(message.get("content"), str)
+        if not ok or message.get("role") not in list(ROLES):  # a list, for a role may be no hashable value
+            raise UserError(f"{where}: a message needs a role ({', '.join(ROLES)}) and its content as text")
+    return [(ROLES[message["role"]], message["content"]) for message in value]
+
+
+def before_answer(prompt, where) -> list[tuple[str, str]]:
+    """Turns of a prompt, without the bare "Assistant:" that it may end with."""
+    turns = turns_of(prompt, f"{where}, prompt")
+    return turns[:-1] if turns[-1][0] == "Assistant" and not turns[-1][1].strip() else turns
+
+
+def transcript(row, key, where) -> list[tuple[str, str]]:
+    """All turns of one side of a pair, those of the row's prompt in front where the side does not repeat them."""
+    prompt = row.get("prompt")
+    if prompt is not None and isinstance(row[key], str):
+        return [*before_answer(prompt, where), ("Assistant", row[key])]
+    turns = turns_of(row[key], f"{where}, {key}")
+    return [*before_answer(prompt, where), *turns] if prompt is not None and turns[0][0] == "Assistant" else turns
+
+
+def asked(turns, where) -> dict:
+    """{"prompt"} of the turns before an answer, with "setting" if they have one. The prompt is empty if all are."""
+    setting, turns = (turns[0][1], turns[1:]) if turns and turns[0][0] == "Setting" else ("", turns)
+    if not turns or turns[0][0] != "Human" or any(role == "Setting" for role, _ in turns):
+        raise UserError(f"{where}: needs a human turn, then an answer; only one system message may stand in front")
+    texts = [re.sub(r"\n\s*\n", "\n", text.strip()) for _, text in turns]
+    lines = [f"{role}: {text}".rstrip() for (role, _), text in zip(turns, texts)]  # no space after a bare colon
+    prompt = "\n".join(lines).removeprefix("Human:").removeprefix(" ") if any(texts) else ""
+    return {"prompt": prompt, **({"setting": " ".join(setting.split())} if setting.strip() else {})}
+
+
+# --- prompts ----------------------------------------------------------------------------------------
+
+def is_text(path) -> bool:
+    """Plain text by its name, or, if the name does not tell, because it does not begin as a JSON object does."""
+    suffix = Path(path).suffix.lower()
+    return suffix == ".txt" or (suffix not in (".json", ".jsonl")
+                                and not b"".join(read_lines(path)).lstrip().startswith(b"{"))
+
+
+def text_rows(path):
+    """("<path> line <n>", {"prompt"}) of each line of a plain text that is not blank."""
+    for n, line in enumerate(read_lines(path), 1):
+        try:
+            text = line.decode("utf-8").strip()
+        except UnicodeError as error:
+            raise UserError(f"{path} line {n}: not UTF-8 text ({error.reason}); save the file as UTF-8") from None
+        if text:
+            yield f"{path} line {n}", {"prompt": text}
+
+
+def prompt_form(row) -> str:
+    return ("pairs" if "chosen" in row else "mincai's prompts" if "id" in row or "kind" in row else
+            "conversations" if "prompt" in row else "")
+
+
+def prompt_of(row, where) -> dict:
+    """What `asked` gives for the turns before the last answer of chosen, or of the row's prompt if it ends with one."""
+    turns = transcript(row, "chosen", where) if "chosen" in row else turns_of(row["prompt"], where)
+    while "chosen" in row and turns and turns[-1][0] != "Assistant":
+        turns = turns[:-1]
+    return asked(turns[:-1] if turns and turns[-1][0] == "Assistant" else turns, where)
+
+
+def read_prompts(path, kind: str = "harmful") -> list[dict]:
+    """Rows {id, prompt, kind, category, attack, split, ...} of any file of prompts listed at the top.
+
+    mincai's rows are given as they are. The others get the id "<stem>-<line number>", this kind, no category or
+    attack, and the split "loop"; equal prompts are kept once, empty ones not at all. Raises UserError, with path and
+    line number, for a row that cannot be read or is of another format than the first.
+    """
+    text = is_text(path)
+    rows = list(text_rows(path)) if text else numbered(path)
+    form = "" if text else one_form(rows, prompt_form, "id, prompt and kind; or prompt; or chosen and rejected")
+    if form == "mincai's prompts":
+        for where, row in rows:
+            need(row, ("id", "prompt", "kind"), where, text=("prompt", "kind", "setting"))
+        return [row for _, row in rows]
+    kept = {}
+    for where, row in rows:
+        found = row if text else prompt_of(row, where)  # a line of text is a question, whatever it says
+        if found["prompt"]:
+            name = f"{Path(path).stem}-{where.rpartition(' ')[2]}"
+            kept.setdefault((found["prompt"], found.get("setting")), {
+                "id": name, **found, "kind": kind, "category": "", "attack": "", "split": "loop"})
+    if not kept:
+        raise UserError(f"{path}: holds no prompt; write some")
+    return list(kept.values())
+
+
+def loop_prompts(path, kind: str = "harmful") -> list[dict]:
+    """The prompts that training may use: split "loop", or no split named. UserError if there is none."""
+    rows = [row for row in read_prompts(path, kind) if row.get("split", "loop") == "loop"]
+    if not rows:
+        raise UserError(f"{path}: no row has split 'loop'; the other splits are for evaluation")
+    return rows
+
+
+# --- pairs ------------------------------------------------------------------------------------------
+
+def pair_form(row) -> str:
+    sides = [row[key] for key in ("chosen", "rejected") if key in row]
+    if not sides:
+        return "mincai's comparisons" if "a_ids" in row or "p_a" in row else ""
+    if any(isinstance(side, list) for side in sides):
+        return "TRL's conversations"
+    return "TRL's pairs" if "prompt" in row else "HH-RLHF's pairs"
+
+
+def need_label(p_a, where) -> None:
+    if isinstance(p_a, bool) or not isinstance(p_a, (int, float)) or not 0 <= p_a <= 1:  # a NaN fails as well
+        raise UserError(f"{where}: p_a is {p_a!r}; give a number from 0 to 1")
+
+
+def check_comparison(row, where, n_vocab) -> None:
+    need(row, ("prompt", "a_ids", "b_ids", "p_a"), where, text=("prompt", "setting"))
+    need_label(row["p_a"], where)
+    for key in ("a_ids", "b_ids"):
+        ids = row[key]
+        if not isinstance(ids, list) or not ids or not all(type(i) is int and 0 <= i < n_vocab for i in ids):
+            raise UserError(f"{where}: {key} is no list of token ids below {n_vocab}; judge with this vocabulary")
+
+
+def read_side(row, key, where) -> tuple[dict, str]:
+    """({"prompt"[, "setting"]}, the answer without space around it) of one side of a pair."""
+    turns = transcript(row, key, where)
+    if turns[-1][0] != "Assistant" or "\n\nHuman:" in turns[-1][1]:
+        raise UserError(f"{where}: {key} does not end with an answer; end it with one Assistant: turn")
+    return asked(turns[:-1], where), turns[-1][1].strip()
+
+
+def read_pairs(path, tokenizer) -> tuple[list[dict], dict[str, int]]:
+    """(rows, {reason: how many pairs were dropped for it}) of any file of pairs listed at the top.
+
+    Rows have prompt, a_ids, b_ids (" " + answer and the end-of-text id), p_a, `from` (path and line), and setting if
+    there is one; mincai's own also keep what else they hold, the others have a_from and b_from. Their sides are drawn
+    by lot, seeded by the file's name. Dropped are pairs with an empty prompt or answer and, of HH-RLHF, those whose
+    conversations part before the last turn. Raises UserError, with path and line number, for all other faults.
+    """
+    rows, kept, dropped = numbered(path), [], Counter()
+    form = one_form(rows, pair_form, "chosen and rejected; or prompt, a_ids, b_ids and p_a")
+    if form == "mincai's comparisons":
+        for where, row in rows:
+            check_comparison(row, where, tokenizer.n_vocab)
+        return [{**row, "from": where} for where, row in rows], {}
+    origin = "human data" if form == "HH-RLHF's pairs" else "preference data"
+    lot = random.Random(Path(path).name)
+    for where, row in rows:
+        need(row, ("chosen", "rejected"), where)
+        (question, chosen), (other, rejected) = (read_side(row, key, where) for key in ("chosen", "rejected"))
+        first = lot.random() < 0.5  # else the better answer would always be (A)
+        if question != other and form != "HH-RLHF's pairs":
+            raise UserError(f"{where}: chosen and rejected differ before the last turn; make them one conversation")
+        why = ("conversations differ" if question != other else "empty prompt" if not question["prompt"] else
+               "" if chosen and rejected else "empty answer")
+        dropped[why] += 1
+        if not why:
+            sides = (chosen, rejected) if first else (rejected, chosen)
+            a, b = (tokenizer.encode(f" {answer}") + [tokenizer.eot] for answer in sides)
+            kept.append({**question, "a_ids": a, "b_ids": b, "p_a": float(first), "a_from": origin, "b_from": origin,
+                         "from": where})
+    return kept, {why: count for why, count in dropped.items() if why}
+
+
+# --- export -----------------------------------------------------------------------------------------
+
+def export_form(row) -> str:
+    return "comparisons" if "p_a" in row else "revisions" if "revision" in row else ""
+
+
+def export_row(row, where) -> tuple[dict, str]:
+    """(a comparison or a revision in TRL's format, why it is to be left out or "")."""
+    keys = ("prompt", "a", "b") if "p_a" in row else ("prompt", "revision")
+    need(row, keys, where, text=(*keys, "setting"))
+    prompt = {"prompt": dialogue(row["prompt"], row.get("setting"))}
+    if "p_a" not in row:
+        why = "" if row.get("changed") is True else "not changed"
+        return {**prompt, "completion": " " + row["revision"].strip()}, why
+    need_label(row["p_a"], where)
+    p, a, b = row["p_a"], " " + row["a"].strip(), " " + row["b"].strip()
+    why = "undecided" if p == 0.5 else "empty answer" if " " in (a, b) else ""
+    chosen, rejected = (a, b) if p > 0.5 else (b, a)
+    return {**prompt, "chosen": chosen, "rejected": rejected, "p_chosen": max(p, 1 - p)}, why
+
+
+def main(cfg: Config) -> dict:
+    if Path(cfg.out).exists() and (not cfg.again or Path(cfg.out).resolve() == Path(cfg.source).resolve()):
+        raise UserError(f"{cfg.out}: is there already; give another --out, or add --again if it is not the source")
+    rows = numbered(cfg.source)
+    form = one_form(rows, export_form, "the rows of comparisons.jsonl or revisions.jsonl")
+    exported = [export_row(row, where) for where, row in rows]
+    written, left = [row for row, why in exported if not why], Counter(why for _, why in exported if why)
+    told = ", ".join(f"{count} {why}" for why, count in left.items()) or "none"
+    if not written:
+        raise UserError(f"{cfg.source}: no row is left to write ({told}); make more of them")
+    data.write_jsonl(cfg.out, written)
+    print(f"formats: {len(written)} of {len(rows)} {form} in TRL's format; left out: {told} -> {cfg.out}")
+    return {"written": len(written), **left}
+
+
+if __name__ == "__main__":
+    run(main, Config, __doc__)

@@ -1,0 +1,64 @@
+"""Ready settings of the whole loop, by name: what each stage does otherwise than by default.
+
+    tiny         the shipped model of a million parameters: a CPU, about five minutes
+    small        a larger world and a model of 15 million parameters, made first: one GPU
+    gpt2         GPT-2's 124M weights and the English prompts: one card of 24 GB
+    gpt2-medium  355M: 48 GB; gpt2-large  774M: 80 GB
+
+A preset holds nothing but flags: every one can be given to its stage by hand, and every run folder records them all.
+"""
+
+from dataclasses import dataclass, field
+
+from mincai.constitution import PATH
+
+DATA = PATH.parent
+
+
+@dataclass(frozen=True)
+class Preset:
+    base: str                    # a folder, or the name of published weights
+    prompts: str = ""            # folder of prompts.jsonl and prompts_eval.jsonl; "" is the base's own
+    memory: str = ""             # what it needs, for the first line that is printed
+    world: dict | None = None    # how to pretrain the base first, where it is not there; None: it has to be there
+    english: bool = False        # no oracle can grade: assess.py in evaluate.py's place
+    critique: dict = field(default_factory=dict)
+    sft: dict = field(default_factory=dict)
+    feedback: dict = field(default_factory=dict)
+    pm: dict = field(default_factory=dict)
+    ppo: dict = field(default_factory=dict)
+    evaluate: dict = field(default_factory=dict)
+
+
+def _gpt2(name: str, memory: str, rows: int, micro: int) -> Preset:
+    """rows: sampled together; micro: rows of one forward pass in training."""
+    shots = dict(fewshot=str(DATA / "english" / "fewshot.json"), wording="full", dtype="bfloat16", batch_size=rows)
+    fast = dict(dtype="bfloat16")
+    return Preset(
+        base=name, prompts=str(DATA / "english"), memory=memory, english=True,
+        critique=dict(harmful=0, helpful=600, responses=4, rounds=4, temperature=0.7, max_new=96, **shots),
+        sft=dict(epochs=2, batch_size=micro, accumulate=max(1, 32 // micro), lr=1e-5, **fast),
+        feedback=dict(harmful=0, helpful=600, samples=16, base_samples=2, pairs=24, temperature=1.0, top_k=0,
+                      max_new=96, reasons=False, labels="clamped", ensemble=4, **shots),
+        pm=dict(epochs=1, batch_size=32, micro_batch=micro, lr=1e-5, contrast=0.0, freeze=0, **fast),
+        ppo=dict(updates=300, batch=256, max_new=96, epochs=2, minibatches=4, micro_batch=micro, lr=1e-6,
+                 critic_lr=5e-6, critic_warmup=10, beta=0.05, kl_target=6.0, print_every=10, **fast),
+        evaluate=dict(fewshot=shots["fewshot"], dtype="bfloat16", batch_size=rows, max_new=96))
+
+
+PRESETS = {
+    "tiny": Preset(base=str(DATA / "tiny")),
+    "small": Preset(
+        base=str(DATA / "small"), memory="about 12 GB of GPU memory",
+        world=dict(size="small", tests=130, tokens=250_000_000, n_layer=8, n_head=6, n_embd=384, batch_size=128,
+                   lr=1e-3, ranks=1536, workers=12, dtype="bfloat16", compile=True, check_every=2_000),
+        critique=dict(harmful=2_000, helpful=2_000, batch_size=2_048, dtype="bfloat16"),
+        sft=dict(batch_size=64, lr=3e-4, dtype="bfloat16"),
+        feedback=dict(harmful=2_800, helpful=5_000, samples=16, pairs=40, batch_size=4_096, dtype="bfloat16"),
+        pm=dict(epochs=1, batch_size=256, lr=5e-4, freeze=4, dtype="bfloat16"),
+        ppo=dict(updates=40, batch=1_024, minibatches=4, micro_batch=256, lr=1e-4, dtype="bfloat16"),
+        evaluate=dict(size="small", judged=2_000, batch_size=4_096)),
+    "gpt2": _gpt2("gpt2", "24 GB of GPU memory", rows=128, micro=16),
+    "gpt2-medium": _gpt2("gpt2-medium", "48 GB of GPU memory", rows=96, micro=16),
+    "gpt2-large": _gpt2("gpt2-large", "80 GB of GPU memory", rows=96, micro=8),
+}
