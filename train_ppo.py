@@ -129,8 +129,9 @@ def main(cfg: Config) -> dict:
         raise UserError(f"{cfg.pm} has {configs[1].vocab_size} tokens, {cfg.sft} has {configs[0].vocab_size}; train "
                         f"the preference model from the same model")
     harmful, benign, dropped = read_prompts(cfg, tokenizer, min(config.block_size for config in configs))
-    memory.announce("ppo", configs[0], device, "--micro-batch, --batch or --max-new", batch=cfg.batch,
-                    length=max(map(len, harmful + benign)) + cfg.max_new, answer=cfg.max_new, micro_batch=micro_batch,
+    memory.announce("ppo", configs[0], device, "--micro-batch, --batch or --max-new",
+                    length=max(map(len, harmful + benign)) + cfg.max_new,
+                    batch=cfg.batch // distributed.world(), answer=cfg.max_new, micro_batch=micro_batch,
                     dtype_bytes=cli.number_bytes(cfg.dtype), cache_bytes=cli.number_bytes(cfg.dtype))
     policy, ref = checkpoint.load(cfg.sft, device), checkpoint.load(cfg.sft, device).requires_grad_(False)
     pm, critic = (checkpoint.load(cfg.pm, device, scalar=True) for _ in range(2))

@@ -145,8 +145,8 @@ def main(cfg: Config) -> dict:
         print(f"train_sft: {len(train)} rows to train on, {len(held)} held out, {dropped} too long, {unchanged} never "
               f"revised; {steps} steps on {device}")
 
-    memory.announce("sft", config, device, "--batch-size (and raise --accumulate)", batch=cfg.batch_size,
-                    length=max(lengths), dtype_bytes=cli.number_bytes(cfg.dtype))
+    memory.announce("sft", config, device, "--batch-size (and raise --accumulate)", length=max(lengths),
+                    batch=-(-cfg.batch_size // distributed.world()), dtype_bytes=cli.number_bytes(cfg.dtype))
     model = checkpoint.load(folder, device)
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]  # biases and gains are not pulled to zero

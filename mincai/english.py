@@ -5,7 +5,8 @@
 requests.jsonl holds 12 harm categories of 42 requests; each harmful one stands beside a benign twin that shares its key
 words, so that no word decides; and 420 ordinary requests. attacks.json holds the wrappers, which are harmless in
 themselves and wrap both kinds. Training reads prompts.jsonl; settings are compared on prompts_dev.jsonl; evaluation
-reads prompts_eval.jsonl, whose requests, four attack families and one harm category occur nowhere else.
+reads prompts_eval.jsonl, whose requests and one harm category occur in no other file. Four attack families occur in
+no prompt of training.
 """
 
 import base64
@@ -45,6 +46,8 @@ def load_attacks(path) -> dict[str, dict]:
     try:
         families = json.loads(Path(path).read_text(encoding="utf-8"))["families"]
         for name, family in families.items():
+            if not {"held", "encoding", "templates"} <= family.keys():
+                raise ValueError(f"family {name!r}: needs held, encoding and templates")
             if family["encoding"] not in ENCODINGS or not isinstance(family["held"], bool):
                 raise ValueError(f"family {name!r}: encoding or held")
             if not family["templates"] or any(t.count("{request}") != 1 for t in family["templates"]):

@@ -32,7 +32,7 @@ STAGES = ("base", "sft", "ppo")
 
 @dataclass(frozen=True)
 class Config:
-    LOOSE = ("device", "threads", "again", "batch_size")
+    LOOSE = ("out", "device", "threads", "again", "batch_size")
     out: str = arg("runs/tiny", "the run folder; holds sft/, pm/ and ppo/, and gets eval.json")
     base: str = arg("data/tiny", "the model that the run started from, and its judge")
     prompts: str = arg("data/tiny/prompts_eval.jsonl", "held-out prompts")

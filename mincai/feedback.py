@@ -66,8 +66,8 @@ class Verdicts:
     """One entry a pair. p_a = (p_ab + 1 - p_ba) / 2 where p_ab is P(first slot) with a first, p_ba with b first.
     A pair that left the judge no room has p_a None."""
     p_a: list[float | None]
-    p_ab: list[float]
-    p_ba: list[float]
+    p_ab: list[float | None]
+    p_ba: list[float | None]
     reasons: list[str]  # written with a first; empty strings without reasons
     same_slot: float    # share of pairs in which the same slot won in both orders: position bias
 
@@ -158,8 +158,14 @@ def compare_rows(cfg, rows, principles, model, judging, planner, rng, generator)
     answers = candidates(cfg, rows, model, judging, planner, generator)
     pairs = [(i, *pair) for i, some in enumerate(answers) for pair in make_pairs(some, cfg.pairs, rng)]
     targets = [(row["category"],) if row.get("category") else ORDINARY for row in rows]
-    drawn = [[constitution.draw(principles, targets[i], cfg.aim, rng) for i, _, _ in pairs]
-             for _ in range(cfg.ensemble)]
+    drawn = []
+    for number in range(cfg.ensemble):
+        drawn.append([constitution.draw(principles, targets[i], cfg.aim, rng) for i, _, _ in pairs])
+        for k, (i, _, _) in enumerate(pairs):  # a principle votes once on a pair; rarely there are too few of them
+            for _ in range(20 if number else 0):
+                if all(drawn[number][k].id != some[k].id for some in drawn[:number]):
+                    break
+                drawn[number][k] = constitution.draw(principles, targets[i], cfg.aim / 2, rng)
     conversations = [constitution.dialogue(rows[i]["prompt"], rows[i].get("setting")) for i, _, _ in pairs]
     texts = [[constitution.clean(tokenizer.decode(side[0])) for side in pair[1:]] for pair in pairs]
     votes = [judge(judging, planner, conversations, [t[0] for t in texts], [t[1] for t in texts],
@@ -167,19 +173,18 @@ def compare_rows(cfg, rows, principles, model, judging, planner, rng, generator)
                    batch_size=cfg.batch_size, desc="judging") for some in drawn] if pairs else []
     out = []
     for k, ((i, a, b), (text_a, text_b)) in enumerate(zip(pairs, texts)):
-        p = [vote.p_a[k] for vote in votes if vote.p_a[k] is not None]
-        if not p:
+        voted = [(some[k].id, vote) for some, vote in zip(drawn, votes) if vote.p_a[k] is not None]
+        if not voted:
             continue  # two rambling answers may be too long for the judge; the planner has counted them
-        row = rows[i]
-        first = votes[0]
+        row, p, (principle, first) = rows[i], [vote.p_a[k] for _, vote in voted], voted[0]
         out.append({"prompt_id": row["id"], "prompt": row["prompt"], "setting": row.get("setting"),
                     "kind": row["kind"], "category": row.get("category", ""), "attack": row.get("attack", ""),
                     "action": row.get("action", ""), "a": text_a, "b": text_b, "a_ids": list(a[0]),
-                    "b_ids": list(b[0]), "a_from": a[1], "b_from": b[1], "principle": drawn[0][k].id,
+                    "b_ids": list(b[0]), "a_from": a[1], "b_from": b[1], "principle": principle,
                     "p_a": label(sum(p) / len(p), cfg.labels, cfg.clamp), "p_ab": first.p_ab[k],
                     "p_ba": first.p_ba[k], "reasons": first.reasons[k]})
         if cfg.ensemble > 1:
-            out[-1]["votes"] = {some[k].id: vote.p_a[k] for some, vote in zip(drawn, votes)}
+            out[-1]["votes"] = {name: vote.p_a[k] for name, vote in voted}
     return out, sum(vote.same_slot for vote in votes) / max(1, len(votes))
 
 
@@ -212,6 +217,7 @@ def main(cfg: Config) -> dict:
     with precision(device, cfg.dtype):
         mine = distributed.share(rows)
         out, same_slot = compare_rows(cfg, mine, principles, model, judging, planner, rng, generator)
+    same_slot = distributed.total(same_slot * len(out)) / max(1, distributed.total(len(out)))
     out, planner.counts = distributed.merge(out), distributed.merge(planner.counts)
     if not out:
         raise UserError(f"{cfg.model}: no prompt got two different answers that end and that the judge has room for, "

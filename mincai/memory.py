@@ -16,7 +16,7 @@ from contextlib import contextmanager
 
 import torch
 
-from mincai import UserError
+from mincai import UserError, distributed
 from mincai.model import GPTConfig
 
 TURNS = {"while sampling": ("KV cache", "reading prompts", "drawing tokens"),
@@ -155,7 +155,7 @@ def announce(stage: str, config: GPTConfig, device, flags: str, **sizes) -> None
     On a CPU a plan under a GB is not worth its lines.
     """
     found, room = plan(stage, config, **sizes), available(device)
-    if room is not None or needed(found) > 1e9:
+    if distributed.is_main() and (room is not None or needed(found) > 1e9):
         print(table(found), flush=True)
     check(found, room, flags)
 

@@ -64,6 +64,11 @@ def load_shots(path: str, principles, wording: str, reasons: bool = True) -> dic
     by_id = {p.id: p for p in principles}
     try:
         file = json.loads(Path(path).read_text(encoding="utf-8"))
+        for kind in KINDS:
+            if any(not isinstance(text, str) for x in file[kind] for text in x.values()):
+                raise ValueError(f"{kind}: every field is a text")
+        if {x["choice"] for x in file["compare"]} - {"A", "B"}:
+            raise ValueError("compare: choice is A or B")
         shots = {"answer": [constitution.dialogue(x["human"]) + " " + x["assistant"] for x in file["answer"]],
                  "review": [], "compare": []}
         for x in file["review"]:
@@ -80,6 +85,6 @@ def load_shots(path: str, principles, wording: str, reasons: bool = True) -> dic
         raise UserError(f"{path}: no such file of examples; give another --fewshot, or none") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give another --fewshot, or none") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a file of examples ({error!r}); see data/english/fewshot.json") from None
     return shots

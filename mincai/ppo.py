@@ -143,7 +143,7 @@ def update(policy, critic, policy_optimizer, critic_optimizer, batch: Rollout, a
             policy_optimizer.zero_grad(set_to_none=True)
             critic_optimizer.zero_grad(set_to_none=True)
             total = batch.mask[rows].sum()
-            slices = rows[rows % world == rank].split(micro_batch)
+            slices = rows[rank::world].split(micro_batch)
             parts = [_accumulate(policy, critic, batch, adv, returns, mb_rows, total, clip, value_clip,
                                  train_policy, last=k == len(slices) - 1) for k, mb_rows in enumerate(slices)]
             parts = distributed.merge(parts)
