@@ -163,7 +163,7 @@ def test_rows_need_no_more_than_prompts_files_have_to_have(cfg, tmp_path):
     """id, prompt and kind are what the readers of prompts ask for; split is what this stage does."""
     rows = [{key: row[key] for key in ("id", "prompt", "kind", "split")} for row in READ]
     data.write_jsonl(tmp_path / "prompts.jsonl", rows)
-    assert assess.main(cfg)["stages"]["base"]["harmful"]["refuses"]["n"] == 4
+    assert assess.main(cfg)["stages"]["base"]["harmful"]["refuses"]["n"] == 5
 
 
 # --- parts ----------------------------------------------------------------------------------------------------
