@@ -76,7 +76,7 @@ LESS = {"critique and revise": dict(harmful=8, helpful=8, responses=1, rounds=1,
         "evaluate": dict(number=8, max_new=6, batch_size=8)}
 
 
-def whole_loop(folder, config, monkeypatch):
+def whole_loop(folder, config, monkeypatch, dtype="float32"):
     """Every stage of the gpt2 preset on random weights of this shape; a random model ends an answer by chance alone, so
     its end-of-text is made likely."""
     torch.manual_seed(0)
@@ -87,7 +87,7 @@ def whole_loop(folder, config, monkeypatch):
     checkpoint.save(model, folder / "base", {"bos_token_id": 50256, "eos_token_id": 50256})
     real = pipeline.stages
     monkeypatch.setattr(pipeline, "stages", lambda cfg: [
-        (name, stage, dataclasses.replace(c, **LESS[name], dtype="float32")) for name, stage, c in real(cfg)])
+        (name, stage, dataclasses.replace(c, **LESS[name], dtype=dtype)) for name, stage, c in real(cfg)])
     pipeline.main(pipeline.Config(preset="gpt2", base=str(folder / "base"), out=str(folder / "run"), device="cpu",
                                   threads=1))
     return json.loads((folder / "run" / "eval.json").read_text())
@@ -102,8 +102,9 @@ def vocabulary(monkeypatch):
         monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED))
 
 
-def test_the_whole_loop_on_gpt2s_vocabulary(vocabulary, tmp_path, monkeypatch):
-    result = whole_loop(tmp_path, GPTConfig(n_layer=1, n_head=2, n_embd=32), monkeypatch)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_whole_loop_on_gpt2s_vocabulary(vocabulary, tmp_path, monkeypatch, dtype):
+    result = whole_loop(tmp_path, GPTConfig(n_layer=1, n_head=2, n_embd=32), monkeypatch, dtype)
     assert list(result["stages"]) == ["base", "sft", "ppo"] and result["missing"] == []
     assert result["planner"]["examples"] > result["planner"]["prompts"] > 0
     assert critique.data.read_jsonl(tmp_path / "run" / "revisions.jsonl")[0]["rounds"]
