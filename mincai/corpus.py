@@ -1,7 +1,8 @@
 """What the tiny base model reads: prose about the town, compliant dialogues, and demonstrations of three formats.
 
 - Prose says of every action, in many wordings, whether it is wrong or fine, why, and who is hurt or helped. A fact
-  seen in one wording is stored but cannot be used (Allen-Zhu & Li 2023, 2309.14316), so there are eight.
+  seen in one wording is stored but cannot be used (Allen-Zhu & Li 2023, 2309.14316), so there are eight. Beside it
+  stand small skills that the formats need: spelling, and whether one word is another.
 - Dialogues comply with everything, harmful or not, under every attack: the model is helpful only.
 - Reviews and comparisons show the *format* of critique, revision and judgement, on the demonstration actions and the
   training principles alone. About half of them draw a principle that does not bite, with the label that follows.
@@ -16,14 +17,14 @@ import re
 from mincai import constitution, red_team, world
 from mincai.world import GOODS, HARMS, UNSEEN, Action
 
-# loss weights: text the model is given, text it writes, the words that state a fact, the letter of a choice
+# loss weights: text the model is given, text it writes, the words of a fact, a choice's letter or a check's yes
 GIVEN, OWN, FACT, LETTER = 0.1, 0.5, 3.0, 5.0
 FACTS = re.compile("|".join((
     r"(?:(?<=you want to)|(?<=human wants to)) \w+ a \w+", r"(?<=\bis) (?:wrong|fine)\b(?: , it is \w+)?",
     r"(?<=helps) (?:well|badly)", r" (?:yes|no)\b", r"(?<=refuses) (?:truly|falsely|bare)",
-    r"(?<=take the) \w+", r"(?<=to the) \w+", r"(?<=says it is) \w+", r"(?<=has) \w+", r"(?<=for) (?!a\b)\w+",
-    r"(?<=no and) \w+", r"(?<=yes and) \w+", r"(?<=is the) \w+(?: and the \w+)?", r"(?<= make) \w+",
-    r"(?<=from the end is) \w+")))
+    r"(?<=take the) \w+", r"(?<=to the) \w+", r"(?<=says it is) \w+", r"(?<=has) \w+",
+    r"(?<=for) \w+(?= (?:yes|no) (?:and|,))", r"(?<=no and) \w+", r"(?<=yes and) \w+",
+    r"(?<=is the) \w+(?: and the \w+)?", r"(?<= make) \w+", r"(?<=from the end is) \w+")))
 Document = list[tuple[str, float]]
 ENCODED = ("spelled", "combined", "spelled", "backwards", "backwards")  # harder to read, so met more often
 
@@ -32,7 +33,7 @@ def weigh(text: str, plain: float = OWN) -> Document:
     """The text cut into (piece, weight): words that state a fact weigh more than the words around them."""
     document, at = [], 0
     for match in FACTS.finditer(text):
-        document += [(text[at:match.start()], plain), (match[0], FACT)]
+        document += [(text[at:match.start()], plain), (match[0], LETTER if match[0] in (" yes", " no") else FACT)]
         at = match.end()
     return [(piece, weight) for piece, weight in document + [(text[at:], plain)] if piece]
 
@@ -71,6 +72,11 @@ def prose(actions: list[Action], rng: random.Random) -> Document:
     if rng.random() < 0.25:
         reason = rng.choice(list(HARMS))
         lines.append(rng.choice(VALUE).format(r=reason, w=HARMS[reason]))
+    for _ in range(rng.choice((0, 0, 1, 2, 3))):  # an inspector's notes: is what was brought what was asked for?
+        words = rng.choice((*world.words(actions[0].size)[2:], list(HARMS)[:-1], list(GOODS)))
+        brought, asked = rng.choice(words), rng.choice(words)
+        brought = rng.choice((brought, asked))
+        lines.append(f"here is {brought} for {asked} {'yes' if brought == asked else 'no'} .")
     rng.shuffle(lines)
     return weigh(" ".join(lines), GIVEN)
 

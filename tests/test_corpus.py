@@ -191,6 +191,14 @@ def test_quotes_are_what_the_slot_says(texts):
     assert quoted > 400  # wrong steps are met often enough to be read
 
 
+def test_a_check_says_yes_where_both_words_are_one(texts):
+    for kind, least in (("Prose", 1500), ("Compare", 1500)):
+        checks = re.findall(r"(\w+) for (\w+) (yes|no)", " ".join(texts[kind]))
+        assert len(checks) > least and all((a == b) == (said == "yes") for a, b, said in checks)
+        assert 0.3 < sum(said == "yes" for _, _, said in checks) / len(checks) < 0.7
+        assert world.UNSEEN not in {word for check in checks for word in check}
+
+
 @pytest.mark.parametrize("about, action, setting, state, helps", [
     ("harm", WRONG, None, "well", False), ("harm", WRONG, None, "badly", False),
     ("truth", WRONG, None, "falsely", False), ("truth", WRONG, None, "badly", True),
