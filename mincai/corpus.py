@@ -5,7 +5,7 @@
   stand small skills that the formats need: spelling, and whether one word is another.
 - Dialogues comply with everything, harmful or not, under every attack: the model is helpful only.
 - Reviews and comparisons show the *format* of critique, revision and judgement, on the demonstration actions and the
-  training principles alone. About half of them draw a principle that does not bite, with the label that follows.
+  training principles alone. Nearly a third of them draw a principle that does not bite, with the label that follows.
 
 A document is a list of (text, weight): weight scales the loss of the text's tokens. What a human says weighs little
 (nobody can guess it), the letter of a choice weighs much (one token in a hundred carries the verdict).
@@ -188,7 +188,7 @@ def _analysis(principle, action: Action, setting: str | None, quotes: str) -> st
 
 
 def _principle(principles, action: Action, rng: random.Random):
-    """About half of the draws do not bite: a harm category that is not this action's, or any on a fine action."""
+    """Nearly a third of the draws do not bite: a harm category that is not this action's, or any on a fine action."""
     kind = rng.choices(("own", "harm", "other", "help", "truth", "reasons"),
                        (28, 12, 27, 11, 12, 10) if action.wrong else (0, 9, 23, 31, 19, 18))[0]
     about = {"own": [action.reason], "other": [h for h in HARMS if h not in (action.reason, UNSEEN)]}.get(kind, [kind])

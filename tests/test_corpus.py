@@ -128,7 +128,7 @@ def test_many_principles_do_not_bite(texts):
         action, setting, about, _ = parts(text)
         about_harm = about == "harm" or about in world.HARMS
         idle += about_harm and not (action.harmful(setting) and about in ("harm", action.reason))
-    assert 0.3 < idle / len(texts["Review"]) < 0.6
+    assert 0.25 < idle / len(texts["Review"]) < 0.6
 
 
 OTHER = next(h for h in world.HARMS if h != WRONG.reason)
