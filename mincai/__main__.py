@@ -22,7 +22,7 @@ if str(ROOT) not in sys.path:  # the three training scripts stand at the top lev
 import train_pm  # noqa: E402
 import train_ppo  # noqa: E402
 import train_sft  # noqa: E402
-from mincai import assess, critique, distributed, evaluate, feedback, memory, pretrain  # noqa: E402
+from mincai import assess, critique, distributed, evaluate, feedback, pretrain  # noqa: E402
 from mincai.cli import arg, check_choice, pick_device, run, set_threads  # noqa: E402
 from mincai.presets import PRESETS  # noqa: E402
 from mincai.weights import resolve  # noqa: E402
@@ -101,12 +101,8 @@ def main(cfg: Config) -> None:
         resolve(base)  # before an hour's work, not after it
     for number, (name, stage, config) in enumerate(todo, 1):
         say(f"\n[{number}/{len(todo)}] {name}", flush=True)
-        with memory.out_of_memory("lower --micro-batch, --batch-size or --max-new of this stage, run alone, and then "
-                                  "this command again: finished stages are kept"):
-            if stage in (pretrain.main, evaluate.main, assess.main) and not distributed.is_main():
-                pass  # one process measures; the others wait for it below
-            else:
-                stage(config)
+        if distributed.is_main() or stage not in (pretrain.main, evaluate.main, assess.main):
+            stage(config)  # one process measures, the others wait for it
         distributed.barrier()
     say(f"\nmincai: all of it in {time.time() - started:.0f} s. Talk with it: python -m mincai.chat {out}/ppo "
         f"--beside {base},{out}/sft")

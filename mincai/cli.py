@@ -19,7 +19,7 @@ import typing
 
 import torch
 
-from mincai import UserError
+from mincai import UserError, memory
 
 
 def arg(default, help):
@@ -75,7 +75,8 @@ def run(main, Config, description="", argv=None):
     A UserError is one line on stderr and exit code 2, never a traceback; Ctrl-C is 130 (128 + SIGINT).
     """
     try:
-        main(parse(Config, argv, description))
+        with memory.out_of_memory("lower --micro-batch, --batch-size, --batch or --max-new, where it has them"):
+            main(parse(Config, argv, description))
     except UserError as error:
         print(f"mincai: error: {error}", file=sys.stderr)
         sys.exit(2)

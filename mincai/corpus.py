@@ -1,8 +1,7 @@
 """What the tiny base model reads: prose about the town, compliant dialogues, and demonstrations of three formats.
 
 - Prose says of every action, in many wordings, whether it is wrong or fine, why, and who is hurt or helped. A fact
-  seen in one wording is stored but cannot be used (Allen-Zhu & Li 2023, 2309.14316), so there are eight. Beside it
-  stand small skills that the formats need: spelling, and whether one word is another.
+  seen in one wording is stored but cannot be used (Allen-Zhu & Li 2023, 2309.14316), so there are eight.
 - Dialogues comply with everything, harmful or not, under every attack: the model is helpful only.
 - Reviews and comparisons show the *format* of critique, revision and judgement, on the demonstration actions and the
   training principles alone. Nearly a third of them draw a principle that does not bite, with the label that follows.
@@ -17,14 +16,13 @@ import re
 from mincai import constitution, red_team, world
 from mincai.world import GOODS, HARMS, UNSEEN, Action
 
-# loss weights: text the model is given, text it writes, the words of a fact, a choice's letter or a check's yes
+# loss weights: text the model is given, text it writes, the words that state a fact, the letter of a choice
 GIVEN, OWN, FACT, LETTER = 0.1, 0.5, 3.0, 5.0
 FACTS = re.compile("|".join((
     r"(?:(?<=you want to)|(?<=human wants to)) \w+ a \w+", r"(?<=\bis) (?:wrong|fine)\b(?: , it is \w+)?",
     r"(?<=helps) (?:well|badly)", r" (?:yes|no)\b", r"(?<=refuses) (?:truly|falsely|bare)",
-    r"(?<=take the) \w+", r"(?<=to the) \w+", r"(?<=says it is) \w+", r"(?<=has) \w+",
-    r"(?<=for) \w+(?= (?:yes|no) (?:and|,))", r"(?<=no and) \w+", r"(?<=yes and) \w+",
-    r"(?<=is the) \w+(?: and the \w+)?", r"(?<= make) \w+", r"(?<=from the end is) \w+")))
+    r"(?<=take the) \w+", r"(?<=to the) \w+", r"(?<=says it is) \w+", r"(?<=has the) \w+", r"(?<=has) (?!the)\w+",
+    r"(?<=and the) \w+", r"(?<=is the) \w+", r"(?<= make) \w+", r"(?<=from the end is) \w+")))
 Document = list[tuple[str, float]]
 ENCODED = ("spelled", "combined", "spelled", "backwards", "backwards")  # harder to read, so met more often
 
@@ -33,7 +31,7 @@ def weigh(text: str, plain: float = OWN) -> Document:
     """The text cut into (piece, weight): words that state a fact weigh more than the words around them."""
     document, at = [], 0
     for match in FACTS.finditer(text):
-        document += [(text[at:match.start()], plain), (match[0], LETTER if match[0] in (" yes", " no") else FACT)]
+        document += [(text[at:match.start()], plain), (match[0], FACT)]
         at = match.end()
     return [(piece, weight) for piece, weight in document + [(text[at:], plain)] if piece]
 
@@ -72,11 +70,6 @@ def prose(actions: list[Action], rng: random.Random) -> Document:
     if rng.random() < 0.25:
         reason = rng.choice(list(HARMS))
         lines.append(rng.choice(VALUE).format(r=reason, w=HARMS[reason]))
-    for _ in range(rng.choice((0, 0, 1, 2, 3))):  # an inspector's notes: is what was brought what was asked for?
-        words = rng.choice((*world.words(actions[0].size)[2:], list(HARMS)[:-1], list(GOODS)))
-        brought, asked = rng.choice(words), rng.choice(words)
-        brought = rng.choice((brought, asked))
-        lines.append(f"here is {brought} for {asked} {'yes' if brought == asked else 'no'} .")
     rng.shuffle(lines)
     return weigh(" ".join(lines), GIVEN)
 
@@ -145,16 +138,16 @@ def quote(shown: str) -> str:
 def describe(about: str, action: Action, state: str, shown: str) -> str:
     """What critique and judge say of an answer (shown: its text): only what the principle looks at.
 
-    Where it matters whether a claim is right, each word is set beside the right one before the verdict: a small model
-    compares two neighbours, not two sentences.
+    Where it matters whether a claim is right, it is checked word by word before the verdict: a small model compares
+    one word with one word, not two sentences at once.
     """
     word = "helps" if state in HELPS else "refuses"
     if about == "reasons":
         return word + (" with reasons" if "that is" in shown else " bare")
     if about not in ("help", "truth") or about == "help" and word == "refuses":
         return word
-    truth = (action.tool, action.place) if word == "helps" else (action.reason,)
-    checks = " and ".join(f"{w} for {t} {'yes' if w == t else 'no'}" for w, t in zip(claims(shown), truth))
+    truth, the = ((action.tool, action.place), "the ") if word == "helps" else ((action.reason,), "")
+    checks = " and ".join(f"{the}{w} {'yes' if w == t else 'no'}" for w, t in zip(claims(shown), truth))
     quality = ("badly" if state == "badly" else "well") if word == "helps" else state
     return f"has {checks} , {word} {quality}" if checks else f"{word} {quality}"
 
@@ -195,6 +188,10 @@ def _principle(principles, action: Action, rng: random.Random):
     return rng.choice([p for p in principles if p.about in about])
 
 
+def _checking(principles):
+    return [p for p in principles if p.about in ("help", "truth")]
+
+
 def _states(action: Action, setting: str | None, about: str) -> dict[str, int]:
     """How often an answer of each state is shown. Most steps are wrong ones: who meets only right ones learns to
     recall them and not to read them."""
@@ -219,9 +216,10 @@ def _contrast(action: Action, setting: str | None, about: str, rng: random.Rando
     return rng.sample(pair, 2)
 
 
-def review(actions: list[Action], principles, rng: random.Random) -> Document:
+def review(actions: list[Action], principles, rng: random.Random, checked=False) -> Document:
+    """checked: under a principle that asks to check every word (see `documents`)."""
     action = rng.choice(actions)
-    principle = _principle(principles, action, rng)
+    principle = rng.choice(_checking(principles)) if checked else _principle(principles, action, rng)
     prompt, setting = _request(action, red_team.SEEN, rng)
     about = principle.about
     states = _states(action, setting, about)
@@ -236,9 +234,10 @@ def review(actions: list[Action], principles, rng: random.Random) -> Document:
             *weigh(" the principle .\nRevision: " + revised)]
 
 
-def comparison(actions: list[Action], principles, rng: random.Random, with_reasons: float = 0.85) -> Document:
+def comparison(actions: list[Action], principles, rng: random.Random, with_reasons: float = 0.85,
+               checked=False) -> Document:
     action = rng.choice(actions)
-    principle = _principle(principles, action, rng)
+    principle = rng.choice(_checking(principles)) if checked else _principle(principles, action, rng)
     prompt, setting = _request(action, red_team.SEEN, rng)
     about = principle.about
     states = _states(action, setting, about)
@@ -264,14 +263,19 @@ def comparison(actions: list[Action], principles, rng: random.Random, with_reaso
 SHARES = {"prose": 0.30, "dialogue": 0.31, "review": 0.17, "comparison": 0.22}  # of documents; tokens are more even
 
 
-def documents(actions: list[Action], principles, rng: random.Random, prose_on=None):
+def documents(actions: list[Action], principles, rng: random.Random, prose_on=None, focus: float = 0.0):
     """Endless documents. Demonstrations use the actions of split `demo` and the principles of split `train` only.
 
-    prose_on: the actions that prose speaks of (default: all)."""
+    prose_on: the actions that prose speaks of (default: all). focus: a share of documents that all show how to check
+    an answer word by word, which is learnt last."""
     shown = [a for a in actions if a.split == "demo"]
     taught = [p for p in principles if p.split == "train" and p.about != UNSEEN]
     write = {"prose": lambda: prose(prose_on or actions, rng), "dialogue": lambda: dialogue(actions, rng),
              "review": lambda: review(shown, taught, rng), "comparison": lambda: comparison(shown, taught, rng)}
     kinds, weights = list(SHARES), list(SHARES.values())
     while True:
+        if focus and rng.random() < focus:
+            yield (comparison(shown, taught, rng, 1.0, checked=True) if rng.random() < 0.6
+                   else review(shown, taught, rng, checked=True))
+            continue
         yield write[rng.choices(kinds, weights)[0]]()

@@ -39,7 +39,7 @@ class Config:
     constitution: str = arg(str(constitution.PATH), "the principles")
     temperature: float = arg(1.0, "of the answers; 0 is greedy")
     judged: int = arg(240, "pairs for each of the judge's and critic's measurements")
-    max_new: int = arg(112, "tokens of an answer, or of the judge's reasons, at most")
+    max_new: int = arg(104, "tokens of an answer, or of the judge's reasons, at most")
     world: int = arg(0, "seed of the world that the base model read about")
     size: str = arg("tiny", "of that world, tiny or small")
     seed: int = arg(0, "seed of the samples")

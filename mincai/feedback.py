@@ -52,7 +52,7 @@ class Config:
     fewshot: str = arg("", "file of worked examples to put in front of what the judge reads; none is zero-shot")
     wording: str = arg("tiny", "principles in their tiny or their full words")
     dtype: str = arg("float32", "float32, or bfloat16 for matrix products")
-    max_new: int = arg(112, "tokens of an answer or of the judge's reasons at most")
+    max_new: int = arg(104, "tokens of an answer or of the judge's reasons at most")
     out: str = arg("runs/tiny/comparisons.jsonl", "JSONL to write")
     seed: int = arg(0, "seed of the draws and samples")
     batch_size: int = arg(128, "rows sampled together")

@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # Lowest first. A file may import from lower rows only, never from its own.
 LAYERS = [
     ["model", "losses", "tokenizer", "constitution", "distributed"],
-    ["checkpoint", "sample", "data", "cli", "table", "memory"],
+    ["memory"],
+    ["checkpoint", "sample", "data", "cli", "table"],
     ["weights", "formats", "planner", "presets", "world"],
     ["critique", "feedback", "ppo", "english"],
     ["red_team"],  # may read the tiny world's topics
