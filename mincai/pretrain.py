@@ -1,10 +1,11 @@
 """Builds the tiny base model of data/tiny: read the world's corpus (corpus.py), keep what was learnt.
 
     python -m mincai.pretrain --out runs/first                                  the shipped model's first part, and
-    python -m mincai.pretrain --init runs/first --out data/tiny --focus 0.5 --tokens 5000000 --lr 1e-3 --seed 1
+    python -m mincai.pretrain --init runs/first --out data/tiny --focus 0.5 --tokens 5000000 --lr 1e-3 --seed 1 \\
+        --average 0.75                                                          its second
 
 (About three quarters of an hour on two cores; the result is shipped.) Comparing two words is what the model learns
-last, so the second part shows it in half of the documents.
+last, so the second part shows it in half of the documents; its weights are then averaged with the first part's.
 
 One language model, one corpus, next-token prediction. Documents are packed into rows; each attends to itself alone
 and counts its positions from 0, since that is how it will be met again. What is watched while it learns is capability
@@ -35,6 +36,7 @@ class Config:
     LOOSE = ("out", "device", "threads", "again")
     out: str = arg("data/tiny", "folder to write the model, its vocabulary and the prompts to")
     init: str = arg("", "folder of a model to go on from, with its vocabulary; none starts from random weights")
+    average: float = arg(1.0, "share of the new weights in what is written, the rest is --init's; 1 is the new alone")
     focus: float = arg(0.0, "share of documents that show how an answer is checked word by word, beside the usual ones")
     tokens: int = arg(15_000_000, "tokens to read")
     n_layer: int = arg(4, "transformer layers")
@@ -147,6 +149,16 @@ def capability(model, tokenizer, actions, principles, seed: int, n: int = 96) ->
     return found
 
 
+def averaged(model, cfg, device):
+    """The model itself, or a copy whose weights lie between --init's and its own (Wortsman et al. 2022, 2109.01903):
+    what was learnt last, and most of what training on it had begun to wear away."""
+    if not cfg.init or cfg.average == 1:
+        return model
+    first, new = checkpoint.load(cfg.init, device), model.state_dict()
+    first.load_state_dict({k: (1 - cfg.average) * v + cfg.average * new[k] for k, v in first.state_dict().items()})
+    return first
+
+
 def side_files(actions, seed: int, prose_on=None, tests: int = 9) -> dict[str, list[dict]]:
     """The rows to write beside the model: prompt sets, and prose for fine-tuning to replay.
 
@@ -225,10 +237,10 @@ def main(cfg: Config) -> dict:
             bar.set_postfix(loss=f"{loss.item():.3f}")
         if (step + 1) % cfg.check_every == 0 or step + 1 == steps:
             row = {"step": step + 1, "loss": loss.item(), "seconds": round(time.time() - started),
-                   **capability(model, tokenizer, actions, principles, seed=1)}
+                   **capability(averaged(model, cfg, device), tokenizer, actions, principles, seed=1)}
             history.append(row)
             tqdm.write(" ".join(f"{k} {v:.3g}" for k, v in row.items()))
-            checkpoint.save(model, cfg.out, tokenizer.files() | {
+            checkpoint.save(averaged(model, cfg, device), cfg.out, tokenizer.files() | {
                 "run.json": data.stamp(cfg), "metrics.jsonl": "".join(json.dumps(r) + "\n" for r in history),
                 **{name: "".join(json.dumps(r) + "\n" for r in rows) for name, rows in files.items()}})
     print(f"pretrain: {cfg.out} after {steps:,} steps and {time.time() - started:.0f} s: {history[-1]}")
