@@ -230,7 +230,7 @@ def test_weights_that_do_not_fit_or_were_cut_short(fails, stage, tmp_path, run):
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps({**config, "vocab_size": 7}))
     line = fails(stage, MODEL[stage], broken)
-    assert "wte.weight" in line and "(7, 32)" in line or "7 rows" in line
+    assert "wte.weight" in line and "(7, 32)" in line or "7 rows" in line or "has 7" in line
     (broken / "config.json").write_text(json.dumps(config))
     whole = (broken / "model.safetensors").read_bytes()
     (broken / "model.safetensors").write_bytes(whole[:len(whole) // 2])
