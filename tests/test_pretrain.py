@@ -6,7 +6,8 @@ from mincai import checkpoint, pretrain
 
 
 def test_a_second_part_is_averaged_with_the_first(tiny_base, tmp_path):
-    settings = dict(init=str(tiny_base), tokens=4 * 2 * 256, batch_size=2, focus=0.5, seed=1, lr=0.2, device="cpu", threads=1)
+    settings = dict(init=str(tiny_base), tokens=4 * 2 * 256, batch_size=2, focus=0.5, seed=1, lr=0.2, device="cpu",
+                    threads=1)
     found = {}
     for average in (1.0, 0.25, 0.0):
         pretrain.main(pretrain.Config(out=str(tmp_path / str(average)), average=average, **settings))
