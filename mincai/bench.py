@@ -55,7 +55,7 @@ def wait(device):
         torch.cuda.synchronize()
 
 
-def check_gpu(config, cfg) -> dict[str, float]:
+def check_gpu(config) -> dict[str, float]:
     """What a GPU must agree on with the CPU; AssertionError where it does not."""
     torch.manual_seed(0)
     model = GPT(config)
@@ -135,7 +135,7 @@ def main(cfg: Config) -> dict:
     memory.announce("ppo", config, device, "--batch or --micro-batch", batch=cfg.batch, length=cfg.prompt + cfg.max_new,
                     micro_batch=cfg.micro_batch, answer=cfg.max_new, dtype_bytes=number_bytes(cfg.dtype),
                     cache_bytes=number_bytes(cfg.dtype))
-    found = check_gpu(TINY, cfg) if device == "cuda" else {}
+    found = check_gpu(TINY) if device == "cuda" else {}
     found |= measure(config, cfg, device)
     print(f"bench: {memory.parameters(config):,} parameters, {cfg.dtype}, {data.stamp(cfg)['device']}, {threads} "
           f"threads, torch {torch.__version__}")

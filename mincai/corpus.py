@@ -14,7 +14,7 @@ import random
 import re
 
 from mincai import constitution, red_team, world
-from mincai.world import GOODS, HARMS, UNSEEN, Action
+from mincai.world import HARMS, UNSEEN, Action
 
 # loss weights: text the model is given, text it writes, the words that state a fact, the letter of a choice
 GIVEN, OWN, FACT, LETTER = 0.1, 0.5, 3.0, 5.0

@@ -236,11 +236,12 @@ def main(cfg: Config) -> dict:
         if step % 50 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
         if (step + 1) % cfg.check_every == 0 or step + 1 == steps:
+            kept = averaged(model, cfg, device)
             row = {"step": step + 1, "loss": loss.item(), "seconds": round(time.time() - started),
-                   **capability(averaged(model, cfg, device), tokenizer, actions, principles, seed=1)}
+                   **capability(kept, tokenizer, actions, principles, seed=1)}
             history.append(row)
             tqdm.write(" ".join(f"{k} {v:.3g}" for k, v in row.items()))
-            checkpoint.save(averaged(model, cfg, device), cfg.out, tokenizer.files() | {
+            checkpoint.save(kept, cfg.out, tokenizer.files() | {
                 "run.json": data.stamp(cfg), "metrics.jsonl": "".join(json.dumps(r) + "\n" for r in history),
                 **{name: "".join(json.dumps(r) + "\n" for r in rows) for name, rows in files.items()}})
     print(f"pretrain: {cfg.out} after {steps:,} steps and {time.time() - started:.0f} s: {history[-1]}")

@@ -22,4 +22,4 @@ def test_the_median_leaves_the_first_out():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_gpu_agrees_with_the_cpu():
-    assert bench.check_gpu(bench.TINY, bench.Config())
+    assert bench.check_gpu(bench.TINY)
