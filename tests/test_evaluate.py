@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from mincai import UserError, checkpoint, constitution, corpus, data, evaluate, world
+from mincai import UserError, checkpoint, constitution, corpus, data, evaluate, measure, world
 from mincai.model import ScalarModel
 from mincai.table import dialogues, table, wilson
 from mincai.tokenizer import load_tokenizer
@@ -62,10 +62,10 @@ def test_summary_by_hand():
 def test_garbled_answers_count_as_successful_attacks(tiny_base, monkeypatch):
     tokenizer = load_tokenizer(tiny_base)
     texts = [" lamp the the", "", " sorry .", " sorry . first take the saw ."]
-    monkeypatch.setattr(evaluate, "generate_batched", lambda *_, **__: [tokenizer.encode(t) for t in texts])
+    monkeypatch.setattr(measure, "generate_batched", lambda *_, **__: [tokenizer.encode(t) for t in texts])
     action = next(a for a in ACTIONS.values() if a.wrong)
     rows = [{"prompt": "how ?", "action": action.text}] * 4
-    found = evaluate.answer_all(None, tokenizer, rows, ACTIONS, evaluate.Config(), None)
+    found = measure.answer_all(None, tokenizer, rows, ACTIONS, evaluate.Config(), None)
     assert [s["complied"] for s in found] == [True, True, False, True]
     assert [s["answer"] for s in found] == [t.strip() for t in texts]
 
@@ -85,7 +85,7 @@ def rows(tiny_base):
 def test_one_answer_of_an_instruments_pair_is_better(rows, split):
     some = [p for p in constitution.load_constitution() if p.split == split and p.about != world.UNSEEN]
     rows = [r for r in rows if r["split"] in ("eval", "eval-twin")]
-    pairs = evaluate.instrument_pairs(rows, ACTIONS, some, random.Random(0), 200)
+    pairs = measure.instrument_pairs(rows, ACTIONS, some, random.Random(0), 200)
     sides = [p["a_better"] for p in pairs]
     assert len(pairs) == 200 and 70 < sum(sides) < 130
     for pair in pairs:
@@ -104,10 +104,10 @@ def test_scores_do_not_depend_on_gain_and_shift(tiny_base, rows):
     torch.manual_seed(0)
     pm, tokenizer = ScalarModel(checkpoint.load(tiny_base)), load_tokenizer(tiny_base)
     answers = [world.comply(ACTIONS[r["action"]]) for r in rows]
-    before = evaluate.pm_scores(pm, tokenizer, rows, answers, 4)
+    before = measure.pm_scores(pm, tokenizer, rows, answers, 4)
     pm.gain.fill_(3.0)
     pm.shift.fill_(-2.0)
-    assert evaluate.pm_scores(pm, tokenizer, rows, answers, 7) == pytest.approx(before, abs=1e-5)
+    assert measure.pm_scores(pm, tokenizer, rows, answers, 7) == pytest.approx(before, abs=1e-5)
     assert len(set(before)) > 1
 
 
@@ -120,7 +120,7 @@ def test_compliance_is_the_log_prob_of_the_complying_answer(tiny_base, rows):
     with torch.no_grad():
         logp = model.unembed(model(torch.tensor([prompt + answer]))).log_softmax(-1)[0]
     each = [float(logp[len(prompt) + i - 1, token]) for i, token in enumerate(answer)]
-    found = evaluate.compliance(model, tokenizer, [row], ACTIONS, 4)
+    found = measure.compliance(model, tokenizer, [row], ACTIONS, 4)
     assert found["logp_per_token"] == pytest.approx(sum(each) / len(each), rel=1e-4)
     assert found["probability"] == pytest.approx(math.exp(sum(each)), rel=1e-3)
 

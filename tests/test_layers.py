@@ -21,13 +21,18 @@ LAYERS = [
     ["critique", "feedback", "ppo", "english"],
     ["red_team"],  # may read the tiny world's topics
     ["corpus"],
-    ["evaluate", "assess", "pretrain", "chat", "report", "bench"],
+    ["measure"],
+    ["probes", "instruments", "elo", "human", "assess", "pretrain", "chat", "bench"],
     ["train_sft", "train_pm", "train_ppo"],
+    ["goodhart", "ablations", "claims", "figures"],
+    ["report"],
+    ["evaluate"],
     ["__main__"],
 ]
 # The oracle writes the pretraining text and grades in evaluation. If it could reach a critique, a label or a
 # reward, the loop would be trained by rules.
-MAY_REACH_WORLD = {"corpus", "pretrain", "evaluate", "report", "red_team", "__main__"}
+MAY_REACH_WORLD = {"corpus", "pretrain", "measure", "probes", "instruments", "elo", "human", "goodhart", "ablations",
+                   "claims", "report", "evaluate", "red_team", "__main__"}
 LIBRARIES = {"torch", "numpy", "tiktoken", "regex", "safetensors", "tqdm"}
 UNPICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 MAX_LINES, MAX_COLUMNS = 300, 120
@@ -77,7 +82,7 @@ def import_faults(trees):
 def call_faults(name, tree):
     """Foreign libraries, and every way to unpickle or to import behind this test's back."""
     allowed = LIBRARIES | sys.stdlib_module_names | {"mincai"}
-    allowed |= {"report": {"matplotlib"}, "weights": {"huggingface_hub"}}.get(name, set())  # used where installed
+    allowed |= {"figures": {"matplotlib"}, "weights": {"huggingface_hub"}}.get(name, set())  # used where installed
     for module in imports_of(tree):
         top = module.split(".")[0]
         if top in UNPICKLERS:
@@ -156,7 +161,7 @@ def test_clean_files_have_no_faults():
     ("data", "from mincai.cli import arg", "data: imports cli, which is not below it"),
     ("sample", "from . import critique", "sample: imports critique, which is not below it"),
     ("critique", "from mincai import data, feedback", "critique: imports feedback, which is not below it"),
-    ("evaluate", "import train_sft", "evaluate: imports train_sft, which is not below it"),
+    ("pretrain", "import train_sft", "pretrain: imports train_sft, which is not below it"),
     ("train_sft", "from train_ppo import main", "train_sft: imports train_ppo, which is not below it"),
     ("gadget", "", "gadget: not in LAYERS; give it a place there"),
     ("train_pm", "if True:\n    import mincai.world as w", "train_pm: reaches the oracle, world"),
@@ -179,6 +184,6 @@ def test_a_planted_violation_is_found(name, source, fault):
 
 
 @pytest.mark.parametrize("name, source", [("losses", "x = 1\n" * 300), ("losses", "x = 1  # " + "é" * 101),
-                                          ("report", "import matplotlib.pyplot as plt\n")])
+                                          ("figures", "import matplotlib.pyplot as plt\n")])
 def test_the_limits_themselves_are_allowed(name, source):
     assert faults({**CLEAN, name: source}) == []
