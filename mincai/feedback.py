@@ -2,8 +2,8 @@
 
     python -m mincai.feedback --model runs/tiny/sft --out runs/tiny/comparisons.jsonl
 
-The SFT model answers each prompt 16 times. Pairs of different answers go to the judge, the
-pretrained model, with one principle drawn for each pair: it describes both answers, then chooses, and its log-probs of
+The SFT model answers each prompt 16 times, 12 of them by forks (forks.py). Pairs of different answers go to the
+judge, the pretrained model, with one principle drawn for each pair: it describes both, then chooses, and its log-probs of
 "A" and "B" are the label (Bai et al. 2022, section 4.1). Both orders are judged and averaged, because small judges
 prefer a slot (Lee et al. 2023, 2309.00267). With --ensemble n, n principles are drawn for each pair and their labels
 averaged, which the paper found steadier. A judge is any function (conversations, a, b, principles) -> Verdicts.
@@ -19,6 +19,7 @@ import torch
 from mincai import UserError, constitution, data, distributed, formats, memory
 from mincai.checkpoint import load, read_config
 from mincai.cli import arg, check_choice, number_bytes, pick_device, precision, run, set_threads
+from mincai.forks import fork
 from mincai.planner import Planner, load_shots
 from mincai.sample import generate_batched, next_logp
 from mincai.tokenizer import load_tokenizer
@@ -41,8 +42,10 @@ class Config:
     harmful: int = arg(150, "adversarial prompts, the attack families in turn; 0 for all")
     helpful: int = arg(250, "ordinary prompts; 0 for all")
     samples: int = arg(16, "answers of the model to each prompt")
-    temperature: float = arg(2.0, "of these answers; a nearly certain model needs more than 1 to differ from itself")
-    top_k: int = arg(5, "each token is one of the k likeliest; keeps hot samples readable, 0 for all")
+    forks: int = arg(12, "of these, how many fork: they take the runner-up at one token; a sure model hardly differs")
+    fork_temperature: float = arg(2.0, "how evenly the places of forks lie; low: only where the model wavers")
+    temperature: float = arg(1.0, "of the other samples")
+    top_k: int = arg(0, "each of their tokens is one of the k likeliest; 0 for all")
     base_samples: int = arg(2, "answers of the judge's own model beside them, so that pairs differ; 0 for none")
     pairs: int = arg(6, "pairs of different answers kept of each prompt at most; 0 for all")
     ensemble: int = arg(1, "principles drawn for each pair, their labels averaged; 16 in the paper")
@@ -143,12 +146,18 @@ def candidates(cfg, rows, model, judging, planner, generator):
         if not n or not fits:
             continue
         heat = (1.0, 0) if base else (cfg.temperature, cfg.top_k)
+        forks = 0 if base else min(cfg.forks, cfg.samples - 1)
         stop = {tokenizer.eot, tokenizer.newline} if base and planner.shots else {tokenizer.eot}
         found = generate_batched(sampler, [prompts[i] for i in fits], cfg.max_new, stop, cfg.batch_size, *heat,
-                                 generator=generator, n=n, desc=f"answers of {source}")
-        for k, ids in enumerate(found):
-            if ids[-1] in stop and len(ids) > 1:  # an answer that never ends is no candidate
-                answers[fits[k // n]].append((tuple(ids[:-1]) + (tokenizer.eot,), source))
+                                 generator=generator, n=n - forks, desc=f"answers of {source}")
+        drawn = [found[k:k + n - forks] for k in range(0, len(found), n - forks)]  # one list a prompt
+        if forks:
+            more = fork(sampler, [prompts[i] for i in fits], [some[0] for some in drawn], forks, cfg.fork_temperature,
+                        cfg.max_new, stop, cfg.batch_size, generator, desc="forks")
+            drawn = [some + others for some, others in zip(drawn, more)]
+        for i, some in zip(fits, drawn):  # an answer that never ends is no candidate
+            answers[i] += [(tuple(ids[:-1]) + (tokenizer.eot,), source) for ids in some
+                           if ids[-1] in stop and len(ids) > 1]
     return answers
 
 

@@ -93,7 +93,7 @@ def cfg(tiny_base, tmp_path):
     rows.append({**rows[0], "id": "secret", "prompt": "held out ?", "split": "eval"})
     data.write_jsonl(tmp_path / "prompts.jsonl", rows)
     base, prompts, out = str(tiny_base), str(tmp_path / "prompts.jsonl"), str(tmp_path / "comparisons.jsonl")
-    return feedback.Config(model=base, judge=base, prompts=prompts, out=out, samples=4, max_new=12,
+    return feedback.Config(model=base, judge=base, prompts=prompts, out=out, samples=4, forks=0, max_new=12,
                            device="cpu", threads=1)
 
 

@@ -111,7 +111,7 @@ def cfg(tiny_base, tmp_path):
             for n, (kind, category) in enumerate([("harmful", "theft"), ("harmful", "hate"), ("benign", "")])]
     data.write_jsonl(tmp_path / "prompts.jsonl", rows)
     return feedback.Config(model=str(tiny_base), judge=str(tiny_base), prompts=str(tmp_path / "prompts.jsonl"),
-                           out=str(tmp_path / "comparisons.jsonl"), samples=3, base_samples=0, max_new=20,
+                           forks=0, out=str(tmp_path / "comparisons.jsonl"), samples=3, base_samples=0, max_new=20,
                            device="cpu", threads=1)
 
 
