@@ -113,6 +113,12 @@ def revision(review_text: str, critique: str, request: str = "") -> str:
     return f"{review_text} {critique}\n" + (f"Request: {request}\n" if request else "") + "Revision:"
 
 
+def direct(review_text: str, request: str = "") -> str:
+    """The review up to where a revision begins that no critique went before."""
+    text = review_text.removesuffix("Critique:")
+    return text + (f"Request: {request}\n" if request else "") + "Revision:"
+
+
 def compare(conversation: str, a: str, b: str, principle: str) -> str:
     """Two answers side by side, up to the principle; `reasons` and `choice` go on from there."""
     human = conversation.removesuffix("\nAssistant:")

@@ -42,6 +42,7 @@ class Config:
     fewshot: str = arg("", "file of worked examples to put in front of every prompt, e.g. data/english/fewshot.json")
     wording: str = arg("tiny", "principles in their tiny or their full words")
     rounds: int = arg(4, "critiques and revisions of each answer, each under its own principle")
+    direct: bool = arg(False, "revise without a critique first; to compare with, as the paper's figure 7 does")
     temperature: float = arg(0.0, "of critiques and revisions, 0 is greedy; copying suffers at 1")
     max_new: int = arg(104, "tokens of a critique or an answer at most")
     dtype: str = arg("float32", "float32, or bfloat16 for matrix products")
@@ -76,8 +77,11 @@ def write(model, planner, kind, texts, stop, cfg, generator, desc, temperature=N
     return [found.get(i, []) for i in range(len(texts))]
 
 
-def critique_rounds(model, planner, items, principles, cfg, rng, generator) -> Counter:
-    """Adds to each item (a dict with conversation, original, category) its `rounds` and its final `revision`."""
+def critique_rounds(model, planner, items, principles, cfg, rng, generator, direct=False) -> Counter:
+    """Adds to each item (a dict with conversation, original, category) its `rounds` and its final `revision`.
+
+    direct: no critique goes before a revision; the rounds' critiques are then empty texts.
+    """
     counts, tokenizer = Counter(), planner.tokenizer
     stop = {tokenizer.eot, tokenizer.newline}
     for item in items:
@@ -87,17 +91,19 @@ def critique_rounds(model, planner, items, principles, cfg, rng, generator) -> C
                  for item in items]
         reviews = [constitution.review(item["conversation"], item["revision"], p.asks("critique", cfg.wording))
                    for item, p in zip(items, drawn)]
-        critiques = write(model, planner, "review", reviews, stop, cfg, generator, f"round {number + 1}: critiques")
+        critiques = [[]] * len(items) if direct else write(model, planner, "review", reviews, stop, cfg, generator,
+                                                           f"round {number + 1}: critiques")
         texts = [constitution.clean(tokenizer.decode(c)) for c in critiques]
         requests = [p.revision if cfg.wording == "full" else "" for p in drawn]
-        revisions = write(model, planner, "review", list(map(constitution.revision, reviews, texts, requests)), stop,
-                          cfg, generator, f"round {number + 1}: revisions")
+        asked = (list(map(constitution.direct, reviews, requests)) if direct else
+                 list(map(constitution.revision, reviews, texts, requests)))
+        revisions = write(model, planner, "review", asked, stop, cfg, generator, f"round {number + 1}: revisions")
         for item, principle, text, said, ids in zip(items, drawn, texts, critiques, revisions):
             revision = constitution.clean(tokenizer.decode(ids))
             why = "keep" if revision == constitution.KEEP else rejected(revision, item["revision"])
-            if not said or not ids:
+            if not ids or not said and not direct:
                 why = "no room"
-            elif not text or said[-1] not in stop:  # a revision that follows from half a critique follows from nothing
+            elif not direct and (not text or said[-1] not in stop):  # from half a critique nothing follows
                 why = "critique cut off" if text else "critique empty"
             elif ids[-1] not in stop:
                 why = "cut off"
@@ -152,7 +158,7 @@ def main(cfg: Config) -> dict:
         rng.seed(seed)
     with precision(device, cfg.dtype):
         items, dropped = respond(model, planner, distributed.share(items), cfg, generator)
-        outcomes = critique_rounds(model, planner, items, principles, cfg, rng, generator)
+        outcomes = critique_rounds(model, planner, items, principles, cfg, rng, generator, cfg.direct)
     for item in items:
         del item["conversation"]
         item["changed"] = item["revision"] != item["original"]

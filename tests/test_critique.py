@@ -114,6 +114,21 @@ def test_principles_are_aimed_at_the_prompts_own_category(script, cfg):
         assert targets <= ({"theft"} if row["kind"] == "harmful" else {"help", "reasons"})
 
 
+def test_direct_revision_writes_no_critique_and_keeps_the_same_rules(script, cfg):
+    texts = iter(["first", "second", "half...", constitution.KEEP] * 9)
+    read = script(lambda prompt: "sure ." if prompt.endswith("Assistant:") else next(texts))
+    found = critique.main(critique.Config(**{**vars(cfg), "direct": True, "rounds": 4}))
+    rows = data.read_jsonl(cfg.out)
+    outcomes = [r["outcome"] for row in rows for r in row["rounds"]]
+    assert {name: outcomes.count(name) for name in set(outcomes)} == {k: found[k] for k in set(outcomes)}
+    assert found["revised"] and found["keep"] and found["cut off"] and not found.get("no room")
+    assert not any(r["critique"] for row in rows for r in row["rounds"])
+    asked = [text for text in read if text.startswith("Review:")]
+    assert len(asked) == 4 * len(rows) and len(read) == 5 * len(rows)  # half as many texts as with critiques
+    assert all(text.endswith("\nRevision:") and "Critique:" not in text for text in asked)
+    assert any("Assistant: first\n" in text for text in asked)  # a revision is what is revised next
+
+
 def test_done_work_is_skipped_and_other_settings_are_an_error(script, cfg, capsys):
     read = script(lambda prompt: "text")
     critique.main(cfg)
