@@ -1,6 +1,10 @@
 """What each stage does on held-out prompts, graded by the world's oracle: one table, eval.json, every sample.
 
-    python -m mincai.evaluate runs/tiny
+    python -m mincai.evaluate runs/tiny                         the table, eval.json (about a minute)
+    python -m mincai.evaluate runs/tiny --deep                  every section below it, one file each
+    python -m mincai.evaluate runs/tiny --ablations             the baselines and variants, trained and measured
+    python -m mincai.evaluate runs/tiny,runs/seed1 --claims     what is claimed of the method, and what was found
+    python -m mincai.evaluate runs/tiny --compare runs/seed1    two runs on the same prompts, paired
 
 The requests, two attack families, a quarter of the principles and one harm category were seen by no training stage.
 Every rate comes with its count and a Wilson 95% interval (Wilson 1927). An attack counts as successful unless the
@@ -14,16 +18,30 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from mincai import constitution, data, measure, red_team, world
+from mincai import (UserError, ablations, claims, constitution, data, goodhart, inside, instruments, measure, probes,
+                    red_team, world)
 from mincai.cli import arg, pick_device, run, set_threads
 from mincai.measure import STAGES
 from mincai.table import dialogues, rate, table
 
+SECTIONS = {  # name: what measures it, what tells of it
+    "keywords": (probes.measure_keywords, probes.lines), "context": (probes.measure_context, probes.lines),
+    "general": (probes.measure_general, probes.lines), "inside": (inside.measure_inside, inside.lines),
+    "judge": (instruments.measure_judge_more, instruments.lines),
+    "conflict": (instruments.measure_conflict, instruments.lines),
+    "pm_more": (instruments.measure_pm_more, instruments.lines),
+    "elo": (goodhart.measure_elo, goodhart.lines), "goodhart": (goodhart.measure_goodhart, goodhart.lines)}
+PREPARED = {"elo": goodhart.prepare_rounds, "goodhart": goodhart.prepare}  # trained first, beside the run
+
 
 @dataclass(frozen=True)
 class Config:
-    LOOSE = ("out", "device", "threads", "again", "batch_size")
+    LOOSE = ("out", "device", "threads", "again", "batch_size", "deep", "ablations", "claims", "compare")
     out: str = arg("runs/tiny", "the run folder; holds sft/, pm/ and ppo/, and gets eval.json")
+    deep: bool = arg(False, "measure all sections too: keywords, context, generalisation, judge, conflicts, and so on")
+    ablations: bool = arg(False, "train and measure the baselines and variants of this run (up to an hour)")
+    claims: bool = arg(False, "print what is claimed of the method beside what these runs found (--out a,b,c)")
+    compare: str = arg("", "another run folder, to compare with prompt by prompt")
     base: str = arg("data/tiny", "the model that the run started from, and its judge")
     prompts: str = arg("data/tiny/prompts_eval.jsonl", "held-out prompts")
     constitution: str = arg(str(constitution.PATH), "the principles")
@@ -110,14 +128,34 @@ def measure_all(opened: measure.Run) -> tuple[dict, list[dict], list[dict]]:
     return result, samples, scored
 
 
-def main(cfg: Config) -> dict:
-    started = time.time()
-    threads, device = set_threads(cfg.threads), pick_device(cfg.device)
-    out = Path(cfg.out)
-    if out.is_dir() and data.done(out / "eval.json", cfg, cfg.again):
+def measure_sections(opened: measure.Run) -> None:
+    """Every section that is not there yet with these settings, each to its own files. What they need trained first
+    (fine-tuning after 1 to 4 rounds of revision, PPO at other prices of KL) is made beside the run."""
+    cfg, out = opened.cfg, opened.out
+    for name, (found_by, tell) in SECTIONS.items():
+        path = out / f"eval_{name}.json"
+        stamp = data.stamp(cfg, seconds=0)
+        if data.done(path, cfg, cfg.again):
+            stored = json.loads(path.read_text())
+            stamp, found = {"seconds": stored["seconds"]}, {k: v for k, v in stored.items() if k not in stamp}
+        else:
+            started = time.time()
+            if name in PREPARED and not opened.missing:
+                PREPARED[name](opened)
+            found, rows = found_by(opened)
+            stamp["seconds"] = round(time.time() - started)
+            data.write_jsonl(out / f"eval_{name}.jsonl", rows)
+            data.write_json(path, {**stamp, **found})
+        print(f"\n{name} ({stamp['seconds']} s)")
+        print("\n".join(tell(name, found)), flush=True)
+
+
+def measure_table(cfg: Config, opened: measure.Run, threads: int) -> dict:
+    """eval.json: made, or read where it is there."""
+    started, out = time.time(), opened.out
+    if data.done(out / "eval.json", cfg, cfg.again):
         print(f"evaluate: {out / 'eval.json'} is there already, skipped")
         return json.loads((out / "eval.json").read_text())
-    opened = measure.open_run(cfg, device)
     result, samples, scored = measure_all(opened)
     result = {**data.stamp(cfg, seconds=round(time.time() - started)), "missing": opened.missing, **result}
     if scored:
@@ -129,6 +167,24 @@ def main(cfg: Config) -> dict:
     lacks = f", missing {', '.join(opened.missing)}" if opened.missing else ""
     print(f"evaluate: {len(opened.rows)} held-out prompts, {len(opened.folders)} stages{lacks}; "
           f"{time.time() - started:.0f} s on {threads} threads -> {out / 'eval.json'}")
+    return result
+
+
+def main(cfg: Config) -> dict:
+    runs = [Path(part) for part in cfg.out.split(",")]
+    if cfg.claims or cfg.compare:
+        found, text = claims.table(runs) if cfg.claims else claims.compare(runs[0], Path(cfg.compare))
+        print(text)
+        return found
+    if len(runs) > 1:
+        raise UserError(f"--out {cfg.out}: several runs go with --claims only; measure them one by one")
+    threads, device = set_threads(cfg.threads), pick_device(cfg.device)
+    opened = measure.open_run(cfg, device)
+    result = measure_table(cfg, opened, threads)
+    if cfg.deep:
+        measure_sections(opened)
+    if cfg.ablations:
+        ablations.main(opened)
     return result
 
 

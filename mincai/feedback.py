@@ -2,7 +2,7 @@
 
     python -m mincai.feedback --model runs/tiny/sft --out runs/tiny/comparisons.jsonl
 
-The SFT model answers each prompt 16 times, 12 of them by forks (forks.py). Pairs of different answers go to the
+The SFT model answers each prompt 16 times, 8 of them by forks (forks.py). Pairs of different answers go to the
 judge, the pretrained model, with one principle drawn for each pair: it describes both, then chooses, and its
 log-probs of "A" and "B" are the label (Bai et al. 2022, section 4.1). Both orders are judged and averaged, because small judges
 prefer a slot (Lee et al. 2023, 2309.00267). With --ensemble n, n principles are drawn for each pair and their labels
@@ -42,8 +42,8 @@ class Config:
     harmful: int = arg(150, "adversarial prompts, the attack families in turn; 0 for all")
     helpful: int = arg(250, "ordinary prompts; 0 for all")
     samples: int = arg(16, "answers of the model to each prompt")
-    forks: int = arg(12, "of these, how many fork: they take the runner-up at one token; a sure model hardly differs")
-    fork_temperature: float = arg(2.0, "how evenly the places of forks lie; low: only where the model wavers")
+    forks: int = arg(8, "of these, how many fork: they take the runner-up at one token; a sure model hardly differs")
+    fork_temperature: float = arg(1.0, "how evenly the places of forks lie; low: only where the model wavers")
     temperature: float = arg(1.0, "of the other samples")
     top_k: int = arg(0, "each of their tokens is one of the k likeliest; 0 for all")
     base_samples: int = arg(2, "answers of the judge's own model beside them, so that pairs differ; 0 for none")
@@ -58,7 +58,7 @@ class Config:
     max_new: int = arg(104, "tokens of an answer or of the judge's reasons at most")
     out: str = arg("runs/tiny/comparisons.jsonl", "JSONL to write")
     seed: int = arg(0, "seed of the draws and samples")
-    batch_size: int = arg(128, "rows sampled together")
+    batch_size: int = arg(64, "rows sampled together")
     device: str = arg("auto", "auto, cpu or cuda")
     threads: int = arg(0, "CPU threads, 0 chooses")
     again: bool = arg(False, "replace an output that exists")

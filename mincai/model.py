@@ -148,10 +148,13 @@ class GPT(nn.Module):
 class ScalarModel(nn.Module):
     """A transformer with one number per token: preference model (read at the last token), PPO's critic.
 
+    Every token has a value, and the number at a token is the mean of the values that it may look at.
+    What is wrong with an answer shows where it is said; a small network has no layer left to carry it from there to
+    the last token.
+
     `gain` and `shift` are buffers, set once after training so that the scores of the SFT model's own
     answers have mean 0 and standard deviation 1, and then frozen (Ziegler et al. 2019, section 2.1).
     """
-
     def __init__(self, gpt: GPT):
         super().__init__()
         self.gpt = gpt
@@ -164,8 +167,13 @@ class ScalarModel(nn.Module):
 
     def forward(self, ids, positions=None, mask=None):
         """(B, T) token ids to (B, T) scores."""
-        hidden = self.gpt(ids, positions, mask)
-        return self.score(hidden).squeeze(-1) * self.gain + self.shift  # (B, T)
+        values = self.score(self.gpt(ids, positions, mask)).squeeze(-1).float()  # (B, T)
+        if mask is None:  # causal
+            mean = values.cumsum(1) / torch.arange(1, ids.shape[1] + 1, device=ids.device)
+        else:
+            seen = mask.to(values.dtype)  # (B, T, T)
+            mean = (seen @ values[..., None]).squeeze(-1) / seen.sum(-1)
+        return mean * self.gain + self.shift  # (B, T)
 
 
 def attention_mask(valid):

@@ -1,11 +1,12 @@
 """Builds the tiny base model of data/tiny: read the world's corpus (corpus.py), keep what was learnt.
 
-    python -m mincai.pretrain --out runs/first                                  the shipped model's first part, and
-    python -m mincai.pretrain --init runs/first --out data/tiny --focus 0.5 --tokens 5000000 --lr 1e-3 --seed 1 \\
-        --average 0.75                                                          its second
+    python -m mincai.pretrain --out runs/first                                  the shipped model in three parts
+    python -m mincai.pretrain --init runs/first --out runs/second --focus 0.5 --tokens 5000000 --lr 1e-3 --seed 1
+    python -m mincai.pretrain --init runs/second --out data/tiny --focus 0.5 --tokens 5000000 --lr 1e-3 --seed 2 \\
+        --average 0.9 --average-with runs/first
 
-(About three quarters of an hour on two cores; the result is shipped.) Comparing two words is what the model learns
-last, so the second part shows it in half of the documents; its weights are then averaged with the first part's.
+(About an hour on two cores; the result is shipped.) Comparing two words is what the model learns last, so the second
+and third part show it in half of the documents; the weights are then averaged with the first part's.
 
 One language model, one corpus, next-token prediction. Documents are packed into rows; each attends to itself alone
 and counts its positions from 0, since that is how it will be met again. What is watched while it learns is capability
@@ -36,7 +37,8 @@ class Config:
     LOOSE = ("out", "device", "threads", "again")
     out: str = arg("data/tiny", "folder to write the model, its vocabulary and the prompts to")
     init: str = arg("", "folder of a model to go on from, with its vocabulary; none starts from random weights")
-    average: float = arg(1.0, "share of the new weights in what is written, the rest is --init's; 1 is the new alone")
+    average: float = arg(1.0, "share of the new weights in what is written, the rest is --average-with's; 1: new alone")
+    average_with: str = arg("", "folder of the other weights; none: --init")
     focus: float = arg(0.0, "share of documents that show how an answer is checked word by word, beside the usual ones")
     tokens: int = arg(15_000_000, "tokens to read")
     n_layer: int = arg(4, "transformer layers")
@@ -150,11 +152,12 @@ def capability(model, tokenizer, actions, principles, seed: int, n: int = 96) ->
 
 
 def averaged(model, cfg, device):
-    """The model itself, or a copy whose weights lie between --init's and its own (Wortsman et al. 2022, 2109.01903):
-    what was learnt last, and most of what training on it had begun to wear away."""
-    if not cfg.init or cfg.average == 1:
+    """The model itself, or a copy whose weights lie between an earlier model's and its own (Wortsman et al. 2022,
+    2109.01903): what was learnt last, and most of what training on it had begun to wear away."""
+    other = cfg.average_with or cfg.init
+    if not other or cfg.average == 1:
         return model
-    first, new = checkpoint.load(cfg.init, device), model.state_dict()
+    first, new = checkpoint.load(other, device), model.state_dict()
     first.load_state_dict({k: (1 - cfg.average) * v + cfg.average * new[k] for k, v in first.state_dict().items()})
     return first
 

@@ -22,17 +22,18 @@ LAYERS = [
     ["red_team"],  # may read the tiny world's topics
     ["corpus"],
     ["measure"],
-    ["probes", "instruments", "elo", "human", "assess", "pretrain", "chat", "bench"],
+    ["probes", "inside", "instruments", "elo", "human", "assess", "pretrain", "chat", "bench"],
     ["train_sft", "train_pm", "train_ppo"],
-    ["goodhart", "ablations", "claims", "figures"],
+    ["goodhart", "ablations", "claims", "figures", "page", "trails"],
+    ["sections"],
     ["report"],
     ["evaluate"],
     ["__main__"],
 ]
 # The oracle writes the pretraining text and grades in evaluation. If it could reach a critique, a label or a
 # reward, the loop would be trained by rules.
-MAY_REACH_WORLD = {"corpus", "pretrain", "measure", "probes", "instruments", "elo", "human", "goodhart", "ablations",
-                   "claims", "report", "evaluate", "red_team", "__main__"}
+MAY_REACH_WORLD = {"corpus", "pretrain", "measure", "probes", "inside", "trails", "page", "sections", "instruments",
+                   "elo", "human", "goodhart", "ablations", "claims", "report", "evaluate", "red_team", "__main__"}
 LIBRARIES = {"torch", "numpy", "tiktoken", "regex", "safetensors", "tqdm"}
 UNPICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 MAX_LINES, MAX_COLUMNS = 300, 120

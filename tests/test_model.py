@@ -131,6 +131,15 @@ def test_score_does_not_depend_on_padding_and_is_scaled_last(tiny_gpt):
     assert "gain" not in dict(model.named_parameters())  # set once, never trained
 
 
+@torch.no_grad()
+def test_a_score_is_the_mean_of_the_values_in_sight(tiny_gpt):
+    model = ScalarModel(tiny_gpt)
+    values = model.score(tiny_gpt(IDS)).squeeze(-1)
+    found = model(IDS)
+    for t in range(IDS.shape[1]):
+        assert_close(found[:, t], values[:, :t + 1].mean(1), atol=1e-5, rtol=1e-5)
+
+
 def test_fresh_residual_layers_start_smaller(tiny_config):
     """By 1 / sqrt(number of residual layers), 1/2 for two blocks: depth must not raise the variance."""
     torch.manual_seed(0)
