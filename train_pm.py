@@ -3,9 +3,9 @@
     python train_pm.py --init runs/tiny/sft --pairs runs/tiny/comparisons.jsonl --out runs/tiny/pm
     python train_pm.py --pairs runs/x/comparisons.jsonl,helpful.jsonl --weights 1,0.5     AI and human labels
 
-The transformer of the fine-tuned model gets a head of one number per token, read at the last token of
-question and answer. Two answers' scores make a probability, sigmoid(score_a - score_b) (Bradley & Terry
-1952), and the loss is its cross-entropy with the judge's soft label p_a. The answers are the token ids that
+The transformer of the fine-tuned model gets a head of one number per token; the score, read at the last token of
+question and answer, is their mean up to there (model.ScalarModel says why). Two answers' scores make a probability,
+sigmoid(score_a - score_b) (Bradley & Terry 1952), and the loss is its cross-entropy with the judge's soft label p_a. The answers are the token ids that
 were sampled; nothing is decoded and encoded again. People's labels (HH-RLHF's pairs, or TRL's) mix in as files
 of their own: the paper took harmlessness from the model and helpfulness from people. A pair that does not fit
 the context, or whose answers are the same, is dropped and counted.

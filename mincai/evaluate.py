@@ -175,6 +175,8 @@ def main(cfg: Config) -> dict:
     if cfg.claims or cfg.compare:
         found, text = claims.table(runs) if cfg.claims else claims.compare(runs[0], Path(cfg.compare))
         print(text)
+        if cfg.claims:
+            data.write_json(runs[0] / "claims.json", found)
         return found
     if len(runs) > 1:
         raise UserError(f"--out {cfg.out}: several runs go with --claims only; measure them one by one")
