@@ -43,7 +43,7 @@ def recorded(opened: measure.Run, stage: str, Config, **changes):
     return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in known.items()} | here | changes)
 
 
-def prepare(opened: measure.Run, betas=(0.0, 0.02, 0.1, 0.5), updates: int = 16) -> list[Path]:
+def prepare(opened: measure.Run, betas=(0.0, 0.03, 0.3), updates: int = 16) -> list[Path]:
     """PPO once for each price of a nat, into RUN/goodhart/beta=PRICE, with snapshots; the folders.
 
     All else is as in the run's own PPO. updates: more than the recipe has, to see what comes after it stopped.
