@@ -134,6 +134,9 @@ class GPT(nn.Module):
             positions = torch.arange(T, device=ids.device)
         x = self.wte(ids) + self.wpe(positions)  # (B, T, C)
         mask = None if mask is None else mask[:, None]  # (B, 1, T, S)
+        if mask is not None and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+            # attention wants numbers to add; made once here, not in every layer
+            mask = torch.zeros(mask.shape, dtype=x.dtype).masked_fill_(~mask, float("-inf"))
         for layer, block in enumerate(self.h):
             x = block(x, mask, cache, layer, columns)
         if cache is not None and columns is None:
