@@ -5,10 +5,10 @@
 
 The transformer of the fine-tuned model gets a head of one number per token; the score, read at the last token of
 question and answer, is their mean up to there (model.ScalarModel says why). Two answers' scores make a probability,
-sigmoid(score_a - score_b) (Bradley & Terry 1952), and the loss is its cross-entropy with the judge's soft label p_a. The answers are the token ids that
-were sampled; nothing is decoded and encoded again. People's labels (HH-RLHF's pairs, or TRL's) mix in as files
-of their own: the paper took harmlessness from the model and helpfulness from people. A pair that does not fit
-the context, or whose answers are the same, is dropped and counted.
+sigmoid(score_a - score_b) (Bradley & Terry 1952), and the loss is its cross-entropy with the judge's soft label p_a.
+The answers are the token ids that were sampled; nothing is decoded and encoded again. People's labels (HH-RLHF's
+pairs, or TRL's) mix in as files of their own: the paper took harmlessness from the model and helpfulness from people.
+A pair that does not fit the context, or whose answers are the same, is dropped and counted.
 
 At the end the scores are shifted and scaled so that the fine-tuned model's own answers have mean 0 and
 standard deviation 1, and frozen so (Ziegler et al. 2019, section 2.1): beta and the penalties of PPO then

@@ -199,11 +199,17 @@ def done(path, config, again=False):
     return True
 
 
+def _same_place(a, b):
+    """Two ways to write the path of one file or folder that is there."""
+    return isinstance(a, str) and isinstance(b, str) and bool(a and b) and Path(a).exists() and Path(b).exists() \
+        and Path(a).resolve() == Path(b).resolve()
+
+
 def _compare(path, old, new, loose, mend):
     absent = object()  # equal to no value
     for name in [*new, *(name for name in old if name not in new)]:
         was, now = old.get(name, absent), new.get(name, absent)
-        if name not in loose and was != now:
+        if name not in loose and was != now and not _same_place(was, now):
             flag = "--" + name.replace("_", "-")
             was, now = ("nothing" if value is absent else repr(value) for value in (was, now))
             raise UserError(f"{path}: was made with {flag} {was}, now it is {now}; {mend}")

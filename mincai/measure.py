@@ -172,7 +172,8 @@ def pm_scores(pm, tokenizer, rows, answers, batch_size) -> list[float]:
     out = []
     for i in range(0, len(rows), batch_size):
         tokens = [tokenizer.encode(constitution.dialogue(r["prompt"], r.get("setting")))
-                  + tokenizer.encode(" " + a if a else "") + [tokenizer.eot] for r, a in zip(rows[i:i + batch_size], answers[i:i + batch_size])]
+                  + tokenizer.encode(" " + a if a else "") + [tokenizer.eot]
+                  for r, a in zip(rows[i:i + batch_size], answers[i:i + batch_size])]
         ids, valid = data.right_pad(tokens, pm.gpt.device)
         score = pm(ids)[torch.arange(len(ids)), valid.sum(1) - 1]
         out += ((score - pm.shift) / pm.gain).tolist()

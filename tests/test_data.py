@@ -194,6 +194,22 @@ def test_done_notices_settings_that_came_or_went(tmp_path):
         data.done(path, Config())
 
 
+def test_done_takes_two_ways_to_write_one_path_for_one(tmp_path, monkeypatch):
+    """The whole loop records full paths; a stage run alone is given short ones."""
+    @dataclass(frozen=True)
+    class Reads:
+        base: str = "model"
+    path = tmp_path / "run.json"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "other").mkdir()
+    data.write_json(path, {"config": {"base": str(tmp_path / "model")}})
+    assert data.done(path, Reads())
+    for base in ("other", "absent", ""):
+        with pytest.raises(UserError, match="--base"):
+            data.done(path, Reads(base))
+
+
 def test_done_does_not_overwrite_what_it_did_not_make(tmp_path):
     """Guards a person's own files: `--out data/tiny` must not replace weights that no stage wrote."""
     (tmp_path / "model.safetensors").write_bytes(b"")

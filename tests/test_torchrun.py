@@ -93,6 +93,8 @@ def test_the_weights_are_those_of_one_process(runs, stage):
     folder, _ = runs
     one, two = (checkpoint.load(folder / run / stage, scalar=stage == "pm").state_dict() for run in ("one", "two"))
     for name in one:
+        if stage == "pm" and name in ("gpt.ln_f.bias", "score.bias"):
+            continue  # they cancel in a difference of scores: their gradient is rounding, which Adam blows up
         torch.testing.assert_close(two[name], one[name], atol=1e-4, rtol=1e-3)
 
 
