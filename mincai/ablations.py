@@ -186,7 +186,7 @@ def best_of(work: Work, number: int, temperature: float, top_k: int, folder: Pat
 
 
 def variants(work: Work) -> list[Variant]:
-    """All that RUN has the stages for, the cheap ones first."""
+    """All that RUN has the stages for: what the claims ask for, then the cheap ones first."""
     critic, drawn = (work.cfgs.get(s, OUTPUTS[s][0]()) for s in ("critique", "feedback"))
     usable = constitution.select(work.opened.principles, critic.only, critic.without)
     every, n, out = len(work.opened.principles), max(2, round(BEST_OF * work.scale)), []
@@ -198,15 +198,15 @@ def variants(work: Work) -> list[Variant]:
     add("base", "the base model", "", (), ask, work.place("base"))
     add("full", "both phases: the run itself", "", ("ppo",), ask, work.place("ppo"))
     add("sft", "phase 1 alone", "full", ("sft",), ask, work.place("sft"))
+    for name, start in (*((name, "sft") for name in human.SETTINGS), ("careful", "base")):
+        noise, budget = human.SETTINGS[name]["noise"], human.SETTINGS[name]["budget"] or "all"
+        add(f"rlhf-{name if start == 'sft' else start}", f"from {start}, human labels in the AI's place: {budget} "
+            f"comparisons, {noise:.0%} flipped", "full", PHASE2, with_people, human.SETTINGS[name], start)
     for k in range(1, critic.rounds):
         add(f"revisions-{k}", f"phase 1 on {k} of {critic.rounds} rounds of revision", "sft", PHASE1, fewer_rounds, k)
     add("direct", "phase 1 on revisions without critiques", "sft", PHASE1, revised_anew, dict(direct=True))
     add("hard", "preference model on labels rounded to 0 and 1", "full", PHASE2, reinforced,
         work.place("comparisons.jsonl"), "sft", True)
-    for name, start in (*((name, "sft") for name in human.SETTINGS), ("careful", "base")):
-        noise, budget = human.SETTINGS[name]["noise"], human.SETTINGS[name]["budget"] or "all"
-        add(f"rlhf-{name if start == 'sft' else start}", f"from {start}, human labels in the AI's place: {budget} "
-            f"comparisons, {noise:.0%} flipped", "full", PHASE2, with_people, human.SETTINGS[name], start)
     for p in SHARES:
         add(f"share-{p}", f"{p}% of the comparisons on ordinary requests", "full", PHASE2, with_share, p)
     for k in (k for k in PRINCIPLES if k < len(usable)):
