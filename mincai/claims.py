@@ -30,7 +30,8 @@ ATTACK, EVAL, ABLATIONS, LEFT_OUT = "attack_success", "eval.json", "ablations.js
 LABELS = "comparisons.run.json"
 WORDS, CONTEXT, INSIDE, MORE = (f"eval_{name}.json" for name in ("keywords", "context", "inside", "pm_more"))
 EVALUATE = "python -m mincai.evaluate {run}"
-MAKE = {ABLATIONS: EVALUATE + " --ablations", LABELS: "python -m mincai.feedback --out {run}/comparisons.jsonl",
+MAKE = {**{name: EVALUATE + " --deep" for name in (WORDS, CONTEXT, INSIDE, MORE)}, ABLATIONS: EVALUATE + " --ablations",
+        LABELS: "python -m mincai.feedback --out {run}/comparisons.jsonl",
         LEFT_OUT: "python -m mincai.critique --without theft,harm,conduct, and as the README goes on from there"}
 PARTS = ("sft", "ppo", "pm", "boundary", "bag_of_words", "versus_rlhf")  # what a sound file may lack
 

@@ -232,7 +232,7 @@ def build(cfg: Config, device) -> str:
         except UserError as error:
             why = str(error)
     body = [("loop", "The loop", loop(out, cfg, found, revisions, comparisons)),
-            ("claims", "Claims of the paper", claims(read_json(out / "claims.json"), out)),
+            ("claims", "What is claimed", claims(read_json(out / "claims.json"), out)),
             ("attacks", "What gets through", sections.attacks(found, again)),
             ("plane", "Help and harm", sections.plane(found, more["goodhart"], more["elo"], again, deep)),
             ("general", "How far it carries", sections.general(

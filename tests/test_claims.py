@@ -210,7 +210,7 @@ def test_what_is_missing_is_named_with_its_command(tmp_path):
     said, tests = verdict(found, "keyword")
     assert said == "not testable" and all(not t["values"] for t in tests.values())
     words = " ".join(text.split())
-    assert f"{run}/eval_keywords.json is not there; make it with: python -m mincai.evaluate {run}" in words
+    assert f"{run}/eval_keywords.json is not there; make it with: python -m mincai.evaluate {run} --deep" in words
     assert "KEYWORD BASED: NOT TESTABLE" in text.upper()
     content = json.loads((run / "eval.json").read_text())
     del content["stages"]["ppo"], content["pm"]
