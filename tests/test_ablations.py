@@ -78,7 +78,7 @@ def result(cfg):
 
 def test_every_variant_is_made_and_measured_on_the_same_prompts(cfg, opened, result):
     rows = {r["name"]: r for r in result["rows"]}
-    assert list(rows) == ["base", "full", "sft", "revisions-1", "direct", "hard", "rlhf-careful", "rlhf-base",
+    assert list(rows) == ["base", "full", "sft", "rlhf-careful", "rlhf-base", "revisions-1", "direct", "hard",
                           "share-50", "principles-75", "best-of-2-hot", "best-of-2"]
     assert "no row is left" in rows["revisions-1"]["failed"]  # its first round revised nothing
     n = Counter(r["split"] for r in opened.rows)

@@ -135,6 +135,7 @@ def test_trails_go_all_the_way(text):
 
 def test_a_report_is_the_same_twice(finished, text, monkeypatch):
     """But for the drawings, which test_figures.py sees to."""
+    pytest.importorskip("matplotlib")
     monkeypatch.setattr(figures, "picture", lambda *_, **__: "")
     assert report.build(finished[1], "cpu") == re.sub("<svg.*?</svg>", "", text, flags=re.S)
 
