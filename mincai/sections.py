@@ -78,9 +78,10 @@ def plane(found: dict | None, goodhart: dict | None, elo: dict | None, again: st
     if good and bad:
         points = {s: (good[s], page.turned(bad[s])) for s in good if s in bad}
         runs = (goodhart or {}).get("ppo", {})
-        path = [(r["helpful"]["rate"], r["harmless"]["rate"]) for r in next(iter(runs.values()), [])]
+        name = list(runs)[len(runs) // 2] if runs else ""  # a price of KL between the extremes
+        path = [(r["helpful"]["rate"], r["harmless"]["rate"]) for r in runs.get(name, [])]
         out += [draw("Help and harm", "Right and up is better. Bars are 95% intervals.", figures.plane, points),
-                draw("The same, closer", "Only what was trained." + (" The thin line is PPO, snapshot by snapshot."
+                draw("The same, closer", "Only what was trained." + (f" The thin line is PPO at {name}, by snapshots."
                      if path else ""), figures.plane, points, path, zoom=True) if len(points) > 1 else ""]
     if elo and elo.get("snapshots"):
         out.append(draw("Elo of the snapshots", f"From {elo.get('pairs', '?')} pairs, by the oracle; base, SFT and "
