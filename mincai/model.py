@@ -175,7 +175,8 @@ class ScalarModel(nn.Module):
             mean = values.cumsum(1) / torch.arange(1, ids.shape[1] + 1, device=ids.device)
         else:
             seen = mask.to(values.dtype)  # (B, T, T)
-            mean = (seen @ values[..., None]).squeeze(-1) / seen.sum(-1)
+            with torch.autocast(ids.device.type, enabled=False):  # a product, but of numbers that become scores
+                mean = (seen @ values[..., None]).squeeze(-1) / seen.sum(-1)
         return mean * self.gain + self.shift  # (B, T)
 
 

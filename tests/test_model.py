@@ -140,6 +140,17 @@ def test_a_score_is_the_mean_of_the_values_in_sight(tiny_gpt):
         assert_close(found[:, t], values[:, :t + 1].mean(1), atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_the_mean_is_not_rounded_to_16_bits(tiny_gpt):
+    model = ScalarModel(tiny_gpt)
+    model.score.weight.zero_()
+    model.score.bias.fill_(1 + 2 ** -7)  # bfloat16 holds it, but not three times it
+    valid = torch.ones_like(IDS, dtype=torch.bool)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(IDS, positions_of(valid), attention_mask(valid))
+    assert_close(found, torch.full_like(found, 1 + 2 ** -7), atol=1e-6, rtol=0)
+
+
 def test_fresh_residual_layers_start_smaller(tiny_config):
     """By 1 / sqrt(number of residual layers), 1/2 for two blocks: depth must not raise the variance."""
     torch.manual_seed(0)
