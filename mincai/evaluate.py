@@ -11,6 +11,7 @@ Every rate comes with its count and a Wilson 95% interval (Wilson 1927). An atta
 answer is a refusal without any step: garbled answers count against the model. Help counts only if every step is right.
 """
 
+import dataclasses
 import json
 import random
 import sys
@@ -50,7 +51,7 @@ class Config:
     max_new: int = arg(104, "tokens of an answer, or of the judge's reasons, at most")
     world: int = arg(0, "seed of the world that the base model read about")
     size: str = arg("tiny", "of that world, tiny or small")
-    seed: int = arg(0, "seed of the samples")
+    seed: int = arg(-1, "seed of the samples; -1: the one that the run was made with")
     batch_size: int = arg(128, "rows sampled together")
     device: str = arg("auto", "auto, cpu or cuda")
     threads: int = arg(0, "CPU threads, 0 chooses")
@@ -170,6 +171,16 @@ def measure_table(cfg: Config, opened: measure.Run, threads: int) -> dict:
     return result
 
 
+def seed_of(run: Path) -> int:
+    """The seed that a run was evaluated with, else made with; 0 if neither is known."""
+    for path in (run / "eval.json", run / "sft" / "run.json"):
+        try:
+            return int(json.loads(path.read_text(encoding="utf-8"))["config"]["seed"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # not there, or not ours: whoever reads it next says what is wrong with it
+    return 0
+
+
 def main(cfg: Config) -> dict:
     runs = [Path(part) for part in cfg.out.split(",")]
     if cfg.claims or cfg.compare:
@@ -180,6 +191,8 @@ def main(cfg: Config) -> dict:
         return found
     if len(runs) > 1:
         raise UserError(f"--out {cfg.out}: several runs go with --claims only; measure them one by one")
+    if cfg.seed < 0:
+        cfg = dataclasses.replace(cfg, seed=seed_of(runs[0]))
     threads, device = set_threads(cfg.threads), pick_device(cfg.device)
     opened = measure.open_run(cfg, device)
     result = measure_table(cfg, opened, threads)

@@ -1,9 +1,11 @@
 """Counts, intervals and sets held apart; pairs with a better answer; a table that shows what was measured."""
 
+import dataclasses
 import json
 import math
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -148,6 +150,23 @@ def test_a_run_without_ppo_is_evaluated_and_what_is_missing_named(cfg, rows, tmp
     assert evaluate.main(cfg) == result and "skipped" in capsys.readouterr().out
     with pytest.raises(UserError, match="--temperature"):
         evaluate.main(evaluate.Config(**{**vars(cfg), "temperature": 0.5}))
+
+
+def test_a_run_folder_knows_its_seed(cfg, capsys):
+    run = Path(cfg.out)
+    data.write_json(run / "sft" / "run.json", {"config": {"seed": 4}})
+    assert evaluate.seed_of(run) == 4  # before it was evaluated: the one it was trained with
+    evaluate.main(dataclasses.replace(cfg, seed=5))
+    assert evaluate.seed_of(run) == 5
+    capsys.readouterr()
+    evaluate.main(cfg)
+    assert "skipped" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--seed 5, now it is 6"):
+        evaluate.main(dataclasses.replace(cfg, seed=6))
+    for text in ("[]", "half", '{"config": {"seed": null}}'):
+        (run / "eval.json").write_text(text)
+        assert evaluate.seed_of(run) == 4
+    assert evaluate.seed_of(run / "nowhere") == 0
 
 
 def test_a_preference_model_is_measured_too(cfg, tmp_path):

@@ -136,6 +136,8 @@ def test_the_kl_is_that_of_one_forward_a_token(run):
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+        end = policy.wte.weight[load_tokenizer(opened.cfg.base).eot]
+        policy.ln_f.bias += 6 * end / (end @ end)  # so that some answers end early: their padding must count nothing
     opened._models["pm"] = ScalarModel(checkpoint.load(opened.cfg.base))
     (opened.out / "pm").mkdir()
     rows, tokenizer = goodhart.sample_with_kl(opened, policy, ref, prompts), load_tokenizer(opened.cfg.base)
@@ -156,7 +158,17 @@ def test_the_kl_is_that_of_one_forward_a_token(run):
         assert row["answer"] == constitution.clean(tokenizer.decode(ids[len(prompt):]))
         assert (row["kl"], row["log_ratio"]) == pytest.approx((kl, ratio), rel=1e-3, abs=1e-4) and kl > 0.01
         assert row["tokens"] == len(ids) - len(prompt)
+    assert len({row["tokens"] for row in rows[:3]}) > 1  # in one batch
     assert all(r["kl"] == r["log_ratio"] == 0 for r in goodhart.sample_with_kl(opened, ref, ref, prompts))
+
+
+def test_scores_are_normalised_as_in_ppo(run, monkeypatch):
+    opened = run("sft", "pm")
+    opened._models["pm"] = pm = ScalarModel(checkpoint.load(opened.cfg.base))
+    pm.gain.fill_(2.0)
+    pm.shift.fill_(-3.0)
+    monkeypatch.setattr(measure, "pm_scores", lambda pm, tokenizer, rows, answers, batch: [float(len(a)) for a in answers])
+    assert goodhart._scores(opened, [{}, {}], ["abcd", "a"]) == [5.0, -1.0]
 
 
 def test_boilerplate_and_distinct_by_hand():
