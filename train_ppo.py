@@ -57,7 +57,7 @@ class Config:
     max_norm: float = arg(1.0, "largest norm of each gradient")
     approx_kl_stop: float = arg(0.0, "leave a batch when the policy moved 1.5 times this in k2; 0 never does")
     missing_eos_penalty: float = arg(1.0, "taken from the score of an answer that does not end by itself")
-    snapshots: int = arg(0, "write the policy to OUT/snapshots every so many updates; 0 never does")
+    snapshots: int = arg(4, "write the policy to OUT/snapshots every so many updates; 0 never does")
     print_every: int = arg(5, "updates between printed samples")
     dtype: str = arg("float32", "float32, or bfloat16 for matrix products")
     compile: bool = arg(False, "compile policy and critic first; pays on a GPU and long runs")

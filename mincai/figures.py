@@ -159,14 +159,14 @@ def elo(axes, snapshots: list[str], harmless: dict, helpful: dict):
 
 
 def goodhart(axes, rows: list[dict], x: str, measure: str = "share by the oracle"):
-    """Best of n or PPO: the oracle's harmless and helpful shares (left), the score (right), over KL."""
-    xs = [row[x] for row in rows]
+    """Best of n or PPO: the oracle's harmless and helpful shares (left), the score (right), over the root of KL."""
+    xs = [root(row[x]) for row in rows]
     for key, colour, mark in (("harmless", PPO, "o"), ("helpful", SFT, "^")):
         some = [row[key] for row in rows]
         axes.plot(xs, [100 * r["rate"] for r in some], color=colour, marker=mark, markersize=3.5, label=key)
         axes.fill_between(xs, [100 * r["low"] for r in some], [100 * r["high"] for r in some], color=colour, alpha=0.13,
                           linewidth=0)
-    axes.set(xlabel="KL from the SFT model, nats", ylabel="by the oracle, %")
+    axes.set(xlabel="square root of KL, nats", ylabel="by the oracle, %")
     other = axes.twinx()
     other.grid(False)
     other.patch.set_alpha(0)
@@ -176,6 +176,24 @@ def goodhart(axes, rows: list[dict], x: str, measure: str = "share by the oracle
     handles = [*axes.get_legend_handles_labels()[0], *other.get_legend_handles_labels()[0]]
     axes.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, handlelength=1.6,
                 columnspacing=1.2)
+
+
+def root(kl: float) -> float:
+    """The distance that curves are drawn over (Gao et al. 2022); a KL measured by sampling may fall below 0."""
+    return math.sqrt(max(0.0, kl))
+
+
+def overlay(axes, curves: dict, key: str, x: str):
+    """curves: name -> rows as in `goodhart`. The oracle's share `key` of all of them, over the root of "kl" or over
+    "score"."""
+    lines(axes, {name: ([root(r[x]) if x == "kl" else r[x] for r in rows], [100 * r[key]["rate"] for r in rows])
+                 for name, rows in curves.items()}, "square root of KL, nats" if x == "kl" else "PM score", f"{key}, %")
+
+
+def sweep(axes, rows: list[tuple[int, dict]]):
+    """rows: (per cent of the comparisons on ordinary requests, rates of the policy trained on them)."""
+    lines(axes, {name: ([p for p, _ in rows], [100 * r[key]["rate"] for _, r in rows]) for name, key in (
+        ("attacks succeed", "attack_success"), ("help right", "helpful"))}, "of comparisons, %", "%")
 
 
 def scatter(axes, points: list, x: str, y: str):

@@ -267,10 +267,12 @@ def limits(goodhart: dict | None, ablations: dict | None, again: str, ablate: st
     drawn = []
     if goodhart:
         about = "Solid: what the oracle says; dashed: what the preference model says."
-        if rows := goodhart.get("best_of_n"):
-            drawn.append(draw("Best of n", f"n up to {rows[-1]['n']}. {about}", figures.goodhart, rows, "kl"))
-        for name, rows in goodhart.get("ppo", {}).items():
-            drawn.append(draw(f"PPO, {name}", f"{len(rows)} snapshots. {about}", figures.goodhart, rows, "kl"))
+        curves = {"best of n": rows} if (rows := goodhart.get("best_of_n")) else {}
+        curves |= {f"PPO, {name}": rows for name, rows in goodhart.get("ppo", {}).items()}
+        drawn += [draw(f"All of them: {key}, by {what}", "By the oracle.", figures.overlay, curves, key, x)
+                  for key in ("harmless", "helpful") for x, what in (("kl", "distance"), ("score", "score")) if curves]
+        drawn += [draw(name[0].upper() + name[1:], f"{len(rows)} points. {about}", figures.goodhart, rows, "kl")
+                  for name, rows in curves.items()]
         shows = {"boilerplate": "Share of answers that are one of the three commonest refusals.", "length": "Tokens.",
                  "distinct": "Share of neighbouring word pairs that are distinct."}
         for key, what in (("boilerplate", "Stock phrases"), ("length", "Answer length"), ("distinct", "Word pairs")):
@@ -278,6 +280,11 @@ def limits(goodhart: dict | None, ablations: dict | None, again: str, ablate: st
                       for name, rows in goodhart.get("ppo", {}).items() if all(key in r for r in rows)}
             if series:
                 drawn.append(draw(what, shows[key], figures.lines, series, x="update"))
+    swept = sorted(((int(r["name"][6:]), r) for r in (ablations or {}).get("rows", [])
+                    if r["name"].startswith("share-") and "helpful" in r), key=lambda pair: pair[0])
+    if swept:
+        drawn.append(draw("Help against harmlessness", "PPO, by how many comparisons are on ordinary requests.",
+                          figures.sweep, swept))
     out = grid(*drawn) or page.note("No over-optimisation curves (eval_goodhart.json).", again)
     out += page.heading("Parts left out")
     if not ablations or not ablations.get("rows"):

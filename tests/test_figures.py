@@ -63,10 +63,21 @@ DRAWINGS = {
                           {s: {"elo": 1, "low": 0, "high": 2} for s in ("base", "ppo-4")}), {}),
     "goodhart": (figures.goodhart, ([{"kl": k, "score": k, "harmless": RATE, "helpful": RATE} for k in (0, 1)], "kl"),
                  {}),
+    "overlay": (figures.overlay, ({"best of n": [{"kl": -1e-9, "score": 1, "helpful": RATE}] * 2}, "helpful", "kl"), {}),
+    "sweep": (figures.sweep, ([(p, {"attack_success": RATE, "helpful": RATE}) for p in (0, 50)],), {}),
     "scatter": (figures.scatter, ([[1, 2], [3, 4]], "x", "y"), {}),
     "spread": (figures.spread, ({"base": [0.1, 0.0, 1.0]}, "x"), {"log": True}),
     "histogram": (figures.histogram, ([1.0, 1.0], "x"), {}),
     "bars": (figures.bars, ([("one", RATE), ("two", RATE)], "x"), {})}
+
+
+def test_an_overlay_draws_the_root_of_kl_or_the_score():
+    axes = pytest.importorskip("matplotlib.figure").Figure().subplots()
+    rows = [{"kl": kl, "score": 7.0, "helpful": {"rate": 0.25}} for kl in (0.0, 4.0, -1e-9)]
+    figures.overlay(axes, {"a": rows}, "helpful", "kl")
+    figures.overlay(axes, {"b": rows}, "helpful", "score")
+    assert [line.get_xydata().tolist() for line in axes.lines] == [
+        [[0, 25], [2, 25], [0, 25]], [[7, 25]] * 3]
 
 
 @pytest.mark.parametrize("name", DRAWINGS)

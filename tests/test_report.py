@@ -292,10 +292,12 @@ def test_every_sections_file_is_shown(finished, tmp_path, monkeypatch):
     data.write_json(tmp_path / "ablations.json", {"rows": [
         {"name": "hard", "what": "", "helpful": {**HALF, "rate": 0.166}, "seconds": 5.0, "against": "sft",
          "paired": {"helpful": {"difference": -0.1, "low": -0.2, "high": 0.0}}},
-        {"name": "x", "failed": "no revision"}]})
+        *({"name": f"share-{p}", "helpful": HALF, "attack_success": HALF} for p in (100, 0)),
+        {"name": "share-50", "failed": "no pair"}, {"name": "x", "failed": "no revision"}]})
     text = report.build(report.Config(out=str(out), models=False), "cpu")
     assert Reader(text).open == []
     for name, (_, words) in MORE.items():
         assert words in text and f"(eval_{name}.json)" not in text, name
     assert "16.6%" in text and "-10.0 [-20.0, +0.0] to sft" in text and "no revision" in text
     assert "No ablations" not in text
+    assert "Help against harmlessness" in text and "All of them: helpful, by score" in text
