@@ -25,7 +25,7 @@ import math
 import random
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from tqdm import tqdm
@@ -50,6 +50,7 @@ class Config:
     contrast: float = arg(0.05, "leave out pairs whose label is nearer to 1/2: the judge was undecided; 0 keeps all")
     clamp: float = arg(0.0, "keep labels within clamp and 1 - clamp, e.g. 0.4 for a too sure judge; 0: off")
     hard: bool = arg(False, "round the labels to 0 and 1 (the paper found this much worse)")
+    noise: float = arg(0.0, "part of the pairs to add as pairs of an answer and a spoiled one: shuffled, cut off, ...")
     weight_decay: float = arg(0.01, "AdamW's weight decay")
     clip: float = arg(1.0, "largest norm of the gradient")
     freeze: int = arg(2, "blocks from the bottom, embeddings with them, that stay as they are; 0 trains all")
@@ -112,6 +113,16 @@ def split(pairs, share, seed):
     random.Random(seed).shuffle(prompts)
     held = set(prompts[:math.ceil(share * len(prompts))] if len(prompts) > 1 else [])
     return [p for p in pairs if p.prompt not in held], [p for p in pairs if p.prompt in held]
+
+
+def noise(pairs, share, limit, n_vocab, seed):
+    """share * len(pairs) more: a judged answer, surely better than a spoiled one (data.spoiled); whoever has only seen
+    whole answers may like a heap of words."""
+    rng = random.Random(seed)
+    drawn = ((i, rng.choice(pairs), rng.choice(pairs)) for i in range(round(share * len(pairs))))
+    found = (replace(p, p_a=1.0, b_own=False, b=p.a[:p.start] + data.spoiled(
+        p.a[p.start:], other.b[other.start:], n_vocab, i, rng)) for i, p, other in drawn)
+    return [p for p in found if p.a != p.b and len(p.b) <= limit]
 
 
 def scores_of(pm, pairs, device):
@@ -208,8 +219,8 @@ def main(cfg: Config) -> dict:
     if data.done(cfg.out, cfg, cfg.again):
         print(f"train_pm: {cfg.out} is there already, made with these settings (--again to redo)")
         return {"skipped": True}
-    if not 0 <= cfg.clamp < 0.5:
-        raise UserError(f"--clamp {cfg.clamp}: give a number from 0 (off) up to, not including, 0.5")
+    if not 0 <= cfg.clamp < 0.5 or cfg.noise < 0:
+        raise UserError(f"--clamp {cfg.clamp} --noise {cfg.noise}: clamp goes from 0 (off) to below 0.5, noise from 0")
     if cfg.weights and (len(cfg.weights) != len(cfg.pairs) or min(cfg.weights) < 0):
         raise UserError(f"--weights {','.join(map(str, cfg.weights))}: give one number, 0 or more, for each of the "
                         f"{len(cfg.pairs)} files of --pairs")
@@ -233,6 +244,7 @@ def main(cfg: Config) -> dict:
     if not train:
         raise UserError(f"{', '.join(cfg.pairs)}: no pair is left to train on ({told}, {len(held)} held out); judge "
                         f"more, or lower --holdout or --contrast")
+    train += noise(train, cfg.noise, config.block_size, config.vocab_size, cfg.seed)
     every = [max(len(p.a), len(p.b)) for p in train]
     per_epoch = math.ceil(len(epoch_rows(train, cfg.weights, torch.Generator())) / cfg.batch_size)
     steps = cfg.epochs * per_epoch
@@ -266,21 +278,19 @@ def main(cfg: Config) -> dict:
     # --- what came of it; measured before normalising, while a difference of scores is still a log-odds ---
     size = 2 * (cfg.micro_batch or cfg.batch_size)
     with cli.precision(device, cfg.dtype):
-        result = {f"val_{k}": v for k, v in measure(pm, held, size, device).items()} if held else {}
+        found = measure(pm, held, size, device) if held else {}
         mean, std = normalise(pm, pairs, size, device)
-    result.update(train_loss=log[-1]["loss"] if log else None, score_mean=mean, score_std=std, pairs=len(train),
-                  held=len(held), dropped=dict(dropped), steps=steps, seconds=time.time() - start)
+    result = {f"val_{k}": v for k, v in found.items()} | dict(
+        train_loss=log[-1]["loss"] if log else None, score_mean=mean, score_std=std, pairs=len(train),
+        held=len(held), dropped=dict(dropped), steps=steps, seconds=time.time() - start)
     if distributed.is_main():
         checkpoint.save(pm, cfg.out, extra={
             **tokenizer.files(), "bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot,
             "run.json": data.stamp(cfg, metrics=result),
             "metrics.jsonl": "".join(json.dumps(row) + "\n" for row in log)})
-        told = "nothing held out"
-        if held:
-            told = (f"held out: accuracy {result['val_accuracy']:.3f}, always the shorter {result['val_shorter']:.3f}, "
-                    f"the longer {result['val_longer']:.3f}; loss {result['val_loss']:.3f} (least possible "
-                    f"{result['val_loss_floor']:.3f}), calibration error {result['val_calibration_error']:.3f}, "
-                    f"correlation with length {result['val_length_correlation']:+.2f}")
+        told = ("held out: accuracy {accuracy:.3f}, always the shorter {shorter:.3f}, the longer {longer:.3f}; loss "
+                "{loss:.3f} (least possible {loss_floor:.3f}), calibration error {calibration_error:.3f}, correlation "
+                "with length {length_correlation:+.2f}").format(**found) if held else "nothing held out"
         print(f"train_pm: wrote {cfg.out} in {result['seconds']:.0f} s: {steps} steps; {told}")
     distributed.barrier()
     return result

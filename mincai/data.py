@@ -117,6 +117,16 @@ def sft_batch(rows, device=None):
     return ids[:, :-1], ids[:, 1:], answer_mask[:, 1:]
 
 
+def spoiled(answer, other, n_vocab: int, kind: int, rng) -> list[int]:
+    """An answer that nobody should prefer, of the same end-of-text: by `kind` modulo 5 this one's tokens shuffled, the
+    `other` answer (to another prompt), a few tokens over and over, tokens drawn at random, or this one broken off."""
+    *body, end = answer
+    at = rng.randrange(max(1, len(body)))
+    piece = body[at:at + rng.randint(4, 9)] or [rng.randrange(n_vocab)]
+    return [lambda: rng.sample(body, len(body)), lambda: other[:-1], lambda: (piece * len(body))[:len(body)],
+            lambda: [rng.randrange(n_vocab - 1) for _ in body], lambda: body[:at // 2]][kind % 5]() + [end]
+
+
 def length_batches(lengths, *, batch_size=0, batch_tokens=0, generator):
     """Row lengths to lists of row numbers: every row once, lists shuffled, like lengths together.
 

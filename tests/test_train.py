@@ -2,6 +2,7 @@
 
 import base64
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -179,6 +180,43 @@ def test_length_correlation_by_hand():
     x = torch.tensor([1.0, 2.0, 3.0])
     assert train_pm.correlation(x, 2 * x + 1) == pytest.approx(1)
     assert train_pm.correlation(x, torch.ones(3)) == 0.0
+
+
+def test_spoiled_answers_by_kind():
+    answer, other, rng = [1, 2, 3, 4, 5, 6, 7, 8, EOT], [20, 21, EOT], random.Random(0)
+    for turn in range(4):
+        shuffled, taken, over, drawn, cut = (data.spoiled(answer, other, 257, 5 * turn + k, rng) for k in range(5))
+        assert {tuple(x[-1:]) for x in (shuffled, taken, over, drawn, cut)} == {(EOT,)}
+        assert sorted(shuffled) == sorted(answer) and taken == other
+        assert len(over) == len(drawn) == len(answer) and EOT not in drawn[:-1]
+        assert len(cut) <= 5 and cut[:-1] == answer[:len(cut) - 1]
+    assert all(data.spoiled([EOT], [EOT], 257, k, rng)[-1] == EOT for k in range(5))
+
+
+def test_noise_teaches_what_whole_answers_do_not(base, pairs, tmp_path):
+    tokenizer = load_tokenizer(base)
+    kept, _ = train_pm.read_pairs(pairs, tokenizer, 64)
+    more = train_pm.noise(kept, 0.5, 64, 257, 0)
+    assert 0 < len(more) <= 20 and more == train_pm.noise(kept, 0.5, 64, 257, 0)
+    for p in more:
+        assert p.a[:p.start] == p.b[:p.start] == tokenizer.encode(p.prompt) and p.a != p.b
+        assert p.p_a == 1 and not p.b_own and len(p.b) <= 64
+    assert train_pm.noise(kept, 0.0, 64, 257, 0) == [] and train_pm.noise(kept, 0.5, 1, 257, 0) == []
+
+    def junk_wins(name, **more):
+        """How often an answer that the judge likes scores below the letter that makes it liked, thrice; and what
+        training says."""
+        metrics = train_pm.main(train_pm.Config(init=base, pairs=(pairs,), out=str(tmp_path / name), epochs=20,
+                                                lr=0.003, freeze=0, **more, **QUIET))
+        pm = checkpoint.load(tmp_path / name, scalar=True)
+        liked = [p.a if p.p_a > 0.5 else p.b for p in kept]
+        junk = [[*ids[:p.start], *b"yyy", EOT] for p, ids in zip(kept, liked)]
+        good, bad = train_pm.all_scores(pm, [train_pm.Pair("", a, b, 0, 1.0, True, True) for a, b in zip(liked, junk)],
+                                        16, "cpu")
+        return float((bad > good).float().mean()), metrics
+    (without, plain), (with_noise, noisy) = junk_wins("plain"), junk_wins("noisy", noise=1.0)
+    assert with_noise < 0.1 and without > 0.3
+    assert noisy["held"] == plain["held"] and noisy["pairs"] > plain["pairs"] and noisy["val_accuracy"] > 0.9
 
 
 # --- reinforcement learning -------------------------------------------------------------------------------
