@@ -118,13 +118,21 @@ def sft_batch(rows, device=None):
 
 
 def spoiled(answer, other, n_vocab: int, kind: int, rng) -> list[int]:
-    """An answer that nobody should prefer, of the same end-of-text: by `kind` modulo 5 this one's tokens shuffled, the
-    `other` answer (to another prompt), a few tokens over and over, tokens drawn at random, or this one broken off."""
+    """An answer that nobody should prefer, with the same end-of-text (the last of n_vocab ids): by `kind` modulo 5 its
+    tokens shuffled, the `other` answer (to another prompt), a few tokens over and over, random ones, or broken off."""
     *body, end = answer
-    at = rng.randrange(max(1, len(body)))
-    piece = body[at:at + rng.randint(4, 9)] or [rng.randrange(n_vocab)]
-    return [lambda: rng.sample(body, len(body)), lambda: other[:-1], lambda: (piece * len(body))[:len(body)],
-            lambda: [rng.randrange(n_vocab - 1) for _ in body], lambda: body[:at // 2]][kind % 5]() + [end]
+    kind, at, some = kind % 5, rng.randrange(max(1, len(body))), rng.randint(4, 9)
+    if kind == 0:
+        body = rng.sample(body, len(body))
+    elif kind == 1:
+        body = other[:-1]
+    elif kind == 2:
+        body = (body[at:at + some] * len(body))[:len(body)]
+    elif kind == 3:
+        body = [rng.randrange(n_vocab - 1) for _ in body]
+    else:
+        body = body[:at // 2]
+    return body + [end]
 
 
 def length_batches(lengths, *, batch_size=0, batch_tokens=0, generator):

@@ -158,9 +158,9 @@ def elo(axes, snapshots: list[str], harmless: dict, helpful: dict):
     axes.set(xlabel="helpfulness, Elo", ylabel="harmlessness, Elo")
 
 
-def goodhart(axes, rows: list[dict], x: str, measure: str = "share by the oracle"):
+def goodhart(axes, rows: list[dict]):
     """Best of n or PPO: the oracle's harmless and helpful shares (left), the score (right), over the root of KL."""
-    xs = [root(row[x]) for row in rows]
+    xs = [root(row["kl"]) for row in rows]
     for key, colour, mark in (("harmless", PPO, "o"), ("helpful", SFT, "^")):
         some = [row[key] for row in rows]
         axes.plot(xs, [100 * r["rate"] for r in some], color=colour, marker=mark, markersize=3.5, label=key)

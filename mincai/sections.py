@@ -271,7 +271,7 @@ def limits(goodhart: dict | None, ablations: dict | None, again: str, ablate: st
         curves |= {f"PPO, {name}": rows for name, rows in goodhart.get("ppo", {}).items()}
         drawn += [draw(f"All of them: {key}, by {what}", "By the oracle.", figures.overlay, curves, key, x)
                   for key in ("harmless", "helpful") for x, what in (("kl", "distance"), ("score", "score")) if curves]
-        drawn += [draw(name[0].upper() + name[1:], f"{len(rows)} points. {about}", figures.goodhart, rows, "kl")
+        drawn += [draw(name[0].upper() + name[1:], f"{len(rows)} points. {about}", figures.goodhart, rows)
                   for name, rows in curves.items()]
         shows = {"boilerplate": "Share of answers that are one of the three commonest refusals.", "length": "Tokens.",
                  "distinct": "Share of neighbouring word pairs that are distinct."}

@@ -201,6 +201,8 @@ def test_noise_teaches_what_whole_answers_do_not(base, pairs, tmp_path):
     for p in more:
         assert p.a[:p.start] == p.b[:p.start] == tokenizer.encode(p.prompt) and p.a != p.b
         assert p.p_a == 1 and not p.b_own and len(p.b) <= 64
+    with pytest.raises(UserError, match="--noise -0.1"):
+        train_pm.main(train_pm.Config(init=base, pairs=(pairs,), out=str(tmp_path / "x"), noise=-0.1, **QUIET))
     assert train_pm.noise(kept, 0.0, 64, 257, 0) == [] and train_pm.noise(kept, 0.5, 1, 257, 0) == []
 
     def junk_wins(name, **more):
