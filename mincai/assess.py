@@ -24,8 +24,9 @@ from mincai import UserError, constitution, data, formats
 from mincai.checkpoint import load
 from mincai.cli import arg, pick_device, precision, run, set_threads
 from mincai.feedback import judge
+from mincai.logprobs import answer_logp
 from mincai.planner import Planner, load_shots
-from mincai.sample import answer_logp, generate_batched
+from mincai.sample import generate_batched
 from mincai.table import percent, rate
 from mincai.tokenizer import load_tokenizer
 from mincai.weights import check_vocabulary, resolve

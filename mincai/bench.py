@@ -16,8 +16,9 @@ import torch
 
 from mincai import data, losses, memory, ppo
 from mincai.cli import arg, check_choice, number_bytes, pick_device, precision, run, set_threads
+from mincai.logprobs import answer_logp
 from mincai.model import GPT, GPTConfig, ScalarModel
-from mincai.sample import answer_logp, generate
+from mincai.sample import generate
 from mincai.weights import SHAPES
 
 TINY = GPTConfig(vocab_size=1001, block_size=256, n_layer=4, n_head=4, n_embd=128)

@@ -125,13 +125,16 @@ def compare(conversation: str, a: str, b: str, principle: str) -> str:
     return f"Compare:\n{human}\n(A): {a}\n(B): {b}\nPrinciple: {principle}\n"
 
 
+CHOICE = "\nChoice: ("  # what comes after a judge's reasons
+
+
 def reasons(compare_text: str) -> str:
     return f"{compare_text}Reasons:"
 
 
-def choice(compare_text: str, reasons_text: str | None) -> str:
+def choice(compare_text: str, reasons_text: str | None = None) -> str:
     """Up to the bracket that the letter follows, with or without the judge's own reasons."""
-    return compare_text + (f"Reasons: {reasons_text}\n" if reasons_text is not None else "") + "Choice: ("
+    return compare_text + (f"Reasons: {reasons_text}" + CHOICE if reasons_text is not None else CHOICE[1:])
 
 
 def clean(text: str) -> str:

@@ -20,8 +20,9 @@ from mincai import UserError, constitution, data, distributed, formats, memory
 from mincai.checkpoint import load, read_config
 from mincai.cli import arg, check_choice, number_bytes, pick_device, precision, run, set_threads
 from mincai.forks import fork
+from mincai.logprobs import next_logp
 from mincai.planner import Planner, load_shots
-from mincai.sample import generate_batched, next_logp
+from mincai.sample import generate_batched
 from mincai.tokenizer import load_tokenizer
 from mincai.weights import check_vocabulary, resolve
 
@@ -80,21 +81,19 @@ def judge_once(model, planner, conversations, a, b, principles, *, reasons=True,
     """P(the first slot) with a in the first slot, normalised over the two letters, and the reasons written."""
     tokenizer = planner.tokenizer
     heads = [constitution.compare(*row) for row in zip(conversations, a, b, principles)]
-    written: list[str | None] = [None] * len(heads)
-    fits = list(range(len(heads)))
-    if reasons:
-        prompts = [planner.prompt("compare", constitution.reasons(head), max_new + 8) for head in heads]
-        fits = [i for i in fits if prompts[i] is not None]  # + 8: "Choice: (" has to follow the reasons
-        texts = generate_batched(model, [prompts[i] for i in fits], max_new, {tokenizer.eot, tokenizer.newline},
-                                 batch_size, temperature=0.0, desc=desc)
+    asks, room = (constitution.reasons, max_new + 8) if reasons else (constitution.choice, 1)  # + 8: CHOICE follows
+    prompts = [planner.prompt("compare", asks(head), room) for head in heads]
+    fits = [i for i, prompt in enumerate(prompts) if prompt is not None]
+    prompts, written = [prompts[i] for i in fits], [""] * len(heads)
+    if reasons:  # the letter is read off the cache that the reasons were written with
+        texts, logp = generate_batched(model, prompts, max_new, {tokenizer.eot, tokenizer.newline}, batch_size,
+                                       temperature=0.0, desc=desc, then=tokenizer.encode(constitution.CHOICE))
         for i, ids in zip(fits, texts):
             written[i] = constitution.clean(tokenizer.decode(ids))
-    prompts = [planner.prompt("compare", constitution.choice(heads[i], written[i]), 1) for i in fits]
-    fits = [i for i, prompt in zip(fits, prompts) if prompt is not None]
     letters = [tokenizer.encode(letter)[0] for letter in "AB"]
-    logp = next_logp(model, [prompt for prompt in prompts if prompt is not None], letters, batch_size)  # (N, 2)
+    logp = logp[:, letters] if reasons else next_logp(model, prompts, letters, batch_size)  # (N, 2)
     p = dict(zip(fits, torch.softmax(logp, dim=1)[:, 0].tolist()))
-    return [p.get(i) for i in range(len(heads))], [text or "" for text in written]
+    return [p.get(i) for i in range(len(heads))], written
 
 
 def judge(model, planner, conversations, a, b, principles, **settings) -> Verdicts:

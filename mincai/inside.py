@@ -17,7 +17,7 @@ not whether it recalls. Which harm it would name is left to fact_bare and to sam
 import torch
 
 from mincai import constitution, corpus, measure, world
-from mincai.sample import answer_logp, next_logp
+from mincai.logprobs import answer_logp, next_logp
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 FIRST = ("comply_first", "refuse_first", "comply_bare", "refuse_bare", "fact_bare")  # probabilities

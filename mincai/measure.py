@@ -14,9 +14,10 @@ import torch
 from mincai import UserError, constitution, corpus, data, world
 from mincai.checkpoint import load
 from mincai.feedback import judge
+from mincai.logprobs import answer_logp
 from mincai.losses import calibration_error
 from mincai.planner import Planner
-from mincai.sample import answer_logp, generate_batched
+from mincai.sample import generate_batched
 from mincai.table import rate
 from mincai.tokenizer import load_tokenizer
 

@@ -26,9 +26,10 @@ from tqdm import tqdm
 
 from mincai import checkpoint, constitution, corpus, data, red_team, world
 from mincai.cli import arg, pick_device, precision, run, set_threads
+from mincai.logprobs import next_logp
 from mincai.losses import sft_loss
 from mincai.model import GPT, GPTConfig
-from mincai.sample import generate_batched, next_logp
+from mincai.sample import generate_batched
 from mincai.tokenizer import from_ranks, load_tokenizer, train_bpe
 
 

@@ -1,4 +1,4 @@
-"""Sampling with a KV cache, and log-probs of given tokens. Token ids in, token ids out: it knows no text.
+"""Sampling with a KV cache. Token ids in, token ids out: it knows no text.
 
 Every token is drawn by one uniform number held against the cumulative softmax of its row. The numbers are
 drawn before the first token, one row of them per sample, so a row's text does not depend on which other
@@ -26,6 +26,7 @@ class Samples:
     ids: torch.Tensor  # (B, R) long
     mask: torch.Tensor  # (B, R) bool, True up to and including the stop token
     logp: torch.Tensor  # (B, R) float32, of the distribution that was sampled
+    after: torch.Tensor | None = None  # (B, V) float32, logits after answer and `then`, where that was asked for
 
     def lists(self) -> list[list[int]]:
         """The tokens of each row, the stop token included."""
@@ -35,7 +36,7 @@ class Samples:
 
 # --- padding ------------------------------------------------------------------------------------------------
 
-def _pad(rows, left, device=None):
+def pad(rows, left, device=None):
     assert rows and all(rows), "an empty prompt"
     T = max(map(len, rows))
     gaps = [T - len(r) for r in rows]
@@ -48,10 +49,10 @@ def _pad(rows, left, device=None):
 
 def left_pad(prompts: list[list[int]], device=None):
     """Token lists to ids (B, P) long, 0 in the padding, and valid (B, P) bool, True at real tokens."""
-    return _pad(prompts, True, device)
+    return pad(prompts, True, device)
 
 
-def _check_room(model, lengths, max_new):
+def check_room(model, lengths, max_new):
     """UserError when a prompt and what is to follow it do not fit into the model's positions."""
     limit, longest = model.config.block_size, max(lengths)
     if longest + max_new > limit:
@@ -102,16 +103,17 @@ def _is_stop(ids, stop):
 
 @torch.no_grad()
 def generate(model: GPT, prompts, max_new: int, stop, temperature=1.0, top_k=0,
-             generator: torch.Generator | None = None, n=1, progress=None, uniforms=None) -> Samples:
+             generator: torch.Generator | None = None, n=1, progress=None, uniforms=None, then=()) -> Samples:
     """Sample n answers to each prompt, at most max_new tokens long, each ending at the first id in `stop`.
 
     Rows are prompt-major: the n answers to prompt 0 first. Each prompt is read once and its cache repeated.
     progress: called with the number of rows that have just finished. uniforms (B, max_new): the random numbers to use
-    instead of drawing them. Raises UserError when a prompt and
-    max_new do not fit into the model's positions together.
+    instead of drawing them. then: tokens to read after each answer, in its stop token's place (an answer without one
+    stays whole); `after` are the logits that follow, from the same cache, without reading the row again. Raises
+    UserError when a prompt, max_new and `then` do not fit into the model's positions together.
     """
     assert max_new > 0 and n > 0 and temperature >= 0, (max_new, n, temperature)
-    _check_room(model, [len(p) for p in prompts], max_new)
+    check_room(model, [len(p) for p in prompts], max_new + len(then))
     device = model.device
     ids, valid = left_pad(prompts, device)  # (B / n, P)
     cache = KVCache(model.config, len(ids), ids.shape[1] + max_new, device, _cache_dtype(model))
@@ -128,17 +130,33 @@ def generate(model: GPT, prompts, max_new: int, stop, temperature=1.0, top_k=0,
     stop = torch.tensor(sorted(stop), dtype=torch.long, device=device)
     decode = _decode_graph if device.type == "cuda" else _decode_eager
     progress = progress or (lambda rows: None)
-    ids, logp = decode(model, cache, logits, valid, uniforms, stop, temperature, top_k, progress)
+    then = torch.tensor(then, dtype=torch.long, device=device)
+    ids, logp, after = decode(model, cache, logits, valid, uniforms, stop, temperature, top_k, progress, then)
     stops = _is_stop(ids, stop).long()
     mask = stops.cumsum(1) - stops == 0  # no stop token before this one
     R = int(mask.sum(1).max())
     ids, mask, logp = ids[:, :R], mask[:, :R], logp[:, :R]
-    return Samples(ids.masked_fill(~mask, 0), mask, logp.masked_fill(~mask, 0.0))
+    return Samples(ids.masked_fill(~mask, 0), mask, logp.masked_fill(~mask, 0.0), after)
 
 
-def _decode_eager(model, cache, logits, valid, uniforms, stop, temperature, top_k, progress):
-    """Token by token until every row has stopped -> ids, logp (B, max_new), arbitrary after a row's stop token."""
+def _read_on(model, cache, rows, valid, then):
+    """Logits (B', V) after the tokens that valid (B', S) leaves in sight of these rows (B',) of the cache, and then
+    `then` (K,)."""
+    (B, S), K = valid.shape, len(then)
+    mask = torch.cat([valid[:, None].expand(B, K, S),
+                      torch.ones(B, K, K, dtype=torch.bool, device=valid.device).tril()], dim=2)  # (B', K, S + K)
+    more = KVCache(model.config, B, S + K, model.device, cache.k.dtype)
+    more.k[:, :, :, :S], more.v[:, :, :, :S] = cache.k[:, rows, :, :S], cache.v[:, rows, :, :S]
+    more.seen = S
+    positions = valid.sum(1, keepdim=True) + torch.arange(K, device=valid.device)
+    return model.unembed(model(then.expand(B, K), positions, mask, more)[:, -1]).float()
+
+
+def _decode_eager(model, cache, logits, valid, uniforms, stop, temperature, top_k, progress, then):
+    """Token by token until every row has stopped -> ids, logp (B, max_new), arbitrary after a row's stop token, and
+    the logits (B, V) after `then`, None if there is nothing to read."""
     B, max_new = uniforms.shape
+    after = torch.zeros(B, logits.shape[-1], device=logits.device) if len(then) else None
     out_ids = torch.zeros(B, max_new, dtype=torch.long, device=logits.device)
     out_logp = torch.zeros(B, max_new, device=logits.device)
     rows = torch.arange(B, device=logits.device)  # which sample each row of the cache belongs to
@@ -149,19 +167,23 @@ def _decode_eager(model, cache, logits, valid, uniforms, stop, temperature, top_
         before, finished = finished, finished | _is_stop(token, stop)
         done = int(finished.sum())
         progress(done - int(before.sum()) if t < max_new - 1 else int((~before).sum()))
-        if done == len(rows) or t == max_new - 1:
+        if done == len(rows) or t == max_new - 1 and not len(then):
             break
         if 4 * done >= len(rows):  # copying the cache costs, carrying finished rows costs more
-            alive = (~finished).nonzero().squeeze(1)
+            alive, gone = (some.nonzero().squeeze(1) for some in (~finished, finished))
+            if len(then):
+                after[rows[gone]] = _read_on(model, cache, gone, valid[gone], then)
             cache.keep(alive)
             rows, finished, valid, token = rows[alive], finished[alive], valid[alive], token[alive]
-        valid = torch.cat([valid, torch.ones_like(valid[:, :1])], dim=1)  # (B', P + t + 1)
+        valid = torch.cat([valid, ~finished[:, None]], dim=1)  # (B', P + t + 1)
         hidden = model(token[:, None], valid.sum(1, keepdim=True) - 1, valid[:, None], cache)
         logits = model.unembed(hidden[:, -1])
-    return out_ids, out_logp
+    if len(then):
+        after[rows] = _read_on(model, cache, torch.arange(len(rows), device=rows.device), valid, then)
+    return out_ids, out_logp, after
 
 
-def _decode_graph(model, cache, logits, valid, uniforms, stop, temperature, top_k, progress):
+def _decode_graph(model, cache, logits, valid, uniforms, stop, temperature, top_k, progress, then):
     """The same as _decode_eager, with one CUDA graph replayed per token: a small model is all launch
     overhead.
 
@@ -219,27 +241,36 @@ def _decode_graph(model, cache, logits, valid, uniforms, stop, temperature, top_
             if done == B:
                 break
     progress(B - told)
-    return out_ids, out_logp
+    if not len(then):
+        return out_ids, out_logp, None
+    open_ended = _is_stop(out_ids, stop).cumsum(1) == 0  # (B, max_new): what a row holds before it stopped
+    return out_ids, out_logp, _read_on(model, cache, torch.arange(B, device=device), torch.cat([valid, open_ended], 1),
+                                       then)
 
 
 def generate_batched(model: GPT, prompts, max_new: int, stop, batch_size=64, temperature=1.0, top_k=0,
-                     generator=None, n=1, desc=None) -> list[list[int]]:
+                     generator=None, n=1, desc=None, then=()):
     """`generate` for any number of prompts, batch_size rows at a time -> token lists, prompt-major as there.
 
     Prompts of similar length share a batch, so little is padded; the batches decide which random numbers a
-    row gets, so another batch_size gives other samples. desc: the name of a progress bar, None for none.
+    row gets, so another batch_size gives other samples. desc: the name of a progress bar, None for none. With `then`,
+    returns (token lists, log-probs (rows, V) float32 on the CPU of the token that follows answer and `then`).
     """
     answers = [None] * (len(prompts) * n)
+    after = torch.empty(len(answers), model.config.vocab_size) if len(then) else None
     with tqdm(total=len(answers), desc=desc, disable=desc is None, unit="sample") as bar:
-        for chunk in _chunks([len(p) for p in prompts], max(1, batch_size // n)):
+        for chunk in chunks([len(p) for p in prompts], max(1, batch_size // n)):
             samples = generate(model, [prompts[i] for i in chunk], max_new, stop, temperature, top_k,
-                               generator, n, bar.update)
-            for k, answer in enumerate(samples.lists()):
-                answers[chunk[k // n] * n + k % n] = answer
-    return answers
+                               generator, n, bar.update, then=then)
+            places = [i * n + k for i in chunk for k in range(n)]
+            for place, answer in zip(places, samples.lists()):
+                answers[place] = answer
+            if len(then):
+                after[places] = torch.log_softmax(samples.after, dim=-1).cpu()
+    return (answers, after) if len(then) else answers
 
 
-def _chunks(lengths, size):
+def chunks(lengths, size):
     """Indices sorted by length, longest first (what does not fit into memory fails at once), `size` at a time."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     return [order[i:i + size] for i in range(0, len(order), size)]
@@ -249,7 +280,7 @@ def _chunks(lengths, size):
 def stream(model: GPT, prompt: list[int], max_new: int, stop, temperature=1.0, generator=None):
     """Yield the answer's token ids one by one as they are drawn, without the stop token. Same draws as
     `generate`."""
-    _check_room(model, [len(prompt)], max_new)
+    check_room(model, [len(prompt)], max_new)
     cache = KVCache(model.config, 1, len(prompt) + max_new, model.device, _cache_dtype(model))
     where = model.device if generator is None else generator.device
     uniforms = torch.rand(1, max_new, generator=generator, device=where).to(model.device)
@@ -263,38 +294,3 @@ def stream(model: GPT, prompt: list[int], max_new: int, stop, temperature=1.0, g
         if t < max_new - 1:
             valid = torch.cat([valid, torch.ones_like(valid[:, :1])], dim=1)
             hidden = model(token[:, None], valid.sum(1, keepdim=True) - 1, valid[:, None], cache)
-
-
-# --- log-probs of given tokens ------------------------------------------------------------------------------
-
-@torch.no_grad()
-def next_logp(model: GPT, prompts, ids: list[int], batch_size=32, desc=None) -> torch.Tensor:
-    """Log-probs of `ids` as the token after each prompt: (N, len(ids)) float32 on the CPU."""
-    out = torch.empty(len(prompts), len(ids))
-    lengths = [len(p) for p in prompts]
-    for chunk in tqdm(_chunks(lengths, batch_size), desc=desc, disable=desc is None):
-        _check_room(model, [lengths[i] for i in chunk], 0)
-        tokens, valid = _pad([prompts[i] for i in chunk], False, model.device)  # padding is last: no mask
-        rows = torch.arange(len(chunk), device=model.device)
-        last = model(tokens)[rows, valid.sum(1) - 1]  # (B, C)
-        logp = torch.log_softmax(model.unembed(last).float(), dim=-1)  # (B, V)
-        out[chunk] = logp[:, ids].cpu()
-    return out
-
-
-@torch.no_grad()
-def answer_logp(model: GPT, prompts, answers, batch_size=32, desc=None) -> list[torch.Tensor]:
-    """Log-prob of each answer token after its prompt and the answer so far: a float32 CPU tensor per answer."""
-    assert len(prompts) == len(answers), (len(prompts), len(answers))
-    out = [None] * len(prompts)
-    lengths = [len(p) + len(a) for p, a in zip(prompts, answers)]
-    for chunk in tqdm(_chunks(lengths, batch_size), desc=desc, disable=desc is None):
-        _check_room(model, [lengths[i] for i in chunk], 0)
-        tokens, _ = _pad([prompts[i] + answers[i] for i in chunk], False, model.device)
-        places = [(row, len(prompts[i]) + k) for row, i in enumerate(chunk) for k in range(len(answers[i]))]
-        row, column = torch.tensor(places, device=model.device).long().reshape(-1, 2).T  # (N,), (N,)
-        hidden = model(tokens)[row, column - 1]  # (N, C): token i is predicted at i - 1
-        logp = gather_logp(model.unembed(hidden), tokens[row, column]).cpu()
-        for i, part in zip(chunk, logp.split([len(answers[i]) for i in chunk])):
-            out[i] = part
-    return out

@@ -8,7 +8,7 @@ import random
 from types import SimpleNamespace
 
 from mincai import constitution, corpus, data, measure, world
-from mincai.sample import answer_logp
+from mincai.logprobs import answer_logp
 
 # For a run that was never evaluated; otherwise eval.json says what it was measured with.
 DEFAULTS = {"base": "data/tiny", "prompts": "data/tiny/prompts_eval.jsonl", "constitution": str(constitution.PATH),

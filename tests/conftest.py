@@ -42,3 +42,25 @@ def tiny_base(tmp_path_factory):
     pretrain.main(pretrain.Config(out=str(folder), tokens=4 * 2 * 256, batch_size=2, n_layer=1, n_head=2,
                                   n_embd=32, device="cpu", threads=1))
     return folder
+
+
+@pytest.fixture
+def fake_judge(monkeypatch):
+    """fake_judge(tokenizer, write, choose): the judge's texts and letters come from here. write(prompts) -> token lists
+    of reasons with their stop token; choose(texts) -> log-probs (N, 2) of "A" and "B" after all that was read."""
+    from mincai import feedback
+
+    def start(tokenizer, write, choose):
+        letters = [tokenizer.encode(letter)[0] for letter in "AB"]
+
+        def generate_batched(model, prompts, *_, then, **__):
+            written, logp = write(prompts), torch.full((len(prompts), tokenizer.n_vocab), -20.0)
+            logp[:, letters] = choose([tokenizer.decode(p + w[:-1] + then) for p, w in zip(prompts, written)])
+            return written, logp
+
+        def next_logp(model, prompts, ids, batch_size):
+            assert ids == letters
+            return choose([tokenizer.decode(prompt) for prompt in prompts])
+        monkeypatch.setattr(feedback, "generate_batched", generate_batched)
+        monkeypatch.setattr(feedback, "next_logp", next_logp)
+    return start

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mincai import UserError, checkpoint, constitution, data, feedback
+from mincai.logprobs import next_logp
 from mincai.planner import Planner
 from mincai.tokenizer import load_tokenizer
 
@@ -42,30 +43,44 @@ def test_equal_answers_are_even(judge):
     assert judge(A, A).p_a == pytest.approx([0.5] * 3, abs=1e-12)
 
 
+@pytest.mark.parametrize("reasons", [True, False])
 @pytest.mark.parametrize("logp, same", [((-0.1, -3.0), 1.0), ((-3.0, -0.1), 1.0)])
-def test_a_judge_that_likes_a_slot_is_found_out(judge, monkeypatch, logp, same):
-    def next_logp(model, prompts, ids, batch):
-        return torch.tensor([logp] * len(prompts))
-    monkeypatch.setattr(feedback, "next_logp", next_logp)
-    verdicts = judge(A, B)
+def test_a_judge_that_likes_a_slot_is_found_out(tiny_base, judge, fake_judge, logp, same, reasons):
+    tokenizer = load_tokenizer(tiny_base)
+    fake_judge(tokenizer, lambda prompts: [[5, tokenizer.newline]] * len(prompts),
+               lambda texts: torch.tensor([logp] * len(texts)))
+    verdicts = judge(A, B, reasons=reasons)
     assert verdicts.same_slot == same and verdicts.p_a == pytest.approx([0.5] * 3)
 
 
-def test_a_judge_that_likes_an_answer_is_believed(tiny_base, judge, monkeypatch):
+def test_a_judge_that_likes_an_answer_is_believed(tiny_base, judge, fake_judge):
     """It prefers whichever answer says sorry, wherever that stands, after reading what it wrote itself."""
     tokenizer = load_tokenizer(tiny_base)
-    monkeypatch.setattr(feedback, "generate_batched", lambda model, prompts, *_, **__: [
-        tokenizer.encode(f" because {n}") + [tokenizer.newline] for n in range(len(prompts))])
 
-    def next_logp(model, prompts, ids, batch):
-        texts = [tokenizer.decode(prompt) for prompt in prompts]
+    def choose(texts):
         assert all(f"Reasons: because {n}\nChoice: (" in text for n, text in enumerate(texts))
-        assert [tokenizer.decode([i]) for i in ids] == ["A", "B"]
         return torch.tensor([[0.0, -2.0] if "(A): sorry" in text else [-2.0, 0.0] for text in texts])
-    monkeypatch.setattr(feedback, "next_logp", next_logp)
+    fake_judge(tokenizer, lambda prompts: [tokenizer.encode(f" because {n}") + [tokenizer.newline]
+                                           for n in range(len(prompts))], choose)
     verdicts = judge(["sorry .", "sure .", "sorry ."], ["sure .", "sorry .", "sure ."])
     high = 1 / (1 + torch.tensor(-2.0).exp().item())
     assert verdicts.p_a == pytest.approx([high, 1 - high, high]) and verdicts.same_slot == 0
+
+
+@pytest.mark.parametrize("max_new", [1, 12])
+def test_the_letter_is_read_as_if_all_had_been_read_anew(tiny_base, judge, monkeypatch, max_new):
+    """Off the cache that the reasons were written with, whether they ended or were cut off."""
+    tokenizer, real, seen = load_tokenizer(tiny_base), feedback.generate_batched, []
+
+    def generate_batched(model, prompts, max_new, stop, *args, **more):
+        written, logp = real(model, prompts, max_new, stop, *args, **more)
+        whole = [p + [i for i in w if i not in stop] + tokenizer.encode("\nChoice: (") for p, w in zip(prompts, written)]
+        seen.append(next_logp(model, whole, [tokenizer.encode(letter)[0] for letter in "AB"]))
+        return written, logp
+    monkeypatch.setattr(feedback, "generate_batched", generate_batched)
+    found = judge(A, B, max_new=max_new)
+    for p, logp in zip((found.p_ab, found.p_ba), seen, strict=True):
+        assert p == pytest.approx(torch.softmax(logp, 1)[:, 0].tolist(), abs=1e-5)
 
 
 def test_pairs_are_of_different_answers_and_frequent_ones_come_often():

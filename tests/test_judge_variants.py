@@ -44,21 +44,20 @@ def test_labels_by_hand(p, clamp, soft, hard, clamped):
 # --- what the judge reads -------------------------------------------------------------------------------------
 
 @pytest.fixture
-def judged(tokenizer, monkeypatch):
+def judged(tokenizer, fake_judge):
     """judged(planner, a, b) -> (verdicts, prompts for reasons, prompts for a letter); it likes "good" answers."""
     def start(planner, a, b, **settings):
         wrote, chose = [], []
 
-        def generate_batched(model, prompts, *_, **__):
+        def write(prompts):
             wrote.extend(map(tokenizer.decode, prompts))
             return [tokenizer.encode(" it is so .") + [tokenizer.newline] for _ in prompts]
 
-        def next_logp(model, prompts, ids, batch_size):
-            chose.extend(map(tokenizer.decode, prompts))
-            good = [[f"({x}): good" in tokenizer.decode(prompt) for x in "AB"] for prompt in prompts]
+        def choose(texts):
+            chose.extend(texts)
+            good = [[f"({x}): good" in text for x in "AB"] for text in texts]
             return torch.tensor([[0.0 if x else -2.0 for x in row] for row in good]).reshape(-1, 2)
-        monkeypatch.setattr(feedback, "generate_batched", generate_batched)
-        monkeypatch.setattr(feedback, "next_logp", next_logp)
+        fake_judge(tokenizer, write, choose)
         rules = [p.tiny for p in PRINCIPLES[:len(a)]]
         return feedback.judge(None, planner, TALK[:len(a)], a, b, rules, max_new=20, **settings), wrote, chose
     return start
@@ -178,20 +177,26 @@ def test_who_has_no_room_has_no_vote(stage, monkeypatch):
 
 
 @pytest.mark.parametrize("reasons", [True, False])
-def test_the_stage_shows_its_examples(cfg, tokenizer, fewshot, monkeypatch, reasons):
+def test_the_stage_shows_its_examples(cfg, tokenizer, fewshot, fake_judge, monkeypatch, reasons):
     """Those of answers to the judge's own model only, those of comparisons to the judge, with reasons or without."""
     texts, read = itertools.cycle([" one .", " two ."]), {"answer": [], "reasons": [], "letter": []}
 
-    def generate_batched(model, prompts, *_, n=0, **__):
-        read["answer" if n else "reasons"].extend(map(tokenizer.decode, prompts))
-        return [tokenizer.encode(next(texts)) + [tokenizer.newline if not n else tokenizer.eot]
-                for _ in range((n or 1) * len(prompts))]
+    def write(prompts):
+        read["reasons"].extend(map(tokenizer.decode, prompts))
+        return [tokenizer.encode(next(texts)) + [tokenizer.newline] for _ in prompts]
 
-    def next_logp(model, prompts, *_):
-        read["letter"].extend(map(tokenizer.decode, prompts))
-        return torch.zeros(len(prompts), 2)
+    def choose(texts):
+        read["letter"].extend(texts)
+        return torch.zeros(len(texts), 2)
+    fake_judge(tokenizer, write, choose)
+    judging = feedback.generate_batched
+
+    def generate_batched(model, prompts, *args, n=0, **more):
+        if not n:
+            return judging(model, prompts, *args, **more)
+        read["answer"].extend(map(tokenizer.decode, prompts))
+        return [tokenizer.encode(next(texts)) + [tokenizer.eot] for _ in range(n * len(prompts))]
     monkeypatch.setattr(feedback, "generate_batched", generate_batched)
-    monkeypatch.setattr(feedback, "next_logp", next_logp)
     feedback.main(dataclasses.replace(cfg, fewshot=fewshot, base_samples=1, reasons=reasons))
     assert [text.startswith("Human: why ?\nAssistant: so .\n\nHuman: how ") for text in read["answer"]] == [
         False] * 3 + [True] * 3

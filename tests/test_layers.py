@@ -17,7 +17,7 @@ LAYERS = [
     ["model", "losses", "tokenizer", "constitution", "distributed"],
     ["memory"],
     ["checkpoint", "sample", "data", "cli", "table"],
-    ["weights", "formats", "planner", "presets", "world", "forks"],
+    ["weights", "formats", "planner", "presets", "world", "forks", "logprobs"],
     ["critique", "feedback", "ppo", "english"],
     ["red_team"],  # may read the tiny world's topics
     ["corpus"],

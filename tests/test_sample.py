@@ -7,7 +7,8 @@ from torch.testing import assert_close
 from mincai import UserError, sample
 from mincai.losses import gather_logp
 from mincai.model import GPT, GPTConfig
-from mincai.sample import answer_logp, generate, generate_batched, left_pad, next_logp, pick, stream
+from mincai.logprobs import answer_logp, next_logp
+from mincai.sample import generate, generate_batched, left_pad, pick, stream
 
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7, 9]]
 STOP = {7, 21, 22, 40, 41, 50}  # enough of the 64 ids that rows stop early and at different times
@@ -136,6 +137,30 @@ def test_step_for_graphs_equals_the_eager_loop(tiny_gpt, seeded, monkeypatch):
         assert_close(graph.logp, eager.logp, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("decode", ["_decode_eager", "_decode_graph"])
+@pytest.mark.parametrize("stop, max_new", [(STOP, 24), (STOP, 3), (range(1, 64), 5), ((), 10), (range(64), 4)])
+def test_after_an_answer_more_is_read_as_in_a_full_forward(tiny_gpt, seeded, monkeypatch, decode, stop, max_new):
+    """In the stop token's place, whenever that came; after a whole answer where none came."""
+    plain = generate(tiny_gpt, PROMPTS, max_new, stop, generator=seeded(3), n=4)
+    monkeypatch.setattr(sample, "_decode_eager", getattr(sample, decode))
+    found = generate(tiny_gpt, PROMPTS, max_new, stop, generator=seeded(3), n=4, then=[9, 8, 7])
+    assert plain.after is None and torch.equal(plain.ids, found.ids) and found.after.shape == (12, 64)
+    stopped = [answer[-1] in stop for answer in found.lists()]
+    assert stop != STOP or max_new != 3 or any(stopped) and not all(stopped)
+    for k, answer in enumerate(found.lists()):
+        text = PROMPTS[k // 4] + (answer[:-1] if stopped[k] else answer) + [9, 8]
+        assert_close(torch.log_softmax(found.after[k], 0)[None, 5], full_logp(tiny_gpt, text + [7], [5]),
+                     atol=1e-4, rtol=1e-4)
+    monkeypatch.undo()
+    for prompts in (PROMPTS, []):  # in the order of the prompts
+        answers, logp = generate_batched(tiny_gpt, prompts, 8, STOP, batch_size=4, temperature=0.0, n=2, then=[9, 8, 7])
+        assert len(answers) == len(logp) == 2 * len(prompts)
+    answers, logp = generate_batched(tiny_gpt, PROMPTS, 8, STOP, batch_size=4, temperature=0.0, n=2, then=[9, 8, 7])
+    for k, answer in enumerate(answers):
+        text = PROMPTS[k // 2] + [i for i in answer if i not in STOP] + [9, 8, 7]
+        assert_close(logp[k, 5:6], full_logp(tiny_gpt, text, [5]), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_cuda_graph_equals_the_cpu(tiny_gpt, seeded):
     cpu = generate(tiny_gpt, PROMPTS, 40, STOP, generator=seeded(5), n=3)
@@ -178,6 +203,9 @@ def test_prompt_too_long_names_both_numbers(tiny_gpt):
     generate(tiny_gpt, [[1] * 54], 10, ())  # exactly full
     with pytest.raises(UserError, match="55 tokens and 10 more make 65, .* at most 64"):
         generate(tiny_gpt, [[1], [1] * 55], 10, ())
+    generate(tiny_gpt, [[1] * 54], 6, (), then=[1] * 4)
+    with pytest.raises(UserError, match="55 tokens and 10 more"):
+        generate(tiny_gpt, [[1] * 55], 6, (), then=[1] * 4)
     with pytest.raises(UserError, match="65.* 64"):
         next_logp(tiny_gpt, [[1] * 65], [1])
     with pytest.raises(UserError, match="65.* 64"):
