@@ -8,7 +8,8 @@ question and answer, is their mean up to there (model.ScalarModel says why). Two
 sigmoid(score_a - score_b) (Bradley & Terry 1952), and the loss is its cross-entropy with the judge's soft label p_a.
 The answers are the token ids that were sampled; nothing is decoded and encoded again. People's labels (HH-RLHF's
 pairs, or TRL's) mix in as files of their own: the paper took harmlessness from the model and helpfulness from people.
-A pair that does not fit the context, or whose answers are the same, is dropped and counted.
+A pair that does not fit the context, or whose answers are the same, is dropped and counted. A few pairs more set an
+answer against a spoiled one, labelled by how likely the fine-tuned model finds the two (--spoiled 0 leaves them out).
 
 At the end the scores are shifted and scaled so that the fine-tuned model's own answers have mean 0 and
 standard deviation 1, and frozen so (Ziegler et al. 2019, section 2.1): beta and the penalties of PPO then
@@ -33,6 +34,7 @@ from tqdm import tqdm
 from mincai import UserError, checkpoint, cli, data, distributed, formats, memory
 from mincai.cli import arg
 from mincai.constitution import dialogue
+from mincai.logprobs import answer_logp
 from mincai.losses import calibration_error, preference_loss
 from mincai.tokenizer import load_tokenizer
 
@@ -50,7 +52,7 @@ class Config:
     contrast: float = arg(0.05, "leave out pairs whose label is nearer to 1/2: the judge was undecided; 0 keeps all")
     clamp: float = arg(0.0, "keep labels within clamp and 1 - clamp, e.g. 0.4 for a too sure judge; 0: off")
     hard: bool = arg(False, "round the labels to 0 and 1 (the paper found this much worse)")
-    noise: float = arg(0.0, "part of the pairs to add as pairs of an answer and a spoiled one: shuffled, cut off, ...")
+    spoiled: float = arg(0.2, "part of the pairs to add, of an answer and a spoiled one: shuffled, repeated, cut off")
     weight_decay: float = arg(0.01, "AdamW's weight decay")
     clip: float = arg(1.0, "largest norm of the gradient")
     freeze: int = arg(2, "blocks from the bottom, embeddings with them, that stay as they are; 0 trains all")
@@ -107,22 +109,16 @@ def epoch_rows(pairs, weights, generator):
     return rows
 
 
-def split(pairs, share, seed):
-    """(training pairs, held-out pairs), by prompt: all pairs of one prompt lie on one side."""
-    prompts = sorted({pair.prompt for pair in pairs})
-    random.Random(seed).shuffle(prompts)
-    held = set(prompts[:math.ceil(share * len(prompts))] if len(prompts) > 1 else [])
-    return [p for p in pairs if p.prompt not in held], [p for p in pairs if p.prompt in held]
-
-
-def noise(pairs, share, limit, n_vocab, seed):
-    """share * len(pairs) more: a judged answer, surely better than a spoiled one (data.spoiled); whoever has only seen
-    whole answers may like a heap of words."""
-    rng = random.Random(seed)
-    drawn = ((i, rng.choice(pairs), rng.choice(pairs)) for i in range(round(share * len(pairs))))
-    found = (replace(p, p_a=1.0, b_own=False, b=p.a[:p.start] + data.spoiled(
-        p.a[p.start:], other.b[other.start:], n_vocab, i, rng)) for i, p, other in drawn)
-    return [p for p in found if p.a != p.b and len(p.b) <= limit]
+def spoiled_pairs(pairs, share, limit, sft, seed):
+    """share * len(pairs) more: an answer and a spoiled one (data.spoiled), as whoever only knows whole ones may like a
+    heap of words. The judge reads what it expects into these; the label is how much likelier `sft` finds the answer."""
+    rng, n_vocab, drawn = random.Random(seed), sft.config.vocab_size, range(round(share * len(pairs)))
+    found = [replace(p, b_own=False, b=p.a[:p.start] + data.spoiled(p.a[p.start:], q.b[q.start:], n_vocab, i, rng))
+             for i, p, q in ((i, rng.choice(pairs), rng.choice(pairs)) for i in drawn)]
+    found = [p for p in found if p.a != p.b and len(p.b) <= limit]
+    texts = [(p.a[:p.start], p.a[p.start:], p.b[p.start:]) for p in found]
+    logp_a, logp_b = (answer_logp(sft, [t[0] for t in texts], [t[side] for t in texts]) for side in (1, 2))
+    return [replace(p, p_a=float(torch.sigmoid(a.sum() - b.sum()))) for p, a, b in zip(found, logp_a, logp_b)]
 
 
 def scores_of(pm, pairs, device):
@@ -219,8 +215,9 @@ def main(cfg: Config) -> dict:
     if data.done(cfg.out, cfg, cfg.again):
         print(f"train_pm: {cfg.out} is there already, made with these settings (--again to redo)")
         return {"skipped": True}
-    if not 0 <= cfg.clamp < 0.5 or cfg.noise < 0:
-        raise UserError(f"--clamp {cfg.clamp} --noise {cfg.noise}: clamp goes from 0 (off) to below 0.5, noise from 0")
+    if not 0 <= cfg.clamp < 0.5 or cfg.spoiled < 0:
+        raise UserError(f"--clamp {cfg.clamp} --spoiled {cfg.spoiled}: clamp goes from 0 (off) to below 0.5, "
+                        f"spoiled from 0")
     if cfg.weights and (len(cfg.weights) != len(cfg.pairs) or min(cfg.weights) < 0):
         raise UserError(f"--weights {','.join(map(str, cfg.weights))}: give one number, 0 or more, for each of the "
                         f"{len(cfg.pairs)} files of --pairs")
@@ -239,20 +236,23 @@ def main(cfg: Config) -> dict:
         pairs, dropped = pairs + some, dropped + left_out
     dropped["undecided"] = sum(abs(p.p_a - 0.5) < cfg.contrast for p in pairs)
     pairs = [p for p in pairs if abs(p.p_a - 0.5) >= cfg.contrast]
-    train, held = split(pairs, cfg.holdout, cfg.seed)
+    train, held = data.split(pairs, [p.prompt for p in pairs], cfg.holdout, cfg.seed)
     told = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count) or "none left out"
     if not train:
         raise UserError(f"{', '.join(cfg.pairs)}: no pair is left to train on ({told}, {len(held)} held out); judge "
                         f"more, or lower --holdout or --contrast")
-    train += noise(train, cfg.noise, config.block_size, config.vocab_size, cfg.seed)
+    longest = max(max(len(p.a), len(p.b)) for p in train)
+    memory.announce("pm", config, device, "--micro-batch", batch=cfg.batch_size, length=longest,
+                    micro_batch=cfg.micro_batch or cfg.batch_size, dtype_bytes=cli.number_bytes(cfg.dtype))
+    pm = checkpoint.load(cfg.init, device, scalar=True)
+    more = spoiled_pairs(train, cfg.spoiled, longest, pm.gpt, cfg.seed)  # as yet pm.gpt is the fine-tuned model
+    train += more
     every = [max(len(p.a), len(p.b)) for p in train]
     per_epoch = math.ceil(len(epoch_rows(train, cfg.weights, torch.Generator())) / cfg.batch_size)
     steps = cfg.epochs * per_epoch
     if distributed.is_main():
-        print(f"train_pm: {len(train)} pairs to train on, {len(held)} held out, {told}; {steps} steps on {device}")
-    memory.announce("pm", config, device, "--micro-batch", batch=cfg.batch_size, length=max(every),
-                    micro_batch=cfg.micro_batch or cfg.batch_size, dtype_bytes=cli.number_bytes(cfg.dtype))
-    pm = checkpoint.load(cfg.init, device, scalar=True)
+        print(f"train_pm: {len(train)} pairs to train on ({len(more)} with a spoiled answer), {len(held)} held out, "
+              f"{told}; {steps} steps on {device}")
     if cfg.freeze:  # what the model knows sits low; with few pairs, learning to read it beats learning it anew
         for part in (pm.gpt.wte, pm.gpt.wpe, *pm.gpt.h[:cfg.freeze]):
             part.requires_grad_(False)

@@ -74,14 +74,6 @@ def examples(rows, tokenizer, limit):
     return kept, dropped, unchanged
 
 
-def split(rows, share, seed):
-    """(training rows, held-out rows), by prompt: all rows of one prompt lie on one side."""
-    prompts = sorted({row[0] for row in rows})
-    random.Random(seed).shuffle(prompts)
-    held = set(prompts[:math.ceil(share * len(prompts))] if len(prompts) > 1 else [])
-    return [row for row in rows if row[0] not in held], [row for row in rows if row[0] in held]
-
-
 def documents(path, tokenizer, length, seed):
     """An endless stream of (first token, the others) from documents cut into pieces of `length` tokens.
 
@@ -133,7 +125,7 @@ def main(cfg: Config) -> dict:
     # --- data ---
     rows = [row for path in cfg.data for row in data.read_jsonl(path, need=("prompt", "revision"))]
     rows, dropped, unchanged = examples(rows, tokenizer, config.block_size)
-    train, held = split(rows, cfg.holdout, cfg.seed)
+    train, held = data.split(rows, [row[0] for row in rows], cfg.holdout, cfg.seed)
     if not train:
         raise UserError(f"{', '.join(cfg.data)}: no row is left to train on ({unchanged} never revised, {dropped} too "
                         f"long for the model, {len(held)} held out); revise more prompts or lower --holdout")

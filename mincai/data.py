@@ -8,7 +8,9 @@ Masks are bool and named after what True means. Shapes: B rows of the batch, T t
 
 import dataclasses
 import json
+import math
 import os
+import random
 import subprocess
 from pathlib import Path
 
@@ -117,16 +119,26 @@ def sft_batch(rows, device=None):
     return ids[:, :-1], ids[:, 1:], answer_mask[:, 1:]
 
 
+def split(rows, prompts, share, seed):
+    """(training rows, held-out rows), by prompt (one for each row): all rows of one prompt lie on one side."""
+    names = sorted(set(prompts))
+    random.Random(seed).shuffle(names)
+    held = set(names[:math.ceil(share * len(names))] if len(names) > 1 else [])
+    return ([row for row, prompt in zip(rows, prompts) if prompt not in held],
+            [row for row, prompt in zip(rows, prompts) if prompt in held])
+
+
 def spoiled(answer, other, n_vocab: int, kind: int, rng) -> list[int]:
-    """An answer that nobody should prefer, with the same end-of-text (the last of n_vocab ids): by `kind` modulo 5 its
-    tokens shuffled, the `other` answer (to another prompt), a few tokens over and over, random ones, or broken off."""
+    """An answer such as no model of language would give, with the same end-of-text (the last of n_vocab ids): by `kind`
+    modulo 6 its tokens shuffled, the `other` answer (to another prompt), a few tokens over and over (two kinds of six:
+    a stretch that is good by itself is the most tempting), random ones, or broken off."""
     *body, end = answer
-    kind, at, some = kind % 5, rng.randrange(max(1, len(body))), rng.randint(4, 9)
+    kind, at, some = kind % 6, rng.randrange(max(1, len(body))), rng.randint(3, 15)
     if kind == 0:
         body = rng.sample(body, len(body))
     elif kind == 1:
         body = other[:-1]
-    elif kind == 2:
+    elif kind in (2, 5):
         body = (body[at:at + some] * len(body))[:len(body)]
     elif kind == 3:
         body = [rng.randrange(n_vocab - 1) for _ in body]

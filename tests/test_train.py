@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import random
 import subprocess
 import sys
@@ -146,7 +147,7 @@ def test_sft_replays_its_share(base, revisions, tmp_path):
 
 def test_sft_holds_prompts_out_whole():
     rows = [(f"p{i % 20}", [1], [2]) for i in range(100)]
-    train, held = train_sft.split(rows, 0.1, seed=0)
+    train, held = data.split(rows, [row[0] for row in rows], 0.1, seed=0)
     assert len(held) == 10 and not {r[0] for r in train} & {r[0] for r in held}
 
 
@@ -185,40 +186,58 @@ def test_length_correlation_by_hand():
 def test_spoiled_answers_by_kind():
     answer, other, rng = [1, 2, 3, 4, 5, 6, 7, 8, EOT], [20, 21, EOT], random.Random(0)
     for turn in range(4):
-        shuffled, taken, over, drawn, cut = (data.spoiled(answer, other, 257, 5 * turn + k, rng) for k in range(5))
-        assert {tuple(x[-1:]) for x in (shuffled, taken, over, drawn, cut)} == {(EOT,)}
+        shuffled, taken, over, drawn, cut, again = (
+            data.spoiled(answer, other, 257, 6 * turn + k, rng) for k in range(6))
+        assert {tuple(x[-1:]) for x in (shuffled, taken, over, drawn, cut, again)} == {(EOT,)}
         assert sorted(shuffled) == sorted(answer) and taken == other
-        assert len(over) == len(drawn) == len(answer) and EOT not in drawn[:-1]
+        assert len(over) == len(again) == len(drawn) == len(answer) and EOT not in drawn[:-1]
+        assert over[:-1] == [*range(over[0], 9), *([*range(over[0], 9)] * 8)][:8] or len(set(over)) < 8
         assert len(cut) <= 5 and cut[:-1] == answer[:len(cut) - 1]
-    assert all(data.spoiled([EOT], [EOT], 257, k, rng)[-1] == EOT for k in range(5))
+    assert all(data.spoiled([EOT], [EOT], 257, k, rng)[-1] == EOT for k in range(6))
 
 
-def test_noise_teaches_what_whole_answers_do_not(base, pairs, tmp_path):
-    tokenizer = load_tokenizer(base)
+def test_spoiled_pairs_are_labelled_by_the_model(base, pairs, tmp_path):
+    """By how much likelier it finds the judged answer: recomputed by a full forward."""
+    tokenizer, sft = load_tokenizer(base), checkpoint.load(base)
     kept, _ = train_pm.read_pairs(pairs, tokenizer, 64)
-    more = train_pm.noise(kept, 0.5, 64, 257, 0)
-    assert 0 < len(more) <= 20 and more == train_pm.noise(kept, 0.5, 64, 257, 0)
+    more = train_pm.spoiled_pairs(kept, 0.5, 64, sft, 0)
+    assert 0 < len(more) <= 20 and more == train_pm.spoiled_pairs(kept, 0.5, 64, sft, 0)
     for p in more:
         assert p.a[:p.start] == p.b[:p.start] == tokenizer.encode(p.prompt) and p.a != p.b
-        assert p.p_a == 1 and not p.b_own and len(p.b) <= 64
-    with pytest.raises(UserError, match="--noise -0.1"):
-        train_pm.main(train_pm.Config(init=base, pairs=(pairs,), out=str(tmp_path / "x"), noise=-0.1, **QUIET))
-    assert train_pm.noise(kept, 0.0, 64, 257, 0) == [] and train_pm.noise(kept, 0.5, 1, 257, 0) == []
+        assert not p.b_own and len(p.b) <= 64
+        ids = [torch.tensor(x) for x in (p.a, p.b)]
+        with torch.no_grad():
+            a, b = (float(torch.log_softmax(sft.unembed(sft(x[None, :-1]))[0], -1).gather(1, x[1:, None])[
+                p.start - 1:].sum()) for x in ids)
+        assert p.p_a == pytest.approx(1 / (1 + math.exp(b - a)), abs=1e-4)
+    with pytest.raises(UserError, match="--spoiled -0.1"):
+        train_pm.main(train_pm.Config(init=base, pairs=(pairs,), out=str(tmp_path / "x"), spoiled=-0.1, **QUIET))
+    assert train_pm.spoiled_pairs(kept, 0.0, 64, sft, 0) == [] == train_pm.spoiled_pairs(kept, 0.5, 1, sft, 0)
+
+
+def test_spoiled_pairs_teach_what_whole_answers_do_not(base, pairs, tmp_path):
+    tokenizer, sft = load_tokenizer(base), str(tmp_path / "sft")
+    kept, _ = train_pm.read_pairs(pairs, tokenizer, 64)
+    data.write_jsonl(tmp_path / "liked.jsonl", [
+        {"id": row["id"], "prompt": row["prompt"], "revision": "", "revision_ids": row["a_ids" if row["p_a"] > 0.5 else
+                                                                                      "b_ids"]}
+        for row in rows_of(pairs)[:40]])
+    train_sft.main(train_sft.Config(base=base, data=(str(tmp_path / "liked.jsonl"),), out=sft, epochs=20, lr=0.003,
+                                    **QUIET))
 
     def junk_wins(name, **more):
-        """How often an answer that the judge likes scores below the letter that makes it liked, thrice; and what
-        training says."""
-        metrics = train_pm.main(train_pm.Config(init=base, pairs=(pairs,), out=str(tmp_path / name), epochs=20,
+        """How often an answer that the judge likes scores below itself read backwards; and what training says."""
+        metrics = train_pm.main(train_pm.Config(init=sft, pairs=(pairs,), out=str(tmp_path / name), epochs=20,
                                                 lr=0.003, freeze=0, **more, **QUIET))
         pm = checkpoint.load(tmp_path / name, scalar=True)
         liked = [p.a if p.p_a > 0.5 else p.b for p in kept]
-        junk = [[*ids[:p.start], *b"yyy", EOT] for p, ids in zip(kept, liked)]
+        junk = [[*ids[:p.start], *ids[-2:p.start - 1:-1], EOT] for p, ids in zip(kept, liked)]
         good, bad = train_pm.all_scores(pm, [train_pm.Pair("", a, b, 0, 1.0, True, True) for a, b in zip(liked, junk)],
                                         16, "cpu")
         return float((bad > good).float().mean()), metrics
-    (without, plain), (with_noise, noisy) = junk_wins("plain"), junk_wins("noisy", noise=1.0)
-    assert with_noise < 0.1 and without > 0.3
-    assert noisy["held"] == plain["held"] and noisy["pairs"] > plain["pairs"] and noisy["val_accuracy"] > 0.9
+    (without, plain), (with_spoiled, more) = junk_wins("plain", spoiled=0.0), junk_wins("more", spoiled=1.0)
+    assert with_spoiled < 0.1 and without > 0.3
+    assert more["held"] == plain["held"] and more["pairs"] > plain["pairs"] and more["val_accuracy"] > 0.9
 
 
 # --- reinforcement learning -------------------------------------------------------------------------------
