@@ -39,7 +39,7 @@ class Config:
     constitution: str = arg(str(constitution.PATH), "the principles")
     only: str = arg("", "use these principle ids or targets only, commas between")
     without: str = arg("", "leave out these principle ids or targets")
-    aim: float = arg(0.8, "share of draws from principles on the prompt's own category (on help and truth, if none)")
+    aim: float = arg(0.9, "share of draws from principles on the prompt's own category (on help and truth, if none)")
     harmful: int = arg(150, "adversarial prompts, the attack families in turn; 0 for all")
     helpful: int = arg(250, "ordinary prompts; 0 for all")
     samples: int = arg(16, "answers of the model to each prompt")
