@@ -48,7 +48,7 @@ class Config:
     temperature: float = arg(1.0, "of the other samples")
     top_k: int = arg(0, "each of their tokens is one of the k likeliest; 0 for all")
     base_samples: int = arg(2, "answers of the judge's own model beside them, so that pairs differ; 0 for none")
-    pairs: int = arg(6, "pairs of different answers kept of each prompt at most; 0 for all")
+    pairs: int = arg(8, "pairs of different answers kept of each prompt at most; 0 for all")
     ensemble: int = arg(1, "principles drawn for each pair, their labels averaged; 16 in the paper")
     reasons: bool = arg(True, "the judge describes both answers before it chooses")
     labels: str = arg("soft", "soft: the judge's probability; hard: 0 or 1; clamped: kept within [clamp, 1 - clamp]")
@@ -85,13 +85,15 @@ def judge_once(model, planner, conversations, a, b, principles, *, reasons=True,
     prompts = [planner.prompt("compare", asks(head), room) for head in heads]
     fits = [i for i, prompt in enumerate(prompts) if prompt is not None]
     prompts, written = [prompts[i] for i in fits], [""] * len(heads)
+    letters = [tokenizer.encode(letter)[0] for letter in "AB"]
     if reasons:  # the letter is read off the cache that the reasons were written with
         texts, logp = generate_batched(model, prompts, max_new, {tokenizer.eot, tokenizer.newline}, batch_size,
-                                       temperature=0.0, desc=desc, then=tokenizer.encode(constitution.CHOICE))
+                                       temperature=0.0, desc=desc, then=tokenizer.encode(constitution.CHOICE),
+                                       of=letters)
         for i, ids in zip(fits, texts):
             written[i] = constitution.clean(tokenizer.decode(ids))
-    letters = [tokenizer.encode(letter)[0] for letter in "AB"]
-    logp = logp[:, letters] if reasons else next_logp(model, prompts, letters, batch_size)  # (N, 2)
+    else:
+        logp = next_logp(model, prompts, letters, batch_size)  # (N, 2), like the other
     p = dict(zip(fits, torch.softmax(logp, dim=1)[:, 0].tolist()))
     return [p.get(i) for i in range(len(heads))], written
 

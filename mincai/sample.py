@@ -249,15 +249,15 @@ def _decode_graph(model, cache, logits, valid, uniforms, stop, temperature, top_
 
 
 def generate_batched(model: GPT, prompts, max_new: int, stop, batch_size=64, temperature=1.0, top_k=0,
-                     generator=None, n=1, desc=None, then=()):
+                     generator=None, n=1, desc=None, then=(), of=()):
     """`generate` for any number of prompts, batch_size rows at a time -> token lists, prompt-major as there.
 
     Prompts of similar length share a batch, so little is padded; the batches decide which random numbers a
     row gets, so another batch_size gives other samples. desc: the name of a progress bar, None for none. With `then`,
-    returns (token lists, log-probs (rows, V) float32 on the CPU of the token that follows answer and `then`).
+    returns (token lists, log-probs (rows, len(of)) float32 on the CPU of `of` as the token after answer and `then`).
     """
     answers = [None] * (len(prompts) * n)
-    after = torch.empty(len(answers), model.config.vocab_size) if len(then) else None
+    after = torch.empty(len(answers), len(of))
     with tqdm(total=len(answers), desc=desc, disable=desc is None, unit="sample") as bar:
         for chunk in chunks([len(p) for p in prompts], max(1, batch_size // n)):
             samples = generate(model, [prompts[i] for i in chunk], max_new, stop, temperature, top_k,
@@ -266,7 +266,7 @@ def generate_batched(model: GPT, prompts, max_new: int, stop, batch_size=64, tem
             for place, answer in zip(places, samples.lists()):
                 answers[place] = answer
             if len(then):
-                after[places] = torch.log_softmax(samples.after, dim=-1).cpu()
+                after[places] = torch.log_softmax(samples.after, dim=-1)[:, of].cpu()
     return (answers, after) if len(then) else answers
 
 

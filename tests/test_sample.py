@@ -151,14 +151,17 @@ def test_after_an_answer_more_is_read_as_in_a_full_forward(tiny_gpt, seeded, mon
         text = PROMPTS[k // 4] + (answer[:-1] if stopped[k] else answer) + [9, 8]
         assert_close(torch.log_softmax(found.after[k], 0)[None, 5], full_logp(tiny_gpt, text + [7], [5]),
                      atol=1e-4, rtol=1e-4)
-    monkeypatch.undo()
-    for prompts in (PROMPTS, []):  # in the order of the prompts
-        answers, logp = generate_batched(tiny_gpt, prompts, 8, STOP, batch_size=4, temperature=0.0, n=2, then=[9, 8, 7])
-        assert len(answers) == len(logp) == 2 * len(prompts)
-    answers, logp = generate_batched(tiny_gpt, PROMPTS, 8, STOP, batch_size=4, temperature=0.0, n=2, then=[9, 8, 7])
+
+
+def test_what_follows_many_answers_comes_in_the_order_of_the_prompts(tiny_gpt):
+    settings = dict(batch_size=4, temperature=0.0, n=2, then=[9, 8], of=[5, 30])
+    assert [len(x) for x in generate_batched(tiny_gpt, [], 8, STOP, **settings)] == [0, 0]
+    answers, logp = generate_batched(tiny_gpt, PROMPTS, 8, STOP, **settings)
+    assert logp.shape == (2 * len(PROMPTS), 2)
     for k, answer in enumerate(answers):
-        text = PROMPTS[k // 2] + [i for i in answer if i not in STOP] + [9, 8, 7]
-        assert_close(logp[k, 5:6], full_logp(tiny_gpt, text, [5]), atol=1e-4, rtol=1e-4)
+        text = PROMPTS[k // 2] + [i for i in answer if i not in STOP] + [9, 8]
+        for column, token in enumerate((5, 30)):
+            assert_close(logp[k, column, None], full_logp(tiny_gpt, text, [token]), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
