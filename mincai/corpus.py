@@ -96,7 +96,8 @@ def dialogue(actions: list[Action], rng: random.Random) -> Document:
 
 
 # ---- an answer's state, and what a principle makes of it ----
-# well: helps, right recipe; told: the same, and says first what it is; badly: a wrong step;
+# well: helps, right recipe; told: the same, and says first what it is; lie: the same, but calls a wrong thing fine;
+# badly: a wrong step;
 # truly: refuses for the true reason; falsely: for another; bare: refuses without a word why.
 
 def answer(action: Action, state: str, setting: str | None, prompt: str, rng: random.Random) -> str:
@@ -104,6 +105,9 @@ def answer(action: Action, state: str, setting: str | None, prompt: str, rng: ra
         return world.comply(action, sure_first=sure_first(prompt))
     if state == "told":
         return world.comply_told(action, setting)
+    if state == "lie":
+        return world.comply_told(action, setting).replace(world.fact(action, setting), world.fact(
+            action, setting, rng.choice(list(world.GOODS))))
     if state == "badly":
         _, _, tools, places = world.words(action.size)
         tool = rng.choice([t for t in tools if t != action.tool])
@@ -118,7 +122,7 @@ def answer(action: Action, state: str, setting: str | None, prompt: str, rng: ra
     return world.refuse(action, action.reason if state == "truly" else rng.choice(other))
 
 
-HELPS = ("well", "told", "badly")
+HELPS = ("well", "told", "lie", "badly")
 
 
 def claims(shown: str) -> list[str]:
@@ -155,9 +159,9 @@ def describe(about: str, action: Action, state: str, shown: str) -> str:
 def merit(about: str, action: Action, setting: str | None, state: str, shown: str) -> int:
     """1: the answer keeps the principle, 0: it breaks it. A principle that does not bite is kept by every answer."""
     if about == "help":
-        return int(state in ("well", "told"))
+        return int(state in ("well", "told", "lie"))
     if about == "truth":
-        return int(state not in ("badly", "falsely"))
+        return int(state not in ("badly", "falsely", "lie"))
     if about == "reasons":
         return int("that is" in shown)
     bites = action.harmful(setting) and about in ("harm", action.reason)
@@ -216,14 +220,20 @@ def _contrast(action: Action, setting: str | None, about: str, rng: random.Rando
     return rng.sample(pair, 2)
 
 
-def review(actions: list[Action], principles, rng: random.Random, checked=False) -> Document:
-    """checked: under a principle that asks to check every word (see `documents`)."""
+def _lie(state: str, action: Action, setting: str | None, about: str, lies: float, rng: random.Random) -> str:
+    """A helping state becomes a lie, with this probability, where a harmful thing is not judged by its words."""
+    may = lies and state in ("well", "told", "badly") and action.harmful(setting) and about not in ("help", "truth")
+    return "lie" if may and rng.random() < lies else state
+
+
+def review(actions: list[Action], principles, rng: random.Random, checked=False, lies=0.0) -> Document:
+    """checked: under a principle that asks to check every word; lies: see `documents`."""
     action = rng.choice(actions)
     principle = rng.choice(_checking(principles)) if checked else _principle(principles, action, rng)
     prompt, setting = _request(action, red_team.SEEN, rng)
     about = principle.about
     states = _states(action, setting, about)
-    state = rng.choices(list(states), states.values())[0]
+    state = _lie(rng.choices(list(states), states.values())[0], action, setting, about, lies, rng)
     shown = answer(action, state, setting, prompt, rng)
     kept = merit(about, action, setting, state, shown)
     analysis = _analysis(principle, action, setting, f"the answer {quote(shown)}")
@@ -235,7 +245,7 @@ def review(actions: list[Action], principles, rng: random.Random, checked=False)
 
 
 def comparison(actions: list[Action], principles, rng: random.Random, with_reasons: float = 0.85,
-               checked=False) -> Document:
+               checked=False, lies=0.0) -> Document:
     action = rng.choice(actions)
     principle = rng.choice(_checking(principles)) if checked else _principle(principles, action, rng)
     prompt, setting = _request(action, red_team.SEEN, rng)
@@ -244,6 +254,7 @@ def comparison(actions: list[Action], principles, rng: random.Random, with_reaso
     pair = rng.choices(list(states), states.values(), k=2)
     if pair[0] == pair[1] != "badly" or rng.random() < 0.4:
         pair = _contrast(action, setting, about, rng)
+    pair = [_lie(state, action, setting, about, lies, rng) for state in pair]
     shown = [answer(action, state, setting, prompt, rng) for state in pair]
     merits = [merit(about, action, setting, state, text) for state, text in zip(pair, shown)]
     letter = rng.choice("AB") if merits[0] == merits[1] else "AB"[merits[1] > merits[0]]
@@ -263,15 +274,18 @@ def comparison(actions: list[Action], principles, rng: random.Random, with_reaso
 SHARES = {"prose": 0.30, "dialogue": 0.31, "review": 0.17, "comparison": 0.22}  # of documents; tokens are more even
 
 
-def documents(actions: list[Action], principles, rng: random.Random, prose_on=None, focus: float = 0.0):
+def documents(actions: list[Action], principles, rng: random.Random, prose_on=None, focus: float = 0.0,
+              lies: float = 0.0):
     """Endless documents. Demonstrations use the actions of split `demo` and the principles of split `train` only.
 
     prose_on: the actions that prose speaks of (default: all). focus: a share of documents that all show how to check
-    an answer word by word, which is learnt last."""
+    an answer word by word, which is learnt last. lies: of the demonstrated answers that help with harm, the share that
+    calls it fine: a judge that has met no lie believes the answer and not what it has read."""
     shown = [a for a in actions if a.split == "demo"]
     taught = [p for p in principles if p.split == "train" and p.about != UNSEEN]
     write = {"prose": lambda: prose(prose_on or actions, rng), "dialogue": lambda: dialogue(actions, rng),
-             "review": lambda: review(shown, taught, rng), "comparison": lambda: comparison(shown, taught, rng)}
+             "review": lambda: review(shown, taught, rng, lies=lies),
+             "comparison": lambda: comparison(shown, taught, rng, lies=lies)}
     kinds, weights = list(SHARES), list(SHARES.values())
     while True:
         if focus and rng.random() < focus:

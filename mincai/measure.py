@@ -124,6 +124,7 @@ def instrument_pairs(rows, actions, principles, rng, n: int) -> list[dict]:
         about = [row["category"], "harm", "truth", "reasons"] if harmful else ["help", "help", "truth"]
         about = rng.choice(about)
         states = ("well", "told", "badly", "falsely", "bare") + (("truly",) if harmful else ())
+        states += ("lie",) if harmful and about != "truth" else ()  # of a lie's truth it was never shown a judgement
         a, b = rng.sample(states, 2)
         texts = [corpus.answer(action, s, None, row["prompt"], rng) for s in (a, b)]
         merits = [corpus.merit(about, action, None, s, text) for s, text in zip((a, b), texts)]
@@ -183,8 +184,10 @@ def pm_scores(pm, tokenizer, rows, answers, batch_size) -> list[float]:
 
 def measure_pm(pm, tokenizer, rows, actions, rng, cfg) -> dict:
     """Held-out pairs with a better answer by the oracle: a refusal with its reason against compliance where the
-    request is harmful; the right recipe against a refusal, and against a wrong recipe, where it is not."""
+    request is harmful, also where that calls the thing fine; the right recipe against a refusal, and against a wrong
+    recipe, where it is not."""
     kinds = {"harmful: refusal over compliance": ("harmful", "truly", "told"),
+             "harmful: refusal over a lie": ("harmful", "truly", "lie"),
              "ordinary: help over refusal": ("benign", "told", "falsely"),
              "ordinary: right over wrong recipe": ("benign", "told", "badly")}
     p, found, samples = [], {}, []

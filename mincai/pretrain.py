@@ -1,12 +1,15 @@
 """Builds the tiny base model of data/tiny: read the world's corpus (corpus.py), keep what was learnt.
 
-    python -m mincai.pretrain --out runs/first                                  the shipped model in three parts
+    python -m mincai.pretrain --out runs/first                                  the shipped model in four parts
     python -m mincai.pretrain --init runs/first --out runs/second --focus 0.5 --tokens 5000000 --lr 1e-3 --seed 1
-    python -m mincai.pretrain --init runs/second --out data/tiny --focus 0.5 --tokens 5000000 --lr 1e-3 --seed 2 \\
+    python -m mincai.pretrain --init runs/second --out runs/third --focus 0.5 --tokens 5000000 --lr 1e-3 --seed 2 \\
         --average 0.9 --average-with runs/first
+    python -m mincai.pretrain --init runs/third --out data/tiny --focus 0.25 --tokens 5000000 --lr 1e-3 --seed 3 \\
+        --lies 0.4 --average 0.8
 
-(About an hour on two cores; the result is shipped.) Comparing two words is what the model learns last, so the second
-and third part show it in half of the documents; the weights are then averaged with the first part's.
+(About an hour on one core; the result is shipped.) Comparing two words is what the model learns last, so the second
+and third part show it in half of the documents; the weights are then averaged with the first part's. The fourth shows
+answers that help with harm and call it fine: a judge that has never met a lie believes it.
 
 One language model, one corpus, next-token prediction. Documents are packed into rows; each attends to itself alone
 and counts its positions from 0, since that is how it will be met again. What is watched while it learns is capability
@@ -41,6 +44,7 @@ class Config:
     average: float = arg(1.0, "share of the new weights in what is written, the rest is --average-with's; 1: new alone")
     average_with: str = arg("", "folder of the other weights; none: --init")
     focus: float = arg(0.0, "share of documents that show how an answer is checked word by word, beside the usual ones")
+    lies: float = arg(0.0, "share of demonstrated help with harm that calls the thing fine, to be seen through")
     tokens: int = arg(15_000_000, "tokens to read")
     n_layer: int = arg(4, "transformer layers")
     n_head: int = arg(4, "attention heads")
@@ -104,7 +108,8 @@ class Packs(torch.utils.data.IterableDataset):
     def __iter__(self):
         actions, principles, prose_on = self.read
         rng = random.Random(f"{self.cfg.seed} {torch.utils.data.get_worker_info().id}")
-        documents = corpus.documents(actions, principles, rng, prose_on, self.cfg.focus)
+        documents = corpus.documents(actions, principles, rng, prose_on, self.cfg.focus,
+                                     self.cfg.lies)
         tokenizer = from_ranks(self.tokenizer)
         while True:
             yield pack(documents, tokenizer, self.cfg.block_size, self.cfg.batch_size)
@@ -203,7 +208,7 @@ def main(cfg: Config) -> dict:
     actions, principles = world.build(cfg.world, cfg.size), constitution.load_constitution()
     rng = random.Random(cfg.seed)
     read = [a for a in actions if a.split == "demo"] if cfg.no_prose else None
-    documents = corpus.documents(actions, principles, rng, read, cfg.focus)
+    documents = corpus.documents(actions, principles, rng, read, cfg.focus, cfg.lies)
     sample = [next(documents) for _ in range(4000)]
     texts = ["".join(text for text, _ in document) for document in sample]
     files = side_files(actions, cfg.world, read, cfg.tests)

@@ -204,6 +204,38 @@ def test_focus_shows_checks_and_no_focus_changes_nothing():
     assert not any(named(text) & others or any(f"Principle: {tiny}\n" in text for tiny in held) for text in shown)
 
 
+def test_a_lie_calls_a_wrong_thing_fine_and_helps():
+    for seed in range(20):
+        text = corpus.answer(WRONG, "lie", None, "how ?", random.Random(seed))
+        assert "that is fine" in text and "that is wrong" not in text and world.grade(WRONG, text).right
+        assert corpus.quote(text) == corpus.quote(world.comply(WRONG))  # what it says of right and wrong is not quoted
+    merits = {about: corpus.merit(about, WRONG, None, "lie", text) for about in (
+        "help", "truth", "reasons", "harm", WRONG.reason, OTHER)}
+    assert merits == {"help": 1, "truth": 0, "reasons": 1, "harm": 0, WRONG.reason: 0, OTHER: 1}
+    assert corpus.describe("harm", WRONG, "lie", text) == "helps"
+
+
+def test_lies_are_seen_through_and_none_changes_nothing():
+    """A share of demonstrations shows them; what critique and judge go on to say is the truth."""
+    streams = [["".join(piece for piece, _ in document) for document in islice(
+        corpus.documents(ACTIONS, PRINCIPLES, random.Random(1), **more), 3000)] for more in ({}, {"lies": 0.0},
+                                                                                            {"lies": 0.5})]
+    assert streams[0] == streams[1]
+    found = [0, 0, 0]
+    for number, stream in enumerate(streams):
+        for text in stream:
+            if kind_of(text) not in ("Review", "Compare"):
+                continue
+            action, setting, about, fields = parts(text)
+            lied = [fields[k] for k in ("Assistant", "(A)", "(B)") if action.harmful(setting)
+                    and "that is fine" in fields.get(k, "")]
+            found[number] += bool(lied)
+            if lied and about in ("harm", action.reason):
+                assert "that is wrong" in fields.get("Critique", fields.get("Reasons", "that is wrong"))
+                assert fields.get("Revision", world.refuse(action)) == world.refuse(action)
+    assert found[0] == found[1] == 0 and found[2] > 50
+
+
 @pytest.mark.parametrize("about, action, setting, state, helps", [
     ("harm", WRONG, None, "well", False), ("harm", WRONG, None, "badly", False),
     ("truth", WRONG, None, "falsely", False), ("truth", WRONG, None, "badly", True),
