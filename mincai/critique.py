@@ -37,7 +37,7 @@ class Config:
     without: str = arg("", "leave out these principle ids or targets")
     aim: float = arg(0.6, "share of draws from principles on the prompt's own category (on help and reasons, if none)")
     harmful: int = arg(320, "adversarial prompts, the attack families in turn; 0 for all")
-    helpful: int = arg(640, "ordinary prompts; 0 for all")
+    helpful: int = arg(320, "ordinary prompts; 0 for all")
     responses: int = arg(2, "answers sampled to each adversarial prompt, at temperature 1")
     fewshot: str = arg("", "file of worked examples to put in front of every prompt, e.g. data/english/fewshot.json")
     wording: str = arg("tiny", "principles in their tiny or their full words")

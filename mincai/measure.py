@@ -124,7 +124,6 @@ def instrument_pairs(rows, actions, principles, rng, n: int) -> list[dict]:
         about = [row["category"], "harm", "truth", "reasons"] if harmful else ["help", "help", "truth"]
         about = rng.choice(about)
         states = ("well", "told", "badly", "falsely", "bare") + (("truly",) if harmful else ())
-        states += ("lie",) if harmful and about != "truth" else ()  # of a lie's truth it was never shown a judgement
         a, b = rng.sample(states, 2)
         texts = [corpus.answer(action, s, None, row["prompt"], rng) for s in (a, b)]
         merits = [corpus.merit(about, action, None, s, text) for s, text in zip((a, b), texts)]
@@ -152,14 +151,14 @@ def measure_judge(model, tokenizer, pairs, cfg, **settings) -> dict:
 
 def measure_critic(model, tokenizer, rows, actions, principles, rng, cfg) -> dict:
     """Complying answers to harmful requests, criticised under a principle about their category, and under one about
-    another: the first breaks it, the second does not apply."""
-    found = {}
-    for name, applies in (("applies", True), ("does_not_apply", False)):
-        texts = []
+    another: the first breaks it, the second does not apply; lie: as the first, but the answer calls the thing fine."""
+    found, own = {}, random.Random(cfg.seed + 12)  # its own numbers, so that the others stay what they were
+    for name, applies in (("applies", True), ("does_not_apply", False), ("lie", True)):
+        texts, state, rng = [], "lie" if name == "lie" else "well", own if name == "lie" else rng
         for row in rng.choices(rows, k=cfg.judged):
             about = [p for p in principles if p.about in world.HARMS and p.about != world.UNSEEN
                      and (p.about == row["category"]) == applies]
-            answer = corpus.answer(actions[row["action"]], "well", None, row["prompt"], rng)
+            answer = corpus.answer(actions[row["action"]], state, None, row["prompt"], rng)
             texts.append(constitution.review(constitution.dialogue(row["prompt"]), answer, rng.choice(about).tiny))
         critiques = generate_batched(model, [tokenizer.encode(t) for t in texts], cfg.max_new,
                                      {tokenizer.eot, tokenizer.newline}, cfg.batch_size, temperature=0.0)
@@ -184,10 +183,8 @@ def pm_scores(pm, tokenizer, rows, answers, batch_size) -> list[float]:
 
 def measure_pm(pm, tokenizer, rows, actions, rng, cfg) -> dict:
     """Held-out pairs with a better answer by the oracle: a refusal with its reason against compliance where the
-    request is harmful, also where that calls the thing fine; the right recipe against a refusal, and against a wrong
-    recipe, where it is not."""
+    request is harmful; the right recipe against a refusal, and against a wrong recipe, where it is not."""
     kinds = {"harmful: refusal over compliance": ("harmful", "truly", "told"),
-             "harmful: refusal over a lie": ("harmful", "truly", "lie"),
              "ordinary: help over refusal": ("benign", "told", "falsely"),
              "ordinary: right over wrong recipe": ("benign", "told", "badly")}
     p, found, samples = [], {}, []
@@ -201,7 +198,12 @@ def measure_pm(pm, tokenizer, rows, actions, rng, cfg) -> dict:
         samples += [{"kind": name, "prompt_id": r["id"], "better": g, "worse": b, "p": x}
                     for r, g, b, x in zip(some, *texts, mine)]
         p += mine
+    lied, own = [r for r in rows if r["kind"] == "harmful"], random.Random(cfg.seed + 13)
+    lied = own.choices(lied, k=cfg.judged)  # apart from the accuracy: the judge that it learns from believes lies too
+    true, lie = ([corpus.answer(actions[r["action"]], state, None, r["prompt"], own) for r in lied]
+                 for state in ("truly", "lie"))
+    over = [x > y for x, y in zip(*(pm_scores(pm, tokenizer, lied, t, cfg.batch_size) for t in (true, lie)))]
     # each pair seen from both sides, so that the label is not always 1
     both, label = p + [1 - x for x in p], [1] * len(p) + [0] * len(p)
-    return {"accuracy": rate(x > 0.5 for x in p), "by_kind": found,
+    return {"accuracy": rate(x > 0.5 for x in p), "by_kind": found, "refusal_over_a_lie": rate(over),
             "calibration_error": calibration_error(torch.tensor(both), torch.tensor(label)), "samples": samples}

@@ -1,15 +1,12 @@
 """Builds the tiny base model of data/tiny: read the world's corpus (corpus.py), keep what was learnt.
 
-    python -m mincai.pretrain --out runs/first                                  the shipped model in four parts
+    python -m mincai.pretrain --out runs/first                                  the shipped model in three parts
     python -m mincai.pretrain --init runs/first --out runs/second --focus 0.5 --tokens 5000000 --lr 1e-3 --seed 1
-    python -m mincai.pretrain --init runs/second --out runs/third --focus 0.5 --tokens 5000000 --lr 1e-3 --seed 2 \\
+    python -m mincai.pretrain --init runs/second --out data/tiny --focus 0.5 --tokens 5000000 --lr 1e-3 --seed 2 \\
         --average 0.9 --average-with runs/first
-    python -m mincai.pretrain --init runs/third --out data/tiny --focus 0.25 --tokens 5000000 --lr 1e-3 --seed 3 \\
-        --lies 0.4 --average 0.8
 
-(About an hour on one core; the result is shipped.) Comparing two words is what the model learns last, so the second
-and third part show it in half of the documents; the weights are then averaged with the first part's. The fourth shows
-answers that help with harm and call it fine: a judge that has never met a lie believes it.
+(About an hour on two cores; the result is shipped.) Comparing two words is what the model learns last, so the second
+and third part show it in half of the documents; the weights are then averaged with the first part's.
 
 One language model, one corpus, next-token prediction. Documents are packed into rows; each attends to itself alone
 and counts its positions from 0, since that is how it will be met again. What is watched while it learns is capability
@@ -108,8 +105,7 @@ class Packs(torch.utils.data.IterableDataset):
     def __iter__(self):
         actions, principles, prose_on = self.read
         rng = random.Random(f"{self.cfg.seed} {torch.utils.data.get_worker_info().id}")
-        documents = corpus.documents(actions, principles, rng, prose_on, self.cfg.focus,
-                                     self.cfg.lies)
+        documents = corpus.documents(actions, principles, rng, prose_on, self.cfg.focus, self.cfg.lies)
         tokenizer = from_ranks(self.tokenizer)
         while True:
             yield pack(documents, tokenizer, self.cfg.block_size, self.cfg.batch_size)

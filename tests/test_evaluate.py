@@ -172,9 +172,9 @@ def test_a_run_folder_knows_its_seed(cfg, capsys):
 def test_a_preference_model_is_measured_too(cfg, tmp_path):
     checkpoint.save(ScalarModel(checkpoint.load(cfg.base)), tmp_path / "run" / "pm")
     result = evaluate.main(cfg)
-    assert result["pm"]["accuracy"]["n"] == 12 and len(result["pm"]["by_kind"]) == 4
+    assert result["pm"]["accuracy"]["n"] == 9 and len(result["pm"]["by_kind"]) == 3
     assert result["missing"] == ["ppo"] and "preference model" in table(result)
-    assert len(data.read_jsonl(tmp_path / "run" / "eval_pm.jsonl")) == 12
+    assert len(data.read_jsonl(tmp_path / "run" / "eval_pm.jsonl")) == 9
 
 
 def test_the_table_shows_every_rate():
