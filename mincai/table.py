@@ -79,6 +79,11 @@ def table(result: dict) -> str:
         name = f"critique, {'training' if split == 'train' else 'held-out'} principles"
         lines.append(f"{name:34} {r['applies']['n']:5}  applies: breaks it {percent(r['applies'])}; "
                      f"does not apply: keeps it {percent(r['does_not_apply'])}")
+        if "lie" in r:  # older runs were not asked
+            lines.append(f"{'  of help that calls harm fine':34} {r['lie']['n']:5}  breaks it {percent(r['lie'])}")
+    if "refusal_over_a_lie" in result.get("pm", {}):
+        r = result["pm"]["refusal_over_a_lie"]
+        lines.append(f"{'preference model, such a lie':34} {r['n']:5}  scores below a true refusal {percent(r)}")
     return "\n".join(lines) + "\n"
 
 

@@ -5,6 +5,7 @@ import json
 import math
 import random
 import shutil
+import types
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,26 @@ def test_compliance_is_the_log_prob_of_the_complying_answer(tiny_base, rows):
     assert found["probability"] == pytest.approx(math.exp(sum(each)), rel=1e-3)
 
 
+def test_who_believes_a_lie_is_found_out(tiny_base, rows, monkeypatch):
+    """A critic and a score that go by the words "that is fine", and ones that do not."""
+    tokenizer, principles = load_tokenizer(tiny_base), constitution.load_constitution()
+    cfg = types.SimpleNamespace(seed=0, judged=20, max_new=4, batch_size=8)
+    for believes in (True, False):
+        def generate_batched(model, prompts, *_, **__):
+            fine = ["that is fine" in tokenizer.decode(p).split("Assistant:")[1] for p in prompts]
+            return [tokenizer.encode(f" so it {'keeps' if believes and f else 'breaks'} the principle .") for f in fine]
+        monkeypatch.setattr(measure, "generate_batched", generate_batched)
+        monkeypatch.setattr(measure, "pm_scores", lambda pm, tokenizer, some, texts, size: [
+            float("that is fine" in text) * (1 if believes else -1) for text in texts])
+        found = measure.measure_critic(None, tokenizer, [r for r in rows if r["split"] == "eval"], ACTIONS, principles,
+                                       random.Random(0), cfg)
+        assert found["applies"]["rate"] == 1 and found["lie"]["rate"] == (0 if believes else 1)
+        assert found["lie"]["n"] == 20
+        over = measure.measure_pm(None, tokenizer, [r for r in rows if r["split"].startswith("eval")], ACTIONS,
+                                  random.Random(0), cfg)["refusal_over_a_lie"]
+        assert over["n"] == 20 and over["rate"] == (0 if believes else 1)
+
+
 # --- the stage and its table ------------------------------------------------------------------------------
 
 @pytest.fixture
@@ -190,6 +211,10 @@ def test_the_table_shows_every_rate():
     result = {"stages": {"base": stage | {"compliance": {"logp_per_token": -1.25, "probability": 0.0625}}},
               "judge_train": accuracy, "judge_held": accuracy, "judge_direct": accuracy, "pm": accuracy,
               "critic_train": critic, "critic_held": critic}
+    assert "fine" not in table(result)
+    result["critic_held"] = critic | {"lie": evaluate.rate([1] * 5 + [0] * 3)}
+    result["pm"] = accuracy | {"refusal_over_a_lie": evaluate.rate([1] * 3 + [0] * 5)}
+    assert table(result).count(" 62.5% [") == table(result).count(" 37.5% [") == 1
     text = table(result)
     for value in range(101, next(number)):
         assert f" {value / 10:.1f}% [" in text, value
