@@ -45,7 +45,7 @@ class Config:
     pairs: tuple[str, ...] = arg(("runs/tiny/comparisons.jsonl",), "files of pairs: comparisons, HH-RLHF's, or TRL's")
     weights: tuple[float, ...] = arg((), "how often each file is read in an epoch, 0.5 for half; none: once")
     out: str = arg("runs/tiny/pm", "folder to write the preference model to")
-    epochs: int = arg(6, "how often every pair is seen")
+    epochs: int = arg(8, "how often every pair is seen")
     lr: float = arg(1e-3, "learning rate of AdamW, falling in a line to 0")
     batch_size: int = arg(16, "pairs in one optimiser step")
     micro_batch: int = arg(0, "pairs in one forward pass; lower it when memory is short, 0 takes the whole batch")
