@@ -52,7 +52,7 @@ class Config:
     contrast: float = arg(0.05, "leave out pairs whose label is nearer to 1/2: the judge was undecided; 0 keeps all")
     clamp: float = arg(0.0, "keep labels within clamp and 1 - clamp, e.g. 0.4 for a too sure judge; 0: off")
     hard: bool = arg(False, "round the labels to 0 and 1 (the paper found this much worse)")
-    spoiled: float = arg(0.2, "part of the pairs to add, of an answer and a spoiled one: shuffled, repeated, cut off")
+    spoiled: float = arg(0.0, "part of the pairs to add, of an answer and a spoiled one: shuffled, repeated, cut off")
     weight_decay: float = arg(0.01, "AdamW's weight decay")
     clip: float = arg(1.0, "largest norm of the gradient")
     freeze: int = arg(2, "blocks from the bottom, embeddings with them, that stay as they are; 0 trains all")

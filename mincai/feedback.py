@@ -48,7 +48,7 @@ class Config:
     temperature: float = arg(1.0, "of the other samples")
     top_k: int = arg(0, "each of their tokens is one of the k likeliest; 0 for all")
     base_samples: int = arg(2, "answers of the judge's own model beside them, so that pairs differ; 0 for none")
-    pairs: int = arg(8, "pairs of different answers kept of each prompt at most; 0 for all")
+    pairs: int = arg(6, "pairs of different answers kept of each prompt at most; 0 for all")
     ensemble: int = arg(1, "principles drawn for each pair, their labels averaged; 16 in the paper")
     reasons: bool = arg(True, "the judge describes both answers before it chooses")
     labels: str = arg("soft", "soft: the judge's probability; hard: 0 or 1; clamped: kept within [clamp, 1 - clamp]")
