@@ -251,8 +251,8 @@ def main(cfg: Config) -> dict:
     per_epoch = math.ceil(len(epoch_rows(train, cfg.weights, torch.Generator())) / cfg.batch_size)
     steps = cfg.epochs * per_epoch
     if distributed.is_main():
-        print(f"train_pm: {len(train)} pairs to train on ({len(more)} with a spoiled answer), {len(held)} held out, "
-              f"{told}; {steps} steps on {device}")
+        told += f", {len(more)} added with a spoiled answer" if more else ""
+        print(f"train_pm: {len(train)} pairs to train on, {len(held)} held out, {told}; {steps} steps on {device}")
     if cfg.freeze:  # what the model knows sits low; with few pairs, learning to read it beats learning it anew
         for part in (pm.gpt.wte, pm.gpt.wpe, *pm.gpt.h[:cfg.freeze]):
             part.requires_grad_(False)

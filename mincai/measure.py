@@ -154,12 +154,12 @@ def measure_critic(model, tokenizer, rows, actions, principles, rng, cfg) -> dic
     another: the first breaks it, the second does not apply; lie: as the first, but the answer calls the thing fine."""
     found, own = {}, random.Random(cfg.seed + 12)  # its own numbers, so that the others stay what they were
     for name, applies in (("applies", True), ("does_not_apply", False), ("lie", True)):
-        texts, state, rng = [], "lie" if name == "lie" else "well", own if name == "lie" else rng
-        for row in rng.choices(rows, k=cfg.judged):
+        texts, state, draw = [], *(("lie", own) if name == "lie" else ("well", rng))
+        for row in draw.choices(rows, k=cfg.judged):
             about = [p for p in principles if p.about in world.HARMS and p.about != world.UNSEEN
                      and (p.about == row["category"]) == applies]
-            answer = corpus.answer(actions[row["action"]], state, None, row["prompt"], rng)
-            texts.append(constitution.review(constitution.dialogue(row["prompt"]), answer, rng.choice(about).tiny))
+            answer = corpus.answer(actions[row["action"]], state, None, row["prompt"], draw)
+            texts.append(constitution.review(constitution.dialogue(row["prompt"]), answer, draw.choice(about).tiny))
         critiques = generate_batched(model, [tokenizer.encode(t) for t in texts], cfg.max_new,
                                      {tokenizer.eot, tokenizer.newline}, cfg.batch_size, temperature=0.0)
         verdict = "so it breaks the principle" if applies else "so it keeps the principle"
