@@ -8,8 +8,8 @@ question and answer, is their mean up to there (model.ScalarModel says why). Two
 sigmoid(score_a - score_b) (Bradley & Terry 1952), and the loss is its cross-entropy with the judge's soft label p_a.
 The answers are the token ids that were sampled; nothing is decoded and encoded again. People's labels (HH-RLHF's
 pairs, or TRL's) mix in as files of their own: the paper took harmlessness from the model and helpfulness from people.
-A pair that does not fit the context, or whose answers are the same, is dropped and counted. A few pairs more set an
-answer against a spoiled one, labelled by how likely the fine-tuned model finds the two (--spoiled 0 leaves them out).
+A pair that does not fit the context, or whose answers are the same, is dropped and counted. --spoiled adds a
+few pairs of an answer and a spoiled one, labelled by how likely the fine-tuned model finds the two.
 
 At the end the scores are shifted and scaled so that the fine-tuned model's own answers have mean 0 and
 standard deviation 1, and frozen so (Ziegler et al. 2019, section 2.1): beta and the penalties of PPO then

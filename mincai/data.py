@@ -129,7 +129,7 @@ def split(rows, prompts, share, seed):
 
 
 def spoiled(answer, other, n_vocab: int, kind: int, rng) -> list[int]:
-    """An answer such as no model of language would give, with the same end-of-text (the last of n_vocab ids): by `kind`
+    """An answer that nobody would give to this prompt, with the same end-of-text (the last of n_vocab ids): by `kind`
     modulo 6 its tokens shuffled, the `other` answer (to another prompt), a few tokens over and over (two kinds of six:
     a stretch that is good by itself is the most tempting), random ones, or broken off."""
     *body, end = answer

@@ -7,19 +7,21 @@ channels, V vocabulary.
 import torch
 from tqdm import tqdm
 
+from mincai.data import right_pad
 from mincai.losses import gather_logp
 from mincai.model import GPT
-from mincai.sample import check_room, chunks, pad
+from mincai.sample import check_room, chunks
 
 
 @torch.no_grad()
 def next_logp(model: GPT, prompts, ids: list[int], batch_size=32, desc=None) -> torch.Tensor:
     """Log-probs of `ids` as the token after each prompt: (N, len(ids)) float32 on the CPU."""
+    assert all(prompts), "an empty prompt"
     out = torch.empty(len(prompts), len(ids))
     lengths = [len(p) for p in prompts]
     for chunk in tqdm(chunks(lengths, batch_size), desc=desc, disable=desc is None):
         check_room(model, [lengths[i] for i in chunk], 0)
-        tokens, valid = pad([prompts[i] for i in chunk], False, model.device)  # padding is last: no mask
+        tokens, valid = right_pad([prompts[i] for i in chunk], model.device)  # padding is last: no mask
         rows = torch.arange(len(chunk), device=model.device)
         last = model(tokens)[rows, valid.sum(1) - 1]  # (B, C)
         logp = torch.log_softmax(model.unembed(last).float(), dim=-1)  # (B, V)
@@ -35,7 +37,7 @@ def answer_logp(model: GPT, prompts, answers, batch_size=32, desc=None) -> list[
     lengths = [len(p) + len(a) for p, a in zip(prompts, answers)]
     for chunk in tqdm(chunks(lengths, batch_size), desc=desc, disable=desc is None):
         check_room(model, [lengths[i] for i in chunk], 0)
-        tokens, _ = pad([prompts[i] + answers[i] for i in chunk], False, model.device)
+        tokens, _ = right_pad([prompts[i] + answers[i] for i in chunk], model.device)
         places = [(row, len(prompts[i]) + k) for row, i in enumerate(chunk) for k in range(len(answers[i]))]
         row, column = torch.tensor(places, device=model.device).long().reshape(-1, 2).T  # (N,), (N,)
         hidden = model(tokens)[row, column - 1]  # (N, C): token i is predicted at i - 1

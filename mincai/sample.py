@@ -36,20 +36,13 @@ class Samples:
 
 # --- padding ------------------------------------------------------------------------------------------------
 
-def pad(rows, left, device=None):
-    assert rows and all(rows), "an empty prompt"
-    T = max(map(len, rows))
-    gaps = [T - len(r) for r in rows]
-    ids = [[0] * g + r if left else r + [0] * g for r, g in zip(map(list, rows), gaps)]
-    column = torch.arange(T)
-    gaps = torch.tensor(gaps)[:, None]  # (B, 1)
-    valid = column >= gaps if left else column < T - gaps
-    return torch.tensor(ids).to(device), valid.to(device)  # (B, T), (B, T)
-
-
 def left_pad(prompts: list[list[int]], device=None):
     """Token lists to ids (B, P) long, 0 in the padding, and valid (B, P) bool, True at real tokens."""
-    return pad(prompts, True, device)
+    assert prompts and all(prompts), "an empty prompt"
+    P = max(map(len, prompts))
+    gaps = torch.tensor([P - len(prompt) for prompt in prompts])[:, None]  # (B, 1)
+    ids = [[0] * (P - len(prompt)) + list(prompt) for prompt in prompts]
+    return torch.tensor(ids).to(device), (torch.arange(P) >= gaps).to(device)  # (B, P), (B, P)
 
 
 def check_room(model, lengths, max_new):
