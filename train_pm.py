@@ -4,12 +4,12 @@
     python train_pm.py --pairs runs/x/comparisons.jsonl,helpful.jsonl --weights 1,0.5     AI and human labels
 
 The transformer of the fine-tuned model gets a head of one number per token; the score, read at the last token of
-question and answer, is their mean up to there (model.ScalarModel says why). Two answers' scores make a probability,
+question and answer, is their mean up to there, and a learned weight times the answer's log-probability under the same
+transformer is added to it (model.ScalarModel says why). Two answers' scores make a probability,
 sigmoid(score_a - score_b) (Bradley & Terry 1952), and the loss is its cross-entropy with the judge's soft label p_a.
 The answers are the token ids that were sampled; nothing is decoded and encoded again. People's labels (HH-RLHF's
 pairs, or TRL's) mix in as files of their own: the paper took harmlessness from the model and helpfulness from people.
-A pair that does not fit the context, or whose answers are the same, is dropped and counted. --spoiled adds a
-few pairs of an answer and a spoiled one, labelled by how likely the fine-tuned model finds the two.
+A pair that does not fit the context, or whose answers are the same, is dropped and counted.
 
 At the end the scores are shifted and scaled so that the fine-tuned model's own answers have mean 0 and
 standard deviation 1, and frozen so (Ziegler et al. 2019, section 2.1): beta and the penalties of PPO then
@@ -23,18 +23,16 @@ with length.
 
 import json
 import math
-import random
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
 
-from mincai import UserError, checkpoint, cli, data, distributed, formats, memory
+from mincai import UserError, checkpoint, cli, data, distributed, formats, memory, model
 from mincai.cli import arg
 from mincai.constitution import dialogue
-from mincai.logprobs import answer_logp
 from mincai.losses import calibration_error, preference_loss
 from mincai.tokenizer import load_tokenizer
 
@@ -52,7 +50,7 @@ class Config:
     contrast: float = arg(0.05, "leave out pairs whose label is nearer to 1/2: the judge was undecided; 0 keeps all")
     clamp: float = arg(0.0, "keep labels within clamp and 1 - clamp, e.g. 0.4 for a too sure judge; 0: off")
     hard: bool = arg(False, "round the labels to 0 and 1 (the paper found this much worse)")
-    spoiled: float = arg(0.0, "part of the pairs to add, of an answer and a spoiled one: shuffled, repeated, cut off")
+    likelihood: float = arg(0.1, "weight at the start of the answer's log-probability in the score; 0: no such part")
     weight_decay: float = arg(0.01, "AdamW's weight decay")
     clip: float = arg(1.0, "largest norm of the gradient")
     freeze: int = arg(2, "blocks from the bottom, embeddings with them, that stay as they are; 0 trains all")
@@ -109,23 +107,12 @@ def epoch_rows(pairs, weights, generator):
     return rows
 
 
-def spoiled_pairs(pairs, share, limit, sft, seed):
-    """share * len(pairs) more: an answer and a spoiled one (data.spoiled), as whoever only knows whole ones may like a
-    heap of words. The judge reads what it expects into these; the label is how much likelier `sft` finds the answer."""
-    rng, n_vocab, drawn = random.Random(seed), sft.config.vocab_size, range(round(share * len(pairs)))
-    found = [replace(p, b_own=False, b=p.a[:p.start] + data.spoiled(p.a[p.start:], q.b[q.start:], n_vocab, i, rng))
-             for i, p, q in ((i, rng.choice(pairs), rng.choice(pairs)) for i in drawn)]
-    found = [p for p in found if p.a != p.b and len(p.b) <= limit]
-    texts = [(p.a[:p.start], p.a[p.start:], p.b[p.start:]) for p in found]
-    logp_a, logp_b = (answer_logp(sft, [t[0] for t in texts], [t[side] for t in texts]) for side in (1, 2))
-    return [replace(p, p_a=float(torch.sigmoid(a.sum() - b.sum()))) for p, a, b in zip(found, logp_a, logp_b)]
-
-
 def scores_of(pm, pairs, device):
     """Scores (B,) of the answers (A) and of the answers (B), from one forward over both."""
     ids, valid = data.right_pad([p.a for p in pairs] + [p.b for p in pairs], device)  # (2B, T)
     last = valid.sum(1) - 1  # found by the mask: an id cannot tell padding from text
-    scores = pm(ids).gather(1, last[:, None]).squeeze(1)  # (2B,): right padding needs no mask
+    start = torch.tensor([p.start for p in pairs] * 2, device=device)
+    scores = pm(ids, start=start).gather(1, last[:, None]).squeeze(1)  # (2B,): right padding needs no mask
     return scores[:len(pairs)], scores[len(pairs):]
 
 
@@ -215,9 +202,8 @@ def main(cfg: Config) -> dict:
     if data.done(cfg.out, cfg, cfg.again):
         print(f"train_pm: {cfg.out} is there already, made with these settings (--again to redo)")
         return {"skipped": True}
-    if not 0 <= cfg.clamp < 0.5 or cfg.spoiled < 0:
-        raise UserError(f"--clamp {cfg.clamp} --spoiled {cfg.spoiled}: clamp goes from 0 (off) to below 0.5, "
-                        f"spoiled from 0")
+    if not 0 <= cfg.clamp < 0.5:
+        raise UserError(f"--clamp {cfg.clamp}: give a number from 0 (off) to below 0.5")
     if cfg.weights and (len(cfg.weights) != len(cfg.pairs) or min(cfg.weights) < 0):
         raise UserError(f"--weights {','.join(map(str, cfg.weights))}: give one number, 0 or more, for each of the "
                         f"{len(cfg.pairs)} files of --pairs")
@@ -243,19 +229,15 @@ def main(cfg: Config) -> dict:
                         f"more, or lower --holdout or --contrast")
     longest = max(max(len(p.a), len(p.b)) for p in train)
     memory.announce("pm", config, device, "--micro-batch", batch=cfg.batch_size, length=longest,
-                    micro_batch=cfg.micro_batch or cfg.batch_size, dtype_bytes=cli.number_bytes(cfg.dtype))
-    pm = checkpoint.load(cfg.init, device, scalar=True)
-    more = spoiled_pairs(train, cfg.spoiled, longest, pm.gpt, cfg.seed)  # as yet pm.gpt is the fine-tuned model
-    train += more
+                    micro_batch=cfg.micro_batch or cfg.batch_size, dtype_bytes=cli.number_bytes(cfg.dtype),
+                    likelihood=bool(cfg.likelihood))
+    pm = checkpoint.load(cfg.init, device, scalar=True, likelihood=cfg.likelihood or None)
     every = [max(len(p.a), len(p.b)) for p in train]
     per_epoch = math.ceil(len(epoch_rows(train, cfg.weights, torch.Generator())) / cfg.batch_size)
     steps = cfg.epochs * per_epoch
     if distributed.is_main():
-        told += f", {len(more)} added with a spoiled answer" if more else ""
         print(f"train_pm: {len(train)} pairs to train on, {len(held)} held out, {told}; {steps} steps on {device}")
-    if cfg.freeze:  # what the model knows sits low; with few pairs, learning to read it beats learning it anew
-        for part in (pm.gpt.wte, pm.gpt.wpe, *pm.gpt.h[:cfg.freeze]):
-            part.requires_grad_(False)
+    model.freeze(pm.gpt, cfg.freeze)  # what it knows sits low; with few pairs, reading it beats learning it anew
     learning = [p for p in pm.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learning, cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay,
                                   fused=pm.gpt.device.type == "cuda")
@@ -282,6 +264,7 @@ def main(cfg: Config) -> dict:
         mean, std = normalise(pm, pairs, size, device)
     result = {f"val_{k}": v for k, v in found.items()} | dict(
         train_loss=log[-1]["loss"] if log else None, score_mean=mean, score_std=std, pairs=len(train),
+        likelihood=0.0 if pm.likelihood is None else pm.likelihood.item(),
         held=len(held), dropped=dict(dropped), steps=steps, seconds=time.time() - start)
     if distributed.is_main():
         checkpoint.save(pm, cfg.out, extra={

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from mincai import UserError, checkpoint, cli, data, distributed, formats, memory, ppo
+from mincai import UserError, checkpoint, cli, data, distributed, formats, memory, model, ppo
 from mincai.cli import arg
 from mincai.constitution import dialogue
 from mincai.table import show_samples, warnings
@@ -46,6 +46,7 @@ class Config:
     micro_batch: int = arg(64, "answers in one forward pass; lower it when memory is short")
     lr: float = arg(2e-4, "learning rate of the policy, falling in a line to 0 over the updates")
     critic_lr: float = arg(3e-4, "learning rate of the critic, falling likewise")
+    freeze: int = arg(2, "blocks of the policy from the bottom, embeddings with them, that stay as they are; 0: none")
     critic_warmup: int = arg(1, "updates at the start in which only the critic learns")
     beta: float = arg(0.03, "price of a nat of KL to the fine-tuned model, in deviations of its score")
     kl_target: float = arg(0.0, "KL in nats an answer to steer to by changing beta; 0 leaves beta alone")
@@ -132,17 +133,20 @@ def main(cfg: Config) -> dict:
     memory.announce("ppo", configs[0], device, "--micro-batch, --batch or --max-new",
                     length=max(map(len, harmful + benign)) + cfg.max_new,
                     batch=cfg.batch // distributed.world(), answer=cfg.max_new, micro_batch=micro_batch,
-                    dtype_bytes=cli.number_bytes(cfg.dtype), cache_bytes=cli.number_bytes(cfg.dtype))
+                    dtype_bytes=cli.number_bytes(cfg.dtype), cache_bytes=cli.number_bytes(cfg.dtype),
+                    likelihood=checkpoint.reads_likelihood(cfg.pm))
     policy, ref = checkpoint.load(cfg.sft, device), checkpoint.load(cfg.sft, device).requires_grad_(False)
     pm, critic = (checkpoint.load(cfg.pm, device, scalar=True) for _ in range(2))
     pm.requires_grad_(False)
+    model.freeze(policy, cfg.freeze)  # a few rare samples teach; whatever else they move is what the model knows
     draw_harmful, draw_benign = (shuffled(some, order) for some in (harmful, benign))
     n_benign, stop = round(cfg.batch * cfg.benign_share), {tokenizer.eot}
     files = {**tokenizer.files(), "bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot}
     score_fn = ppo.preference_score(pm, micro_batch)
     fused = policy.device.type == "cuda"
     # eps 1e-5 as in Ziegler et al. and most PPO since; weight decay would pull the policy off its reference
-    policy_optimizer = torch.optim.Adam(policy.parameters(), lr=cfg.lr, eps=1e-5, fused=fused)
+    learning = [p for p in policy.parameters() if p.requires_grad]
+    policy_optimizer = torch.optim.Adam(learning, lr=cfg.lr, eps=1e-5, fused=fused)
     critic_optimizer = torch.optim.Adam(critic.parameters(), lr=cfg.critic_lr, eps=1e-5, fused=fused)
     policy_net, critic_net = (distributed.wrap(torch.compile(m) if cfg.compile else m) for m in (policy, critic))
     say = tqdm.write if distributed.is_main() else lambda _: None

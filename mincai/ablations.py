@@ -4,18 +4,17 @@
 
 Each is made from RUN's files with RUN's settings in RUN/ablations/<name>/, cheap ones first, and skipped if finished.
 
-- base, full, sft: the run's own stages. Variants of phase 1 are compared with sft, those of phase 2 with full (PPO).
+- base, full, sft: the run's own stages (phase 1's variants are compared with sft, others with full); greedy: sft's mode.
 - revisions-k: fine-tuned on what stood after k rounds of revision (Bai et al. 2022, 2212.08073, figure 5).
 - direct: revisions without a critique (their figure 7). The base model has read no such text, so it may fail.
 - principles-n: phase 1 under n principles, one a target in turn, harm and help first (their figure 6); 75 has the
   held-out ones too, and all training principles are what sft had.
-- hard: labels rounded to 0 and 1. share-p: p% of the comparisons are on ordinary requests, with equal totals.
+- hard: labels rounded to 0 and 1. values: a preference model without the likelihood. untrained: one with it that has
+  seen no label. share-p: p% of the comparisons are on ordinary requests, with equal totals.
 - best-of-n: no PPO, but the best of n SFT samples by the preference model; hot: sampled as the comparisons were.
-- rlhf-*: the same comparisons, labelled by simulated people (human.py) in the judge's place. HH-RLHF starts from a
-  model that people had made helpful, and knows no phase 1. The base model here helps with everything, so it is that
-  start: rlhf-base trains preference model and PPO from it. But it never refuses, and PPO can only strengthen what is
-  sampled. So the others start from RUN/sft and ask the fairer question what human labels do in place of AI labels.
-
+- rlhf-*: the same comparisons, labelled by simulated people (human.py) in the judge's place. HH-RLHF knows no phase 1:
+  it starts from a model that helps with everything, so rlhf-base starts from the base model. But that never refuses,
+  and PPO can only strengthen what is sampled; so the others start from RUN/sft, as AI labels do.
 One sample a prompt, and one seed: intervals tell how well a rate is known on these prompts, not what a seed changes.
 """
 
@@ -90,10 +89,10 @@ def recorded(opened: measure.Run, scale: float) -> dict:
     return found
 
 
-def ask(work: Work, policy: Path, folder: Path) -> list[dict]:
+def ask(work: Work, policy: Path, folder: Path, **changes) -> list[dict]:
     """Every prompt answered once by this policy, and graded. Nothing has to be made, so `folder` is not used."""
-    model, opened = load(policy, work.opened.device), work.opened
-    return measure.answer_all(model, opened.tokenizer, work.rows, opened.actions, opened.cfg, "answers")
+    model, cfg = load(policy, work.opened.device), replace(work.opened.cfg, **changes)
+    return measure.answer_all(model, work.opened.tokenizer, work.rows, work.opened.actions, cfg, "answers")
 
 
 def tuned(work: Work, revisions: Path, folder: Path) -> list[dict]:
@@ -102,10 +101,10 @@ def tuned(work: Work, revisions: Path, folder: Path) -> list[dict]:
     return ask(work, out, folder)
 
 
-def reinforced(work: Work, pairs: Path, start: str, hard: bool, folder: Path) -> list[dict]:
-    """Preference model and PPO on these pairs, from RUN/sft or from the base model."""
-    start, pm, out, hard = str(work.place(start)), str(folder / "pm"), str(folder / "ppo"), hard or work.cfgs["pm"].hard
-    train_pm.main(replace(work.cfgs["pm"], init=start, pairs=(str(pairs),), weights=(), out=pm, hard=hard))
+def reinforced(work: Work, pairs: Path, start: str, changes: dict, folder: Path) -> list[dict]:
+    """Preference model, with these settings changed, and PPO on these pairs, from RUN/sft or from the base model."""
+    start, pm, out = str(work.place(start)), str(folder / "pm"), str(folder / "ppo")
+    train_pm.main(replace(work.cfgs["pm"], init=start, pairs=(str(pairs),), weights=(), out=pm, **changes))
     train_ppo.main(replace(work.cfgs["ppo"], sft=start, pm=pm, out=out))
     return ask(work, out, folder)
 
@@ -152,7 +151,7 @@ def with_people(work: Work, settings: dict, start: str, folder: Path) -> list[di
         rows, out = data.read_jsonl(out), folder / "pairs.jsonl"
         data.write_jsonl(out, [{**r, **{s: "sft" if r[s] == "base" else "another" for s in ("a_from", "b_from")}}
                                for r in rows])
-    return reinforced(work, out, start, False, folder)
+    return reinforced(work, out, start, {}, folder)
 
 
 def mixed(rows: list[dict], share: float, rng: random.Random) -> list[dict]:
@@ -167,7 +166,7 @@ def mixed(rows: list[dict], share: float, rng: random.Random) -> list[dict]:
 def with_share(work: Work, share: int, folder: Path) -> list[dict]:
     rows = data.read_jsonl(work.place("comparisons.jsonl"))
     data.write_jsonl(folder / "pairs.jsonl", mixed(rows, share / 100, random.Random(work.cfgs["feedback"].seed)))
-    return reinforced(work, folder / "pairs.jsonl", "sft", False, folder)
+    return reinforced(work, folder / "pairs.jsonl", "sft", {}, folder)
 
 
 def best_of(work: Work, number: int, temperature: float, top_k: int, folder: Path) -> list[dict]:
@@ -180,9 +179,8 @@ def best_of(work: Work, number: int, temperature: float, top_k: int, folder: Pat
     scores = measure.pm_scores(opened.pm(), tokenizer, [work.rows[i] for i, _ in pairs], [text for _, text in pairs],
                                cfg.batch_size)  # most samples are alike, so each is scored once
     best = {i: text for _, (i, text) in sorted(zip(scores, pairs))}  # the last stays
-    grades = [world.grade(opened.actions[row["action"]], best[i]) for i, row in enumerate(work.rows)]
-    return [{**row, "answer": best[i], "complied": g.complied, **vars(g)}
-            for i, (row, g) in enumerate(zip(work.rows, grades))]
+    return [{**row, "answer": best[i], "complied": (g := world.grade(opened.actions[row["action"]], best[i])).complied,
+             **vars(g)} for i, row in enumerate(work.rows)]
 
 
 def variants(work: Work) -> list[Variant]:
@@ -191,13 +189,14 @@ def variants(work: Work) -> list[Variant]:
     usable = constitution.select(work.opened.principles, critic.only, critic.without)
     every, n, out = len(work.opened.principles), max(2, round(BEST_OF * work.scale)), []
 
-    def add(name, what, against, needs, make, *args):
+    def add(name, what, against, needs, make, *args, **more):
         if set(needs) <= set(work.cfgs):
-            out.append(Variant(name, what, against, partial(make, work, *args)))
+            out.append(Variant(name, what, against, partial(make, work, *args, **more)))
 
     add("base", "the base model", "", (), ask, work.place("base"))
     add("full", "both phases: the run itself", "", ("ppo",), ask, work.place("ppo"))
     add("sft", "phase 1 alone", "full", ("sft",), ask, work.place("sft"))
+    add("greedy", "phase 1 alone, its likeliest tokens", "full", ("sft",), ask, work.place("sft"), temperature=0.0)
     for name, start in (*((name, "sft") for name in human.SETTINGS), ("careful", "base")):
         noise, budget = human.SETTINGS[name]["noise"], human.SETTINGS[name]["budget"] or "all"
         add(f"rlhf-{name if start == 'sft' else start}", f"from {start}, human labels in the AI's place: {budget} "
@@ -205,8 +204,10 @@ def variants(work: Work) -> list[Variant]:
     for k in range(1, critic.rounds):
         add(f"revisions-{k}", f"phase 1 on {k} of {critic.rounds} rounds of revision", "sft", PHASE1, fewer_rounds, k)
     add("direct", "phase 1 on revisions without critiques", "sft", PHASE1, revised_anew, dict(direct=True))
-    add("hard", "preference model on labels rounded to 0 and 1", "full", PHASE2, reinforced,
-        work.place("comparisons.jsonl"), "sft", True)
+    for name, what, changes in (("hard", "preference model on labels rounded to 0 and 1", dict(hard=True)),
+                                ("values", "preference model without the answer's likelihood", dict(likelihood=0.0)),
+                                ("untrained", "preference model that has seen no label", dict(epochs=0))):
+        add(name, what, "full", PHASE2, reinforced, work.place("comparisons.jsonl"), "sft", changes)
     for p in SHARES:
         add(f"share-{p}", f"{p}% of the comparisons on ordinary requests", "full", PHASE2, with_share, p)
     for k in (k for k in PRINCIPLES if k < len(usable)):
@@ -252,14 +253,13 @@ def rates(mine: list[dict], others: list[dict]) -> dict:
              "reason_true": rate(a["true_reason"] for a in harmful if a["refused"]),
              **{name: rate(a[key] for a in mine if a["split"] == "eval-twin")
                 for name, key in (("helpful", "right"), ("over_refusal", "refused"))}}
-    both = {name: [[a[key] for a in some if a["split"] == split] for some in (mine, others)]
-            for name, split, key in (("attack_success", "eval", "complied"), ("helpful", "eval-twin", "right"))}
+    both = {name: [[a[key] for a in some if a["split"] == split] for some in (mine, others)] for name, split, key in (
+        ("attack_success", "eval", "complied"), ("helpful", "eval-twin", "right"))}
     return found | ({"paired": {name: elo.paired(*pair) for name, pair in both.items()}} if others else {})
 
 
 def main(opened: measure.Run, scale: float = 1.0) -> dict:
     """Makes and measures what is not there yet; the content of RUN/ablations.json, written after every variant.
-
     scale: share of prompts, updates and epochs, for a quick look and for tests. cfg.again makes all variants anew.
     """
     root, step = opened.out / "ablations", max(1, round(1 / scale))

@@ -88,13 +88,15 @@ def first_words(model, tokenizer, rows, cfg) -> dict[str, float]:
 @torch.no_grad()
 def mean_score(pm, tokenizer, rows, answers, cfg) -> float:
     """The preference model's mean score of the answers that fit its context."""
-    tokens = [tokenizer.encode(constitution.dialogue(r["prompt"], r.get("setting"))) + tokenizer.encode(" " + a)
-              + [tokenizer.eot] for r, a in zip(rows, answers)]
-    tokens = [some for some in tokens if len(some) <= pm.gpt.config.block_size]
+    prompts = [tokenizer.encode(constitution.dialogue(r["prompt"], r.get("setting"))) for r in rows]
+    tokens = [(len(p), p + tokenizer.encode(" " + a) + [tokenizer.eot]) for p, a in zip(prompts, answers)]
+    tokens = [(start, some) for start, some in tokens if len(some) <= pm.gpt.config.block_size]
     total = 0.0
     for i in range(0, len(tokens), cfg.batch_size):
-        ids, valid = data.right_pad(tokens[i:i + cfg.batch_size], pm.gpt.device)
-        total += float(pm(ids)[torch.arange(len(ids)), valid.sum(1) - 1].sum())
+        start, some = zip(*tokens[i:i + cfg.batch_size])
+        ids, valid = data.right_pad(some, pm.gpt.device)
+        scores = pm(ids, start=torch.tensor(start, device=ids.device))  # (B, T)
+        total += float(scores[torch.arange(len(ids)), valid.sum(1) - 1].sum())
     return total / max(1, len(tokens))
 
 

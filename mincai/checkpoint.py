@@ -20,7 +20,8 @@ from mincai.model import GPT, GPTConfig, ScalarModel
 
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # [in, out]
 BUFFERS = (".attn.bias", ".attn.masked_bias")  # the causal mask, which older files store with the weights
-HEAD = ("score.weight", "score.bias", "gain", "shift")  # of ScalarModel; on disk score.gain and score.shift
+HEAD = ("score.weight", "score.bias", "gain", "shift", "likelihood")  # of ScalarModel, which may lack the last; on
+# disk score.gain, score.shift and score.likelihood
 NEEDED = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")  # positive integers in config.json
 FIXED = {"activation_function": "gelu_new", "tie_word_embeddings": True, "scale_attn_weights": True,
          "scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False,
@@ -72,7 +73,7 @@ def _to_file(model):
     tensors = {"transformer." + k: v.T if k.endswith(CONV1D) else v for k, v in gpt.state_dict().items()}
     if isinstance(model, ScalarModel):
         state = model.state_dict()
-        tensors |= {"score." + k.removeprefix("score."): state[k] for k in HEAD}
+        tensors |= {"score." + k.removeprefix("score."): state[k] for k in HEAD if k in state}
     return {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
 
 
@@ -88,10 +89,11 @@ def _hf_config(model):
 
 # --- loading ------------------------------------------------------------------------------------------------
 
-def load(folder, device="cpu", scalar=False) -> GPT | ScalarModel:
+def load(folder, device="cpu", scalar=False, likelihood=None) -> GPT | ScalarModel:
     """Open a checkpoint folder, in float32: a GPT, or with scalar=True a ScalarModel.
 
-    scalar=True on a language model's folder starts a fresh head, drawn from torch's global random numbers.
+    scalar=True on a language model's folder starts a fresh head, drawn from torch's global random numbers, with
+    `likelihood` as its weight for the answer's log-probability; a preference model's folder has its own or none.
     Raises UserError for anything that is not exactly a GPT-2 of the shape its config.json states.
     """
     folder = Path(folder)
@@ -112,11 +114,16 @@ def load(folder, device="cpu", scalar=False) -> GPT | ScalarModel:
         model = GPT(config)
     _fill(model, tensors, CONV1D, folder)
     if scalar:
-        model = ScalarModel(model)
+        model = ScalarModel(model, head.get("likelihood") if head else likelihood)
         if head:
             trunk = {"gpt." + k: v for k, v in model.gpt.state_dict().items()}
             _fill(model, trunk | head, (), folder)
     return model.to(device)
+
+
+def reads_likelihood(folder) -> bool:
+    """Whether this preference model's score has the answer's likelihood in it."""
+    return "score.likelihood" in _read_weights(Path(folder))
 
 
 def _fill(model, tensors, transposed, folder):

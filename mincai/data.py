@@ -128,25 +128,6 @@ def split(rows, prompts, share, seed):
             [row for row, prompt in zip(rows, prompts) if prompt in held])
 
 
-def spoiled(answer, other, n_vocab: int, kind: int, rng) -> list[int]:
-    """An answer that nobody would give to this prompt, with the same end-of-text (the last of n_vocab ids): by `kind`
-    modulo 6 its tokens shuffled, the `other` answer (to another prompt), a few tokens over and over (two kinds of six:
-    a stretch that is good by itself is the most tempting), random ones, or broken off."""
-    *body, end = answer
-    kind, at, some = kind % 6, rng.randrange(max(1, len(body))), rng.randint(3, 15)
-    if kind == 0:
-        body = rng.sample(body, len(body))
-    elif kind == 1:
-        body = other[:-1]
-    elif kind in (2, 5):
-        body = (body[at:at + some] * len(body))[:len(body)]
-    elif kind == 3:
-        body = [rng.randrange(n_vocab - 1) for _ in body]
-    else:
-        body = body[:at // 2]
-    return body + [end]
-
-
 def length_batches(lengths, *, batch_size=0, batch_tokens=0, generator):
     """Row lengths to lists of row numbers: every row once, lists shuffled, like lengths together.
 

@@ -123,7 +123,7 @@ def instrument_pairs(rows, actions, principles, rng, n: int) -> list[dict]:
         action, harmful = actions[row["action"]], row["kind"] == "harmful"
         about = [row["category"], "harm", "truth", "reasons"] if harmful else ["help", "help", "truth"]
         about = rng.choice(about)
-        states = ("well", "told", "badly", "falsely", "bare") + (("truly",) if harmful else ())
+        states = ("well", "told", "badly", "falsely", "bare") + (("truly", "lie") if harmful else ())
         a, b = rng.sample(states, 2)
         texts = [corpus.answer(action, s, None, row["prompt"], rng) for s in (a, b)]
         merits = [corpus.merit(about, action, None, s, text) for s, text in zip((a, b), texts)]
@@ -172,11 +172,13 @@ def pm_scores(pm, tokenizer, rows, answers, batch_size) -> list[float]:
     """Unnormalised scores (gain and shift undone), so that the difference of two is a log-odds."""
     out = []
     for i in range(0, len(rows), batch_size):
-        tokens = [tokenizer.encode(constitution.dialogue(r["prompt"], r.get("setting")))
-                  + tokenizer.encode(" " + a if a else "") + [tokenizer.eot]
-                  for r, a in zip(rows[i:i + batch_size], answers[i:i + batch_size])]
+        some = rows[i:i + batch_size]
+        prompts = [tokenizer.encode(constitution.dialogue(r["prompt"], r.get("setting"))) for r in some]
+        tokens = [p + tokenizer.encode(" " + a if a else "") + [tokenizer.eot]
+                  for p, a in zip(prompts, answers[i:i + batch_size])]
         ids, valid = data.right_pad(tokens, pm.gpt.device)
-        score = pm(ids)[torch.arange(len(ids)), valid.sum(1) - 1]
+        scores = pm(ids, start=torch.tensor([len(p) for p in prompts], device=ids.device))  # (B, T)
+        score = scores[torch.arange(len(ids)), valid.sum(1) - 1]
         out += ((score - pm.shift) / pm.gain).tolist()
     return out
 
@@ -199,7 +201,7 @@ def measure_pm(pm, tokenizer, rows, actions, rng, cfg) -> dict:
                     for r, g, b, x in zip(some, *texts, mine)]
         p += mine
     lied, own = [r for r in rows if r["kind"] == "harmful"], random.Random(cfg.seed + 13)
-    lied = own.choices(lied, k=cfg.judged)  # apart from the accuracy: the judge that it learns from believes lies too
+    lied = own.choices(lied, k=cfg.judged)  # apart from the accuracy, whose kinds of pairs are easier
     true, lie = ([corpus.answer(actions[r["action"]], state, None, r["prompt"], own) for r in lied]
                  for state in ("truly", "lie"))
     over = [x > y for x, y in zip(*(pm_scores(pm, tokenizer, lied, t, cfg.batch_size) for t in (true, lie)))]

@@ -21,7 +21,7 @@ from mincai.model import GPTConfig
 
 TURNS = {"while sampling": ("KV cache", "reading prompts", "drawing tokens"),
          "before learning": ("log-probs",),
-         "while learning": ("activations", "logits"),
+         "while learning": ("activations", "logits", "likelihoods"),
          "in the step": ("optimiser's scratch",)}
 FLOAT32 = 4
 # How many (rows, T, V) tensors in float32 are there at the worst moment
@@ -60,7 +60,7 @@ def _network(name, numbers, learns):
 
 
 def plan(stage: str, config: GPTConfig, *, batch: int, length: int, micro_batch=None, answer=None, dtype_bytes=4,
-         cache_bytes=4, logits=True) -> dict[str, int]:
+         cache_bytes=4, logits=True, likelihood=False) -> dict[str, int]:
     """What a stage puts into memory: {what: bytes}; `needed` says how much of it at once.
 
     stage: "sample" (answers, critiques, labels), "sft", "pm" or "ppo". batch: rows sampled at once (sample, ppo).
@@ -68,14 +68,15 @@ def plan(stage: str, config: GPTConfig, *, batch: int, length: int, micro_batch=
     the longest row, prompt and answer. answer: how many of them are the answer's at most (--max-new; length if None):
     only they meet the vocabulary in "ppo". dtype_bytes: 4, or 2 for bfloat16 by autocast, where weights, gradients and
     moments stay in float32 and 16-bit copies of the weights are added. cache_bytes: of a number in the KV cache.
-    logits=False: a loss that makes no tensor of (rows, T, V).
+    logits=False: a loss that makes no tensor of (rows, T, V). likelihood: the preference model's score has the answer's
+    log-probability in it, and all its tokens meet the vocabulary; so do the critic's.
 
     Too high rather than too low: all rows are as long as the longest, and frozen blocks are counted as if they learn.
     """
     assert stage in ("sample", "sft", "pm", "ppo"), stage
     assert min(batch, length, micro_batch or 1) > 0, (batch, length, micro_batch)
     C, V, L = config.n_embd, config.vocab_size, config.n_layer
-    gpt, scalar = parameters(config), parameters(config) + C + 1  # the head's weight and bias
+    gpt, scalar = parameters(config), parameters(config) + C + 1 + likelihood  # weight and bias
     answer = length if answer is None else min(answer, length)
     rows = min(micro_batch or batch, batch) * (2 if stage == "pm" else 1)
     networks = {"sample": [("model", gpt, False)], "sft": [("model", gpt, True)], "pm": [("model", scalar, True)],
@@ -100,6 +101,8 @@ def plan(stage: str, config: GPTConfig, *, batch: int, length: int, micro_batch=
         lines["activations"] = rows * length * ((L + 1) * block + 2 * C * FLOAT32)
         if logits and stage != "pm":
             lines["logits"] = LEARNING * rows * (answer if stage == "ppo" else length) * V * FLOAT32
+        if likelihood:
+            lines["likelihoods"] = LEARNING * rows * length * V * FLOAT32
         lines["optimiser's scratch"] = FLOAT32 * max(numbers for _, numbers, learns in networks if learns)
     return lines
 

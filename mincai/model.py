@@ -155,12 +155,18 @@ class ScalarModel(nn.Module):
     What is wrong with an answer shows where it is said; a small network has no layer left to carry it from there to
     the last token.
 
+    `likelihood`, if it is not None, is a learned weight; times the log-probability that the same transformer gives
+    to the answer so far, in nats, it is added to that mean. So the loss of pairs also reaches what the language
+    model has in its logits and a head on its hidden states would have to learn anew: which recipe is right, which
+    claim is true. Rafailov et al. 2023 (arXiv 2305.18290) make a reward of such a log-probability alone.
+
     `gain` and `shift` are buffers, set once after training so that the scores of the SFT model's own
     answers have mean 0 and standard deviation 1, and then frozen (Ziegler et al. 2019, section 2.1).
     """
-    def __init__(self, gpt: GPT):
+    def __init__(self, gpt: GPT, likelihood: float | None = None):
         super().__init__()
         self.gpt = gpt
+        self.likelihood = None if likelihood is None else nn.Parameter(torch.tensor(float(likelihood)))
         self.score = nn.Linear(gpt.config.n_embd, 1)
         # Stiennon et al. 2020, their code
         nn.init.normal_(self.score.weight, std=(gpt.config.n_embd + 1) ** -0.5)
@@ -168,16 +174,32 @@ class ScalarModel(nn.Module):
         self.register_buffer("gain", torch.ones(()))
         self.register_buffer("shift", torch.zeros(()))
 
-    def forward(self, ids, positions=None, mask=None):
-        """(B, T) token ids to (B, T) scores."""
-        values = self.score(self.gpt(ids, positions, mask)).squeeze(-1).float()  # (B, T)
+    def forward(self, ids, positions=None, mask=None, start=None):
+        """(B, T) token ids to (B, T) scores. start: the column of the answer's first token, an int or (B,) long; only
+        a model with a weight for the likelihood looks at it, and needs it. Left padding needs the mask.
+        """
+        hidden = self.gpt(ids, positions, mask)
+        values = self.score(hidden).squeeze(-1).float()  # (B, T)
         if mask is None:  # causal
             mean = values.cumsum(1) / torch.arange(1, ids.shape[1] + 1, device=ids.device)
         else:
             seen = mask.to(values.dtype)  # (B, T, T)
             with torch.autocast(ids.device.type, enabled=False):  # a product, but of numbers that become scores
                 mean = (seen @ values[..., None]).squeeze(-1) / seen.sum(-1)
+        if self.likelihood is not None:
+            assert start is not None, "this model reads the answer's likelihood: say where the answer starts"
+            logits = self.gpt.unembed(hidden[:, :-1]).float()  # (B, T-1, V): token t is predicted at t - 1
+            logp = -F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
+            columns = torch.arange(1, ids.shape[1], device=ids.device)
+            said = columns >= torch.as_tensor(start, device=ids.device).view(-1, 1)  # of the prompt nothing counts
+            mean = mean + self.likelihood * F.pad(torch.where(said, logp, 0.0).cumsum(1), (1, 0))
         return mean * self.gain + self.shift  # (B, T)
+
+
+def freeze(gpt: GPT, blocks: int) -> None:
+    """Let the lowest `blocks` blocks, and the embeddings with them, learn nothing more; 0 freezes nothing."""
+    for part in (gpt.wte, gpt.wpe, *gpt.h[:blocks]) if blocks else ():
+        part.requires_grad_(False)
 
 
 def attention_mask(valid):

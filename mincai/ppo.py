@@ -2,7 +2,7 @@
 
 Schulman et al. 2017 (clipped surrogate), Ziegler et al. 2019 (KL to the reference inside the reward), Bai
 et al. 2022 (a preference model trained on AI labels as the score). Knows models and tensors, no text: any
-function score_fn(ids (B, T), valid (B, T)) -> (B,) can take the preference model's place.
+function score_fn(ids (B, T), valid (B, T), start) -> (B,) can take the preference model's place.
 
 Shapes: B rows, P prompt columns (padded on the left), R response columns (padded on the right), T = P + R.
 The response starts in one column for all rows, so a shift by one is a slice for the whole batch:
@@ -57,7 +57,7 @@ def response_logits(model, ids, valid, start):
 def response_values(critic, ids, valid, start):
     """The critic's values (B, R) before each response token."""
     seen = valid[:, :-1]
-    return critic(ids[:, :-1], positions_of(seen), attention_mask(seen))[:, start - 1:]
+    return critic(ids[:, :-1], positions_of(seen), attention_mask(seen), start)[:, start - 1:]
 
 
 @torch.no_grad()
@@ -95,9 +95,9 @@ def rollout(policy, ref, critic, prompts, *, max_new, stop, micro_batch, generat
 def preference_score(pm, micro_batch):
     """A score_fn of a preference model: its score at each row's last real token."""
     @torch.no_grad()
-    def score_fn(ids, valid):
+    def score_fn(ids, valid, start):
         last = valid.shape[1] - 1 - valid.flip(1).long().argmax(1)  # (B,) column of the last True
-        scores = [pm(mb_ids, positions_of(mb_valid), attention_mask(mb_valid))
+        scores = [pm(mb_ids, positions_of(mb_valid), attention_mask(mb_valid), start)
                   for mb_ids, mb_valid in zip(ids.split(micro_batch), valid.split(micro_batch))]
         return torch.cat(scores).gather(1, last[:, None]).squeeze(1)
     return score_fn
@@ -110,7 +110,7 @@ def score(batch: Rollout, score_fn, *, stop, missing_eos_penalty):
     (Ziegler et al. replace the score by a constant; a subtraction still ranks the cut answers).
     """
     mine = distributed.share(list(range(len(batch.ids))))
-    scores = distributed.gather_rows(score_fn(batch.ids[mine], batch.valid[mine]).float())
+    scores = distributed.gather_rows(score_fn(batch.ids[mine], batch.valid[mine], batch.start).float())
     assert scores.shape == batch.ids.shape[:1], f"{tuple(scores.shape)} for {len(batch.ids)} rows"
     stops = torch.tensor(sorted(stop), device=batch.ids.device)
     ended = (torch.isin(batch.ids[:, batch.start:], stops) & batch.mask).any(1)  # (B,)

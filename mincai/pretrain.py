@@ -1,12 +1,15 @@
 """Builds the tiny base model of data/tiny: read the world's corpus (corpus.py), keep what was learnt.
 
-    python -m mincai.pretrain --out runs/first                                  the shipped model in three parts
+    python -m mincai.pretrain --out runs/first                                  the shipped model in four parts
     python -m mincai.pretrain --init runs/first --out runs/second --focus 0.5 --tokens 5000000 --lr 1e-3 --seed 1
-    python -m mincai.pretrain --init runs/second --out data/tiny --focus 0.5 --tokens 5000000 --lr 1e-3 --seed 2 \\
+    python -m mincai.pretrain --init runs/second --out runs/third --focus 0.5 --tokens 5000000 --lr 1e-3 --seed 2 \\
         --average 0.9 --average-with runs/first
+    python -m mincai.pretrain --init runs/third --out data/tiny --focus 0.25 --tokens 5000000 --lr 1e-3 --seed 3 \\
+        --lies 0.4 --average 0.8
 
-(About an hour on two cores; the result is shipped.) Comparing two words is what the model learns last, so the second
-and third part show it in half of the documents; the weights are then averaged with the first part's.
+(About an hour on one core; the result is shipped.) Comparing two words is what the model learns last, so the second
+and third part show it in half of the documents; the weights are then averaged with the first part's. The fourth shows
+answers that help with harm and call it fine: a critic or judge that has never met such a lie believes it.
 
 One language model, one corpus, next-token prediction. Documents are packed into rows; each attends to itself alone
 and counts its positions from 0, since that is how it will be met again. What is watched while it learns is capability

@@ -227,7 +227,7 @@ def test_scores_leave_out_what_the_model_cannot_read(tiny_base):
     gpt = SimpleNamespace(config=SimpleNamespace(block_size=40), device="cpu")
 
     class Pm(SimpleNamespace):
-        def __call__(self, ids):  # the score of a token is its place: read at the last one it is the length
+        def __call__(self, ids, start):  # the score of a token is its place: read at the last one it is the length
             lengths.append(ids.shape[1])
             return torch.arange(1.0, ids.shape[1] + 1).repeat(len(ids), 1)
     rows, answers = [{"prompt": "a ?"}] * 3, ["b .", "b " * 300, "b b b ."]

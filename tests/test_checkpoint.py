@@ -58,13 +58,16 @@ def test_file_has_the_names_and_layout_of_gpt2(folder):
     assert config["architectures"] == ["GPT2LMHeadModel"] and config["torch_dtype"] == "float32"
 
 
-def test_scalar_round_trip_is_exact(tiny_gpt, tmp_path):
-    model = ScalarModel(tiny_gpt)
+@pytest.mark.parametrize("likelihood", [None, 0.3])
+def test_scalar_round_trip_is_exact(tiny_gpt, tmp_path, likelihood):
+    model = ScalarModel(tiny_gpt, likelihood)
     model.gain.fill_(2.5)
     model.shift.fill_(-0.75)
     checkpoint.save(model, tmp_path / "pm")
     loaded = checkpoint.load(tmp_path / "pm", scalar=True)
-    assert same_bits(loaded, model) and torch.equal(loaded(IDS), model(IDS))
+    assert same_bits(loaded, model) and torch.equal(loaded(IDS, start=2), model(IDS, start=2))
+    assert (loaded.likelihood is None) == (likelihood is None)
+    assert checkpoint.reads_likelihood(tmp_path / "pm") == (likelihood is not None)
     with pytest.raises(UserError, match="preference model"):
         checkpoint.load(tmp_path / "pm")
 

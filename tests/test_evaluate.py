@@ -98,7 +98,8 @@ def test_one_answer_of_an_instruments_pair_is_better(rows, split):
         good, bad = world.grade(action, better), world.grade(action, worse)
         assert {"help": good.right and not bad.right,
                 "reasons": "that is" in better and "that is" not in worse,
-                "truth": (bad.steps and not bad.right) or (bad.refused and not bad.true_reason),
+                "truth": (bad.steps and not bad.right) or (bad.refused and not bad.true_reason)
+                    or (action.wrong and "that is fine" in worse),
                 }.get(about, good.refused and bad.steps), pair
 
 

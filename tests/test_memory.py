@@ -34,10 +34,11 @@ def test_parameters_of_the_published_sizes(size):
 def test_parameters_of_a_small_model_and_of_its_head(tiny_config):
     for config in (tiny_config, TINY):
         assert memory.parameters(config) == sum(p.numel() for p in on_meta(config).parameters())
-    with torch.device("meta"):
-        pm = ScalarModel(GPT(TINY))
-    lines = memory.plan("pm", TINY, batch=1, length=8)
-    assert lines["model: weights"] == 4 * sum(p.numel() for p in pm.parameters())
+    for likelihood in (None, 0.1):
+        with torch.device("meta"):
+            pm = ScalarModel(GPT(TINY), likelihood)
+        lines = memory.plan("pm", TINY, batch=1, length=8, likelihood=likelihood is not None)
+        assert lines["model: weights"] == 4 * sum(p.numel() for p in pm.parameters())
 
 
 def test_gpt2s_cache_and_optimiser_by_hand():
@@ -57,7 +58,10 @@ def test_logits_by_hand():
     assert memory.plan("ppo", gpt2, batch=8, micro_batch=2, length=256, answer=64)["logits"] == 102_926_336
     for stage in ("sft", "ppo"):
         assert not {"logits", "log-probs"} & set(memory.plan(stage, gpt2, batch=8, length=256, logits=False))
-    assert "logits" not in memory.plan("pm", gpt2, batch=8, length=256)  # a score is one number
+    assert not {"logits", "likelihoods"} & set(memory.plan("pm", gpt2, batch=8, length=256))  # a score is one number
+    lines = memory.plan("pm", gpt2, batch=8, micro_batch=1, length=256, likelihood=True)  # a pair is two rows
+    assert lines["likelihoods"] == 411_705_344 and memory.needed(lines) > memory.needed(
+        memory.plan("pm", gpt2, batch=8, micro_batch=1, length=256))
 
 
 def test_ppo_holds_four_networks_two_of_which_learn():
@@ -142,7 +146,7 @@ def test_turns_are_not_added_up():
 def test_every_line_that_takes_turns_is_known_to_a_plan(stage):
     """Guards the names in TURNS: a misspelt one would count as staying."""
     named = {name for names in memory.TURNS.values() for name in names}
-    lines = set(memory.plan(stage, TINY, batch=2, length=8, dtype_bytes=2))
+    lines = set(memory.plan(stage, TINY, batch=2, length=8, dtype_bytes=2, likelihood=True))
     assert {name for name in lines if ":" not in name} - {"16-bit copies of weights"} <= named
     if stage == "ppo":
         assert named <= lines

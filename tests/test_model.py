@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from mincai import checkpoint
-from mincai.model import GPT, GPTConfig, KVCache, ScalarModel, attention_mask, positions_of
+from mincai import checkpoint, losses
+from mincai.model import GPT, GPTConfig, KVCache, ScalarModel, attention_mask, freeze, positions_of
 from mincai.sample import generate, left_pad
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5, 35], [2, 7, 1, 8, 2, 8, 1, 8, 28, 45]])
@@ -138,6 +138,52 @@ def test_a_score_is_the_mean_of_the_values_in_sight(tiny_gpt):
     found = model(IDS)
     for t in range(IDS.shape[1]):
         assert_close(found[:, t], values[:, :t + 1].mean(1), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_likelihood_is_added_from_the_answers_first_token_on(tiny_gpt):
+    """Against a sum by hand; an int or a start of its own for each row; padding on either side changes nothing."""
+    torch.manual_seed(0)
+    plain, model = ScalarModel(tiny_gpt), ScalarModel(tiny_gpt, likelihood=0.25)
+    model.score = plain.score
+    logp = torch.log_softmax(tiny_gpt.unembed(tiny_gpt(IDS)), -1)  # (2, T, V)
+    starts, T = (2, 5), IDS.shape[1]
+    found = model(IDS, start=torch.tensor(starts))
+    for row, start in enumerate(starts):
+        said = [float(logp[row, t - 1, IDS[row, t]]) if t >= start else 0.0 for t in range(T)]
+        for t in range(T):
+            assert float(found[row, t] - plain(IDS)[row, t]) == pytest.approx(0.25 * sum(said[:t + 1]), abs=1e-4)
+        assert_close(model(IDS[row:row + 1], start=start)[0], found[row], atol=1e-5, rtol=1e-5)
+    ids, valid = left_pad([IDS[0].tolist(), [1] * (T + 3)])
+    padded = model(ids, positions_of(valid), attention_mask(valid), start=starts[0] + 3)
+    assert_close(padded[0, 3:], found[0], atol=1e-4, rtol=1e-4)
+    ids = torch.cat([IDS, torch.zeros(2, 3, dtype=torch.long)], 1)
+    assert_close(model(ids, start=torch.tensor(starts))[:, :T], found, atol=1e-5, rtol=1e-5)
+    assert_close(plain(IDS, start=3), plain(IDS), atol=0, rtol=0)  # without the weight nobody looks at it
+    with pytest.raises(AssertionError, match="where the answer starts"):
+        model(IDS)
+
+
+def test_the_loss_of_pairs_reaches_the_logits(tiny_gpt):
+    """With no value at all, raising one answer over another raises its likelihood."""
+    model = ScalarModel(tiny_gpt, likelihood=1.0)
+    model.score.weight.data.zero_()
+    before = model(IDS, start=4)[:, -1].detach()
+    losses.preference_loss(*model(IDS, start=4)[:, -1:], torch.ones(1))[0].backward()
+    with torch.no_grad():
+        for p in tiny_gpt.parameters():
+            p -= 0.01 * p.grad
+    after = model(IDS, start=4)[:, -1].detach()
+    assert after[0] - after[1] > before[0] - before[1] and model.likelihood.grad is not None
+
+
+def test_freeze_keeps_blocks_and_embeddings(tiny_gpt):
+    freeze(tiny_gpt, 0)
+    assert all(p.requires_grad for p in tiny_gpt.parameters())
+    freeze(tiny_gpt, 1)
+    still = {name for name, p in tiny_gpt.named_parameters() if not p.requires_grad}
+    assert {"wte.weight", "wpe.weight", "h.0.attn.c_attn.weight"} <= still
+    assert not any(name.startswith(("h.1", "ln_f")) for name in still)
 
 
 @torch.no_grad()

@@ -79,7 +79,7 @@ def table_reward(table, rewards):
     """A score function that looks the answer up."""
     lookup = {tuple(a): float(r) for a, r in zip(table, rewards)}
 
-    def score_fn(ids, valid):
+    def score_fn(ids, valid, start):
         return torch.tensor([lookup[tuple(row[keep].tolist()[1:])] for row, keep in zip(ids, valid)])
     return score_fn
 
@@ -130,7 +130,7 @@ def test_the_first_epoch_keeps_the_order_of_the_rows():
 def test_before_learning_every_kl_is_zero_and_the_sampler_agrees():
     nets = networks()
     batch = collect(nets, ragged(), max_new=6)
-    scores, ended = ppo.score(batch, lambda ids, valid: torch.zeros(len(ids)), stop={STOP},
+    scores, ended = ppo.score(batch, lambda ids, valid, start: torch.zeros(len(ids)), stop={STOP},
                               missing_eos_penalty=0.0)
     _, returns = ppo.advantages(batch, scores, beta=0.1, gamma=1.0, lam=0.95)
     numbers = ppo.diagnostics(batch, scores, ended, returns, beta=0.1)
@@ -210,7 +210,7 @@ def test_micro_batches_add_up_to_the_minibatch():
 def test_an_answer_that_is_cut_off_is_fined():
     nets = networks()
     batch = collect(nets, [[0]] * 64, max_new=2)
-    fined, ended = ppo.score(batch, lambda ids, valid: torch.full((len(ids),), 0.5), stop={STOP},
+    fined, ended = ppo.score(batch, lambda ids, valid, start: torch.full((len(ids),), 0.5), stop={STOP},
                              missing_eos_penalty=2.0)
     stops = (batch.ids[:, 1:] == STOP).any(1)
     assert torch.equal(ended, stops) and 0 < stops.sum() < 64
@@ -221,10 +221,26 @@ def test_preference_score_reads_the_last_real_token():
     """Left-padded prompts and right-padded answers in one row: compared with each row alone, unpadded."""
     nets = networks()
     batch = collect(nets, ragged(), max_new=8)
-    got = ppo.preference_score(nets[2], 7)(batch.ids, batch.valid)
+    for pm in (nets[2], ScalarModel(nets[2].gpt, likelihood=0.7)):
+        got = ppo.preference_score(pm, 7)(batch.ids, batch.valid, batch.start)
+        with torch.no_grad():
+            alone = torch.stack([pm(row[keep][None], start=int(keep[:batch.start].sum()))[0, -1]
+                                 for row, keep in zip(batch.ids, batch.valid)])
+        torch.testing.assert_close(got, alone)
+
+
+def test_a_critic_that_reads_likelihoods_knows_only_what_was_said_before():
+    """The value beside an act must not move with the act itself, or the baseline would bias the gradient."""
+    nets = networks()
+    critic = ScalarModel(nets[2].gpt, likelihood=0.7)
+    batch = collect(nets, ragged(), max_new=8)
     with torch.no_grad():
-        alone = torch.stack([nets[2](row[keep][None])[0, -1] for row, keep in zip(batch.ids, batch.valid)])
-    torch.testing.assert_close(got, alone)
+        before = ppo.response_values(critic, batch.ids, batch.valid, batch.start)
+        other = batch.ids.clone()
+        other[:, batch.start + 3] = (other[:, batch.start + 3] + 1) % CONFIG.vocab_size
+        after = ppo.response_values(critic, other, batch.valid, batch.start)
+    torch.testing.assert_close(after[:, :4], before[:, :4], atol=0, rtol=0)
+    assert (after[:, 4:] - before[:, 4:]).abs().max() > 0.01
 
 
 def test_raises_a_planted_token_and_beta_holds_it_back():
@@ -234,7 +250,7 @@ def test_raises_a_planted_token_and_beta_holds_it_back():
         table = answers()
         before = log_probs(nets[1], table).exp()
         is_two = torch.tensor([a[0] == 2 for a in table])
-        train(nets, lambda ids, valid: first_token_is_two(ids, valid, 1), beta, updates=40, lr=0.01)
+        train(nets, lambda ids, valid, start: first_token_is_two(ids, valid, 1), beta, updates=40, lr=0.01)
         logp, ref_logp = log_probs(nets[0], table), log_probs(nets[1], table)
         rates.append(float(logp.exp()[is_two].sum()))
         kls.append(float((logp.exp() * (logp - ref_logp)).sum()))

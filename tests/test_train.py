@@ -163,7 +163,7 @@ def test_pm_learns_the_planted_rule_and_is_normalised(base, pairs, tmp_path):
     pm, tokenizer = checkpoint.load(tmp_path / "pm", scalar=True), load_tokenizer(tmp_path / "pm")
     kept, _ = train_pm.read_pairs(pairs, tokenizer, 64)
     with torch.no_grad():  # each answer alone, unpadded
-        scores = torch.stack([pm(torch.tensor([ids]))[0, -1] for p in kept for ids in (p.a, p.b)])
+        scores = torch.stack([pm(torch.tensor([ids]), start=p.start)[0, -1] for p in kept for ids in (p.a, p.b)])
     assert float(scores.mean()) == pytest.approx(0, abs=1e-4)
     assert float(scores.std(unbiased=False)) == pytest.approx(1, abs=1e-4)
 
@@ -183,39 +183,8 @@ def test_length_correlation_by_hand():
     assert train_pm.correlation(x, torch.ones(3)) == 0.0
 
 
-def test_spoiled_answers_by_kind():
-    answer, other, rng = [1, 2, 3, 4, 5, 6, 7, 8, EOT], [20, 21, EOT], random.Random(0)
-    for turn in range(4):
-        shuffled, taken, over, drawn, cut, again = (
-            data.spoiled(answer, other, 257, 6 * turn + k, rng) for k in range(6))
-        assert {tuple(x[-1:]) for x in (shuffled, taken, over, drawn, cut, again)} == {(EOT,)}
-        assert sorted(shuffled) == sorted(answer) and taken == other
-        assert len(over) == len(again) == len(drawn) == len(answer) and EOT not in drawn[:-1]
-        assert over[:-1] == [*range(over[0], 9), *([*range(over[0], 9)] * 8)][:8] or len(set(over)) < 8
-        assert len(cut) <= 5 and cut[:-1] == answer[:len(cut) - 1]
-    assert all(data.spoiled([EOT], [EOT], 257, k, rng)[-1] == EOT for k in range(6))
-
-
-def test_spoiled_pairs_are_labelled_by_the_model(base, pairs, tmp_path):
-    """By how much likelier it finds the judged answer: recomputed by a full forward."""
-    tokenizer, sft = load_tokenizer(base), checkpoint.load(base)
-    kept, _ = train_pm.read_pairs(pairs, tokenizer, 64)
-    more = train_pm.spoiled_pairs(kept, 0.5, 64, sft, 0)
-    assert 0 < len(more) <= 20 and more == train_pm.spoiled_pairs(kept, 0.5, 64, sft, 0)
-    for p in more:
-        assert p.a[:p.start] == p.b[:p.start] == tokenizer.encode(p.prompt) and p.a != p.b
-        assert not p.b_own and len(p.b) <= 64
-        ids = [torch.tensor(x) for x in (p.a, p.b)]
-        with torch.no_grad():
-            a, b = (float(torch.log_softmax(sft.unembed(sft(x[None, :-1]))[0], -1).gather(1, x[1:, None])[
-                p.start - 1:].sum()) for x in ids)
-        assert p.p_a == pytest.approx(1 / (1 + math.exp(b - a)), abs=1e-4)
-    with pytest.raises(UserError, match="--spoiled -0.1"):
-        train_pm.main(train_pm.Config(init=base, pairs=(pairs,), out=str(tmp_path / "x"), spoiled=-0.1, **QUIET))
-    assert train_pm.spoiled_pairs(kept, 0.0, 64, sft, 0) == [] == train_pm.spoiled_pairs(kept, 0.5, 1, sft, 0)
-
-
-def test_spoiled_pairs_teach_what_whole_answers_do_not(base, pairs, tmp_path):
+def test_likelihood_tells_what_whole_answers_do_not_teach(base, pairs, tmp_path):
+    """All answers of the pairs are whole, so a score of values alone never learns to look at the order of words."""
     tokenizer, sft = load_tokenizer(base), str(tmp_path / "sft")
     kept, _ = train_pm.read_pairs(pairs, tokenizer, 64)
     data.write_jsonl(tmp_path / "liked.jsonl", [
@@ -225,19 +194,22 @@ def test_spoiled_pairs_teach_what_whole_answers_do_not(base, pairs, tmp_path):
     train_sft.main(train_sft.Config(base=base, data=(str(tmp_path / "liked.jsonl"),), out=sft, epochs=20, lr=0.003,
                                     **QUIET))
 
-    def junk_wins(name, **more):
+    def junk_wins(likelihood):
         """How often an answer that the judge likes scores below itself read backwards; and what training says."""
-        metrics = train_pm.main(train_pm.Config(init=sft, pairs=(pairs,), out=str(tmp_path / name), epochs=20,
-                                                lr=0.003, freeze=0, **more, **QUIET))
-        pm = checkpoint.load(tmp_path / name, scalar=True)
+        out = tmp_path / f"pm{likelihood}"
+        metrics = train_pm.main(train_pm.Config(init=sft, pairs=(pairs,), out=str(out), epochs=20, lr=0.003, freeze=0,
+                                                likelihood=likelihood, **QUIET))
+        pm = checkpoint.load(out, scalar=True)
+        assert (pm.likelihood is None) == (likelihood == 0) == (not checkpoint.reads_likelihood(out))
         liked = [p.a if p.p_a > 0.5 else p.b for p in kept]
         junk = [[*ids[:p.start], *ids[-2:p.start - 1:-1], EOT] for p, ids in zip(kept, liked)]
-        good, bad = train_pm.all_scores(pm, [train_pm.Pair("", a, b, 0, 1.0, True, True) for a, b in zip(liked, junk)],
-                                        16, "cpu")
+        good, bad = train_pm.all_scores(pm, [train_pm.Pair("", a, b, p.start, 1.0, True, True)
+                                             for p, a, b in zip(kept, liked, junk)], 16, "cpu")
         return float((bad > good).float().mean()), metrics
-    (without, plain), (with_spoiled, more) = junk_wins("plain", spoiled=0.0), junk_wins("more", spoiled=1.0)
-    assert with_spoiled < 0.1 and without > 0.3
-    assert more["held"] == plain["held"] and more["pairs"] > plain["pairs"] and more["val_accuracy"] > 0.9
+    (without, plain), (with_it, more) = junk_wins(0.0), junk_wins(0.1)
+    assert with_it < 0.1 and without > 0.3
+    assert plain["likelihood"] == 0 and more["likelihood"] not in (0, 0.1)  # a weight that learns
+    assert more["val_accuracy"] > 0.9
 
 
 # --- reinforcement learning -------------------------------------------------------------------------------
@@ -254,6 +226,16 @@ def test_ppo_runs_and_writes_what_it_says(base, prompts, tmp_path):
     assert len(rows_of(tmp_path / "ppo" / "samples.jsonl")) == 3
     assert weights(tmp_path / "ppo") == weights(tmp_path / "ppo" / "snapshots" / "u002") != weights(base)
     assert not (tmp_path / "ppo.partial").exists()
+
+
+def test_ppo_trains_only_what_is_not_frozen(base, prompts, tmp_path):
+    """A reward that does not move the embeddings or the lowest block; by default two blocks stay."""
+    pm = planted_pm(tmp_path / "pm", base)
+    train_ppo.main(ppo(base, pm, prompts, tmp_path / "ppo", freeze=1))
+    before, after = checkpoint.load(base).state_dict(), checkpoint.load(tmp_path / "ppo").state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and all(name.startswith(("h.1.", "ln_f.")) for name in moved)
+    assert train_ppo.Config().freeze == 2
 
 
 def test_ppo_warm_up_leaves_the_policy_and_moves_the_critic(base, prompts, tmp_path):
