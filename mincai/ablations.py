@@ -4,7 +4,7 @@
 
 Each is made from RUN's files with RUN's settings in RUN/ablations/<name>/, cheap ones first, and skipped if finished.
 
-- base, full, sft: the run's own stages (phase 1's variants are compared with sft, others with full); greedy: sft's mode.
+- base, full, sft: the run's own stages (phase 1's variants are compared with sft, others with full); greedy: its mode.
 - revisions-k: fine-tuned on what stood after k rounds of revision (Bai et al. 2022, 2212.08073, figure 5).
 - direct: revisions without a critique (their figure 7). The base model has read no such text, so it may fail.
 - principles-n: phase 1 under n principles, one a target in turn, harm and help first (their figure 6); 75 has the
