@@ -3,7 +3,7 @@
 import base64
 import json
 import math
-import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -310,3 +310,24 @@ def test_an_error_is_one_line(tmp_path):
                           "--out", str(tmp_path / "out")], capture_output=True, text=True, cwd=ROOT)
     assert ran.returncode == 2
     assert ran.stderr.startswith("mincai: error:") and len(ran.stderr.splitlines()) == 1
+
+
+# --- compiled ---------------------------------------------------------------------------------------------
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_networks_learn_the_same(base, revisions, pairs, prompts, tmp_path):
+    """python -m pytest -m slow tests/test_train.py: some minutes, nearly all of them the compiler's."""
+    pm = tmp_path / "pm"
+    checkpoint.save(ScalarModel(checkpoint.load(base), likelihood=0.1), pm)
+
+    def curves(name, compiled):
+        out, more = tmp_path / f"{name}-{compiled}", dict(compile=compiled)
+        scored = train_pm.Config(init=base, pairs=(pairs,), out=str(out), epochs=1, **more, **QUIET)
+        {"sft": lambda: train_sft.main(sft(base, revisions, out, **more)), "pm": lambda: train_pm.main(scored),
+         "ppo": lambda: train_ppo.main(ppo(base, str(pm), prompts, out, freeze=1, critic_warmup=0, **more))}[name]()
+        return [{k: v for k, v in row.items() if k not in ("episodes_per_s", "tokens_per_s", "sampling_gap")}
+                for row in rows_of(out / "metrics.jsonl")]
+    for name in ("sft", "pm", "ppo"):
+        for eager, compiled in zip(curves(name, False), curves(name, True), strict=True):
+            assert compiled == pytest.approx(eager, rel=1e-3, abs=1e-5), name
