@@ -168,6 +168,14 @@ def test_pm_learns_the_planted_rule_and_is_normalised(base, pairs, tmp_path):
     assert float(scores.std(unbiased=False)) == pytest.approx(1, abs=1e-4)
 
 
+def test_pm_trains_only_what_is_not_frozen(base, pairs, tmp_path):
+    cfg = train_pm.Config(init=base, pairs=(pairs,), out=str(tmp_path / "pm"), epochs=1, freeze=1, **QUIET)
+    train_pm.main(cfg)
+    before, after = checkpoint.load(base).state_dict(), checkpoint.load(cfg.out, scalar=True).gpt.state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and all(name.startswith(("h.1.", "ln_f.")) for name in moved)
+
+
 def test_pm_score_does_not_depend_on_the_batch(base, pairs):
     pm, tokenizer = checkpoint.load(base, scalar=True), load_tokenizer(base)
     kept, _ = train_pm.read_pairs(pairs, tokenizer, 64)
