@@ -166,6 +166,7 @@ def test_the_variants_of_a_whole_run_have_their_settings(opened, monkeypatch):
     assert found["rlhf-hurried"].make.args[1:] == (human.SETTINGS["hurried"], "sft")
     assert found["best-of-16-hot"].make.args[1:] == (16, 2.0, 5) and found["best-of-16"].make.args[1:] == (16, 1.0, 0)
     assert found["share-25"].make.args[1:] == (25,) and found["hard"].make.args[3] == {"hard": True}
+    assert found["greedy"].make.keywords == {"temperature": 0.0} and found["sft"].make.keywords == {}
     cfgs = {**ablations.recorded(opened, 1.0), "feedback": feedback.Config(temperature=1.0, top_k=0)}
     names = [v.name for v in ablations.variants(ablations.Work(opened, cfgs, [], 1.0))]
     assert names.count("best-of-16") == 1 and "best-of-16-hot" not in names  # it would be the same once more

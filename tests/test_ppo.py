@@ -218,7 +218,7 @@ def test_an_answer_that_is_cut_off_is_fined():
 
 
 def test_preference_score_reads_the_last_real_token():
-    """Left-padded prompts and right-padded answers in one row: compared with each row alone, unpadded."""
+    """Left-padded prompts and right-padded answers in one row: compared with each row alone, unpadded; the critic too."""
     nets = networks()
     batch = collect(nets, ragged(), max_new=8)
     for pm in (nets[2], ScalarModel(nets[2].gpt, likelihood=0.7)):
@@ -227,6 +227,14 @@ def test_preference_score_reads_the_last_real_token():
             alone = torch.stack([pm(row[keep][None], start=int(keep[:batch.start].sum()))[0, -1]
                                  for row, keep in zip(batch.ids, batch.valid)])
         torch.testing.assert_close(got, alone)
+        scores, _ = ppo.score(batch, ppo.preference_score(pm, 7), stop={STOP}, missing_eos_penalty=0.0)
+        torch.testing.assert_close(scores, alone)
+        values = ppo.response_values(pm, batch.ids, batch.valid, batch.start)
+        for i, (row, keep) in enumerate(zip(batch.ids, batch.valid)):
+            first = int(keep[:batch.start].sum())
+            with torch.no_grad():
+                whole = pm(row[keep][None], start=first)[0, first - 1:-1]  # before each token of the answer
+            torch.testing.assert_close(values[i][batch.mask[i]], whole)
 
 
 def test_a_critic_that_reads_likelihoods_knows_only_what_was_said_before():

@@ -191,7 +191,7 @@ def test_length_correlation_by_hand():
     assert train_pm.correlation(x, torch.ones(3)) == 0.0
 
 
-def test_likelihood_tells_what_whole_answers_do_not_teach(base, pairs, tmp_path):
+def test_likelihood_tells_what_whole_answers_do_not_teach(base, pairs, prompts, tmp_path, monkeypatch):
     """All answers of the pairs are whole, so a score of values alone never learns to look at the order of words."""
     tokenizer, sft = load_tokenizer(base), str(tmp_path / "sft")
     kept, _ = train_pm.read_pairs(pairs, tokenizer, 64)
@@ -214,7 +214,12 @@ def test_likelihood_tells_what_whole_answers_do_not_teach(base, pairs, tmp_path)
         good, bad = train_pm.all_scores(pm, [train_pm.Pair("", a, b, p.start, 1.0, True, True)
                                              for p, a, b in zip(kept, liked, junk)], 16, "cpu")
         return float((bad > good).float().mean()), metrics
+    planned = []  # what the memory plan was told
+    monkeypatch.setattr(train_pm.memory, "announce", lambda *a, likelihood, **k: planned.append(likelihood))
     (without, plain), (with_it, more) = junk_wins(0.0), junk_wins(0.1)
+    train_ppo.main(ppo(sft, str(tmp_path / "pm0.1"), prompts, tmp_path / "ppo1"))
+    train_ppo.main(ppo(sft, str(tmp_path / "pm0.0"), prompts, tmp_path / "ppo0"))
+    assert planned == [False, True, True, False]
     assert with_it < 0.1 and without > 0.3
     assert plain["likelihood"] == 0 and more["likelihood"] not in (0, 0.1)  # a weight that learns
     assert more["val_accuracy"] > 0.9
