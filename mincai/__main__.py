@@ -1,6 +1,6 @@
 """The whole of Constitutional AI, one stage after the other, into one run folder.
 
-    python -m mincai                     the tiny world: CPU, nothing to download, about six minutes
+    python -m mincai                     the tiny world: CPU, nothing to download, three to six minutes
     python -m mincai --out runs/seed1 --seed 1
     python -m mincai --preset gpt2       GPT-2's weights and English prompts, on one GPU (see presets.py)
     torchrun --nproc-per-node 4 -m mincai --preset gpt2       the same on four

@@ -75,7 +75,7 @@ def recorded(opened: measure.Run, scale: float) -> dict:
         if not (path.exists() and side.exists()):
             continue
         try:
-            made = json.loads(side.read_text(encoding="utf-8"))["config"]
+            made = measure.BEFORE.get(stage, {}) | json.loads(side.read_text(encoding="utf-8"))["config"]
             cfg = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in made.items()})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{side}: does not record the settings of that stage ({error}); make it again") from None

@@ -32,6 +32,7 @@ class Config:
     prompt: int = arg(64, "tokens of a prompt")
     max_new: int = arg(48, "tokens of an answer")
     repeat: int = arg(5, "repetitions of each measurement")
+    likelihood: float = arg(0.1, "weight of the answer's log-probability in the scores; 0: no such part, as for GPT-2")
     dtype: str = arg("float32", "float32, or bfloat16 for matrix products")
     compile: bool = arg(False, "compile the networks of the training steps first")
     out: str = arg("", "JSON file to write, none if empty")
@@ -77,7 +78,8 @@ def check_gpu(config) -> dict[str, float]:
 def measure(config, cfg, device) -> dict[str, float]:
     """{what: tokens a second}, of sampled tokens for sampling, else of all real tokens that a step reads."""
     torch.manual_seed(0)
-    model, critic, pm = GPT(config).to(device), ScalarModel(GPT(config)).to(device), ScalarModel(GPT(config)).to(device)
+    model = GPT(config).to(device)
+    critic, pm = (ScalarModel(GPT(config), cfg.likelihood or None).to(device) for _ in range(2))
     ref = GPT(config).to(device).requires_grad_(False)
     ref.load_state_dict(model.state_dict())
     nets = [torch.compile(m) if cfg.compile else m for m in (model, critic)]
@@ -103,7 +105,7 @@ def measure(config, cfg, device) -> dict[str, float]:
     def pairs():
         ids, valid = data.right_pad([p + a for p, a in rows] * 2, device)
         with precision(device, cfg.dtype):
-            scores = pm(ids)[:, -1].float()
+            scores = pm(ids, start=cfg.prompt)[:, -1].float()
         n = len(rows)
         losses.preference_loss(scores[:n], scores[n:], torch.full((n,), 0.7, device=device))[0].backward()
         optimizers[2].step()
@@ -135,7 +137,7 @@ def main(cfg: Config) -> dict:
     config = TINY if cfg.model == "tiny" else SHAPES[cfg.model]
     memory.announce("ppo", config, device, "--batch or --micro-batch", batch=cfg.batch, length=cfg.prompt + cfg.max_new,
                     micro_batch=cfg.micro_batch, answer=cfg.max_new, dtype_bytes=number_bytes(cfg.dtype),
-                    cache_bytes=number_bytes(cfg.dtype))
+                    cache_bytes=number_bytes(cfg.dtype), likelihood=bool(cfg.likelihood))
     found = check_gpu(TINY) if device == "cuda" else {}
     found |= measure(config, cfg, device)
     print(f"bench: {memory.parameters(config):,} parameters, {cfg.dtype}, {data.stamp(cfg)['device']}, {threads} "

@@ -35,7 +35,7 @@ def recorded(opened: measure.Run, stage: str, Config, **changes):
     path, old = opened.out / stage / "run.json", {}
     if path.exists():
         try:
-            old = dict(json.loads(path.read_text(encoding="utf-8"))["config"])
+            old = measure.BEFORE.get(stage, {}) | json.loads(path.read_text(encoding="utf-8"))["config"]
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{path}: does not record any settings; train this stage anew") from None
     known = {f.name: old[f.name] for f in fields(Config) if f.name in old}  # an older version had others

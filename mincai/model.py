@@ -15,6 +15,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from mincai import UserError
+
 
 @dataclass(frozen=True)
 class GPTConfig:
@@ -197,7 +199,10 @@ class ScalarModel(nn.Module):
 
 
 def freeze(gpt: GPT, blocks: int) -> None:
-    """Let the lowest `blocks` blocks, and the embeddings with them, learn nothing more; 0 freezes nothing."""
+    """Let the lowest `blocks` blocks, and the embeddings with them, learn nothing more; 0 freezes nothing. UserError
+    for a number of blocks that the model does not have."""
+    if not 0 <= blocks <= len(gpt.h):
+        raise UserError(f"--freeze {blocks}: the model has {len(gpt.h)} blocks; give 0 (none) to {len(gpt.h)} (all)")
     for part in (gpt.wte, gpt.wpe, *gpt.h[:blocks]) if blocks else ():
         part.requires_grad_(False)
 

@@ -1,6 +1,6 @@
 """Ready settings of the whole loop, by name: what each stage does otherwise than by default.
 
-    tiny         the shipped model of a million parameters: a CPU, about six minutes
+    tiny         the shipped model of a million parameters: a CPU, three to six minutes
     small        a larger world and a model of 15 million parameters, made first: one GPU
     gpt2         GPT-2's 124M weights and the English prompts: one card of 24 GB
     gpt2-medium  355M: 48 GB; gpt2-large  774M: 80 GB

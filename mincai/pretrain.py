@@ -7,7 +7,7 @@
     python -m mincai.pretrain --init runs/third --out data/tiny --focus 0.25 --tokens 5000000 --lr 1e-3 --seed 3 \\
         --lies 0.4 --average 0.5
 
-(About an hour on one core; the result is shipped.) Comparing two words is what the model learns last, so the second
+(About 80 minutes on one core; the result is shipped.) Comparing two words is what the model learns last, so the second
 and third part show it in half of the documents; the weights are then averaged with the first part's. The fourth shows
 answers that help with harm and call it fine: a critic or judge that has never met such a lie believes it.
 

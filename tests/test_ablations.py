@@ -54,7 +54,8 @@ def cfg(tiny_base, tmp_path_factory):
     train_pm.main(train_pm.Config(init=str(out / "sft"), pairs=(str(out / "comparisons.jsonl"),), out=str(out / "pm"),
                                   epochs=1, holdout=0.0, freeze=0, **here))
     train_ppo.main(train_ppo.Config(sft=str(out / "sft"), pm=str(out / "pm"), prompts=prompts, out=str(out / "ppo"),
-                                    updates=1, batch=4, max_new=4, epochs=1, minibatches=1, micro_batch=4, **here))
+                                    updates=1, batch=4, max_new=4, epochs=1, minibatches=1, micro_batch=4, freeze=0,
+                                    **here))
     every = data.read_jsonl(tiny_base / "prompts_eval.jsonl")
     data.write_jsonl(out / "held.jsonl", [r for split, step in (("eval", 90), ("eval-twin", 120))
                                           for r in [r for r in every if r["split"] == split][::step]])

@@ -65,7 +65,7 @@ def test_settings_are_those_of_the_run(run):
     old = {"config": {"batch": 32, "lr": 0.5, "again": True, "gone": 1}}
     data.write_json(opened.out / "ppo" / "run.json", old)
     assert goodhart.recorded(opened, "ppo", train_ppo.Config) == train_ppo.Config(
-        batch=32, lr=0.5, device="cpu", threads=1)
+        batch=32, lr=0.5, freeze=0, device="cpu", threads=1)  # as it was before there was such a setting
     data.write_json(opened.out / "ppo" / "run.json", {"no": "config"})
     with pytest.raises(UserError, match="run.json.*train"):
         goodhart.recorded(opened, "ppo", train_ppo.Config)

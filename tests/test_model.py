@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from mincai import checkpoint, losses
+from mincai import UserError, checkpoint, losses
 from mincai.model import GPT, GPTConfig, KVCache, ScalarModel, attention_mask, freeze, positions_of
 from mincai.sample import generate, left_pad
 
@@ -184,6 +184,9 @@ def test_freeze_keeps_blocks_and_embeddings(tiny_gpt):
     still = {name for name, p in tiny_gpt.named_parameters() if not p.requires_grad}
     assert {"wte.weight", "wpe.weight", "h.0.attn.c_attn.weight"} <= still
     assert not any(name.startswith(("h.1", "ln_f")) for name in still)
+    for blocks in (-1, len(tiny_gpt.h) + 1):
+        with pytest.raises(UserError, match=f"--freeze {blocks}: the model has {len(tiny_gpt.h)} blocks"):
+            freeze(tiny_gpt, blocks)
 
 
 @torch.no_grad()

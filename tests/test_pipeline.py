@@ -17,9 +17,10 @@ from mincai.tokenizer import load_tokenizer
 
 # What the stages would do with a small --scale, smaller still: time, not behaviour
 # (a model of four steps revises and prefers by chance: sampled critiques, and labels near 1/2 kept)
-LESS = {"critique and revise": dict(rounds=2, max_new=24, temperature=1.0), "preference model": dict(contrast=0.0),
+LESS = {"critique and revise": dict(rounds=2, max_new=24, temperature=1.0),
+        "preference model": dict(contrast=0.0, freeze=0),
         "AI feedback": dict(max_new=32, samples=64),
-        "PPO": dict(batch=16, max_new=8), "evaluate": dict(judged=3, max_new=6)}
+        "PPO": dict(batch=16, max_new=8, freeze=0), "evaluate": dict(judged=3, max_new=6)}
 HELD = {p.id for p in constitution.load_constitution() if p.split == "held"}
 
 

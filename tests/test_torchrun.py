@@ -31,7 +31,7 @@ def prepare(folder):
     ranks = b"".join(base64.b64encode(bytes([b])) + b" %d\n" % b for b in range(256))
     config = GPTConfig(vocab_size=257, block_size=256, n_layer=2, n_head=2, n_embd=32)
     checkpoint.save(GPT(config), folder / "base", extra={"tokenizer.tiktoken": ranks})
-    checkpoint.save(ScalarModel(GPT(config)), folder / "pm", extra={"tokenizer.tiktoken": ranks})
+    checkpoint.save(ScalarModel(GPT(config), likelihood=0.1), folder / "pm", extra={"tokenizer.tiktoken": ranks})
     data.write_jsonl(folder / "revisions.jsonl", [
         {"prompt": f"q{i} ?", "revision": "no " * (1 + i % 4)} for i in range(7)])
     data.write_jsonl(folder / "comparisons.jsonl", [
@@ -50,7 +50,7 @@ def run_all(folder, out):
                                   batch_size=4, micro_batch=1, freeze=1, holdout=0.0, **QUIET))
     train_ppo.main(train_ppo.Config(sft=base, pm=str(folder / "pm"), prompts=str(folder / "prompts.jsonl"), updates=3,
                                     out=str(here / "ppo"), batch=8, minibatches=2, micro_batch=2, max_new=5, lr=1e-3,
-                                    critic_warmup=1, print_every=1, **QUIET))
+                                    critic_warmup=1, print_every=1, freeze=0, **QUIET))
     critique.main(critique.Config(model=base, prompts=str(folder / "prompts.jsonl"), out=str(here / "revisions.jsonl"),
                                   harmful=3, helpful=2, responses=1, rounds=1, max_new=8, **QUIET))
 

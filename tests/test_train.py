@@ -79,7 +79,7 @@ def planted_pm(folder, base):
 
 def ppo(base, pm, prompts, out, **more):
     settings = dict(sft=base, pm=pm, prompts=prompts, out=str(out), updates=2, batch=8, max_new=4,
-                    micro_batch=4)
+                    micro_batch=4, freeze=0)
     return train_ppo.Config(**settings | QUIET | more)
 
 
