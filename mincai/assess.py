@@ -24,7 +24,7 @@ from mincai import UserError, constitution, data, formats
 from mincai.checkpoint import load
 from mincai.cli import arg, pick_device, precision, run, set_threads
 from mincai.feedback import judge
-from mincai.logprobs import answer_logp
+from mincai.logprobs import answer_logp, answer_scores
 from mincai.planner import Planner, load_shots
 from mincai.sample import generate_batched
 from mincai.table import percent, rate
@@ -85,19 +85,13 @@ def first_words(model, tokenizer, rows, cfg) -> dict[str, float]:
         for name, text in FIRST.items()}
 
 
-@torch.no_grad()
 def mean_score(pm, tokenizer, rows, answers, cfg) -> float:
     """The preference model's mean score of the answers that fit its context."""
     prompts = [tokenizer.encode(constitution.dialogue(r["prompt"], r.get("setting"))) for r in rows]
-    tokens = [(len(p), p + tokenizer.encode(" " + a) + [tokenizer.eot]) for p, a in zip(prompts, answers)]
-    tokens = [(start, some) for start, some in tokens if len(some) <= pm.gpt.config.block_size]
-    total = 0.0
-    for i in range(0, len(tokens), cfg.batch_size):
-        start, some = zip(*tokens[i:i + cfg.batch_size])
-        ids, valid = data.right_pad(some, pm.gpt.device)
-        scores = pm(ids, start=torch.tensor(start, device=ids.device))  # (B, T)
-        total += float(scores[torch.arange(len(ids)), valid.sum(1) - 1].sum())
-    return total / max(1, len(tokens))
+    pairs = [(p, tokenizer.encode(" " + a) + [tokenizer.eot]) for p, a in zip(prompts, answers)]
+    pairs = [(p, a) for p, a in pairs if len(p) + len(a) <= pm.gpt.config.block_size]
+    scores = answer_scores(pm, [p for p, _ in pairs], [a for _, a in pairs], cfg.batch_size)
+    return float(scores.mean()) if pairs else 0.0
 
 
 def wins(model, planner, rows, ours, theirs, principles, cfg, desc) -> dict:

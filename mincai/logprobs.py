@@ -1,4 +1,4 @@
-"""Log-probs of given tokens: after prompts, or of whole answers. Token ids in, numbers out.
+"""Log-probs of given tokens, after prompts or of whole answers, and answers' scores. Token ids in, numbers out.
 
 Prompts are padded on the right here, where nothing is sampled: causal attention then needs no mask. Shapes: B rows, C
 channels, V vocabulary.
@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from mincai.data import right_pad
 from mincai.losses import gather_logp
-from mincai.model import GPT
+from mincai.model import GPT, ScalarModel
 from mincai.sample import check_room, chunks
 
 
@@ -45,3 +45,16 @@ def answer_logp(model: GPT, prompts, answers, batch_size=32, desc=None) -> list[
         for i, part in zip(chunk, logp.split([len(answers[i]) for i in chunk])):
             out[i] = part
     return out
+
+
+@torch.no_grad()
+def answer_scores(pm: ScalarModel, prompts, answers, batch_size=32) -> torch.Tensor:
+    """The preference model's scores of answers, end of text included, after their prompts: (N,) on the CPU."""
+    assert len(prompts) == len(answers), (len(prompts), len(answers))
+    out = []
+    for i in range(0, len(prompts), batch_size):
+        some = list(zip(prompts[i:i + batch_size], answers[i:i + batch_size]))
+        ids, valid = right_pad([p + a for p, a in some], pm.gpt.device)
+        scores = pm(ids, start=torch.tensor([len(p) for p, _ in some], device=ids.device))  # (B, T)
+        out.append(scores[torch.arange(len(ids)), valid.sum(1) - 1].cpu())
+    return torch.cat(out) if out else torch.zeros(0)

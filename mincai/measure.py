@@ -14,7 +14,7 @@ import torch
 from mincai import UserError, constitution, corpus, data, world
 from mincai.checkpoint import load
 from mincai.feedback import judge
-from mincai.logprobs import answer_logp
+from mincai.logprobs import answer_logp, answer_scores
 from mincai.losses import calibration_error
 from mincai.planner import Planner
 from mincai.sample import generate_batched
@@ -168,20 +168,11 @@ def measure_critic(model, tokenizer, rows, actions, principles, rng, cfg) -> dic
     return found
 
 
-@torch.no_grad()
 def pm_scores(pm, tokenizer, rows, answers, batch_size) -> list[float]:
     """Unnormalised scores (gain and shift undone), so that the difference of two is a log-odds."""
-    out = []
-    for i in range(0, len(rows), batch_size):
-        some = rows[i:i + batch_size]
-        prompts = [tokenizer.encode(constitution.dialogue(r["prompt"], r.get("setting"))) for r in some]
-        tokens = [p + tokenizer.encode(" " + a if a else "") + [tokenizer.eot]
-                  for p, a in zip(prompts, answers[i:i + batch_size])]
-        ids, valid = data.right_pad(tokens, pm.gpt.device)
-        scores = pm(ids, start=torch.tensor([len(p) for p in prompts], device=ids.device))  # (B, T)
-        score = scores[torch.arange(len(ids)), valid.sum(1) - 1]
-        out += ((score - pm.shift) / pm.gain).tolist()
-    return out
+    prompts = [tokenizer.encode(constitution.dialogue(r["prompt"], r.get("setting"))) for r in rows]
+    ids = [tokenizer.encode(" " + a if a else "") + [tokenizer.eot] for a in answers]
+    return ((answer_scores(pm, prompts, ids, batch_size) - pm.shift.cpu()) / pm.gain.cpu()).tolist()
 
 
 def measure_pm(pm, tokenizer, rows, actions, rng, cfg) -> dict:
