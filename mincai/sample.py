@@ -221,7 +221,8 @@ def _decode_graph(model, cache, logits, valid, uniforms, stop, temperature, top_
             # autocast would keep 16-bit copies of the weights for its whole context; made in a capture they live in
             # the graph's own memory, so every replay has to make them
             auto = torch.autocast("cuda", torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"), False)
-            with torch.cuda.graph(graph), auto:  # records a step without running it
+            # thread_local: a data loader's thread that pins memory meanwhile must not break the capture
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"), auto:  # records a step without running it
                 step()
             advance = graph.replay
     told = 0

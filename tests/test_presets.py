@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from pretend_gpu import pretend
 
 import mincai.__main__ as pipeline
 from mincai import assess, checkpoint, critique, data, evaluate, pretrain
@@ -76,7 +78,7 @@ LESS = {"critique and revise": dict(harmful=8, helpful=8, responses=1, rounds=1,
         "evaluate": dict(number=8, max_new=6, batch_size=8)}
 
 
-def whole_loop(folder, config, monkeypatch, dtype="float32"):
+def whole_loop(folder, config, monkeypatch, dtype="float32", device="cpu"):
     """Every stage of the gpt2 preset on random weights of this shape; a random model ends an answer by chance alone, so
     its end-of-text is made likely."""
     torch.manual_seed(0)
@@ -88,7 +90,7 @@ def whole_loop(folder, config, monkeypatch, dtype="float32"):
     real = pipeline.stages
     monkeypatch.setattr(pipeline, "stages", lambda cfg: [
         (name, stage, dataclasses.replace(c, **LESS[name], dtype=dtype)) for name, stage, c in real(cfg)])
-    pipeline.main(pipeline.Config(preset="gpt2", base=str(folder / "base"), out=str(folder / "run"), device="cpu",
+    pipeline.main(pipeline.Config(preset="gpt2", base=str(folder / "base"), out=str(folder / "run"), device=device,
                                   threads=1))
     return json.loads((folder / "run" / "eval.json").read_text())
 
@@ -102,9 +104,11 @@ def vocabulary(monkeypatch):
         monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_whole_loop_on_gpt2s_vocabulary(vocabulary, tmp_path, monkeypatch, dtype):
-    result = whole_loop(tmp_path, GPTConfig(n_layer=1, n_head=2, n_embd=32), monkeypatch, dtype)
+@pytest.mark.parametrize("dtype, device", [("float32", "cpu"), ("bfloat16", "cpu"), ("bfloat16", "cuda")])
+def test_the_whole_loop_on_gpt2s_vocabulary(vocabulary, tmp_path, monkeypatch, dtype, device):
+    gpu = pretend(monkeypatch) if device == "cuda" and not torch.cuda.is_available() else nullcontext()
+    with gpu:
+        result = whole_loop(tmp_path, GPTConfig(n_layer=1, n_head=2, n_embd=32), monkeypatch, dtype, device)
     assert list(result["stages"]) == ["base", "sft", "ppo"] and result["missing"] == []
     assert result["planner"]["examples"] > result["planner"]["prompts"] > 0
     assert critique.data.read_jsonl(tmp_path / "run" / "revisions.jsonl")[0]["rounds"]
