@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -11,9 +12,11 @@ import torch
 from pretend_gpu import pretend
 
 import mincai.__main__ as pipeline
-from mincai import assess, checkpoint, critique, data, evaluate, pretrain
+from mincai import assess, checkpoint, critique, data, evaluate, memory, pretrain
+from mincai.cli import number_bytes
 from mincai.model import GPT, GPTConfig
 from mincai.presets import PRESETS
+from mincai.weights import SHAPES
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "gpt2-tokenizer"
 
@@ -41,6 +44,30 @@ def test_the_small_preset_asks_for_the_claims_own_numbers():
     assert sum(row["split"] == "eval" for row in files["prompts_eval.jsonl"]) >= 40_000
     loop = [row["kind"] for row in files["prompts.jsonl"]]
     assert loop.count("harmful") >= preset.feedback["harmful"] and loop.count("benign") >= preset.feedback["helpful"]
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if PRESETS[name].memory])
+def test_a_preset_needs_no_more_memory_than_it_says(name):
+    """By the plan, with the longest rows that its data make: all positions where few-shot examples fill them."""
+    preset, stages, longest = PRESETS[name], of(name), 256  # data/english's longest prompt has 125 tokens
+    if name == "small":
+        world = preset.world
+        shape = GPTConfig(world["ranks"] + 1, pretrain.Config.block_size, world["n_layer"], world["n_head"], world["n_embd"])
+        longest = shape.block_size
+    else:
+        shape = SHAPES[name]
+    said = float(re.search(r"(\d+) GB", preset.memory)[1]) * 1e9
+    for title in ("critique and revise", "AI feedback", "evaluate"):
+        cfg, bytes_ = stages[title], number_bytes(getattr(stages[title], "dtype", "float32"))
+        assert memory.needed(memory.plan("sample", shape, batch=cfg.batch_size, length=shape.block_size,
+                                         dtype_bytes=bytes_, cache_bytes=bytes_)) < said, title
+    sft, pm, ppo = stages["fine-tune on revisions"], stages["preference model"], stages["PPO"]
+    assert memory.needed(memory.plan("sft", shape, batch=sft.batch_size, length=longest, dtype_bytes=2)) < said
+    assert memory.needed(memory.plan("pm", shape, batch=pm.batch_size, micro_batch=pm.micro_batch or None, length=longest,
+                                     dtype_bytes=2, likelihood=bool(pm.likelihood))) < said
+    assert memory.needed(memory.plan("ppo", shape, batch=ppo.batch, micro_batch=ppo.micro_batch, length=longest,
+                                     answer=ppo.max_new, dtype_bytes=2, cache_bytes=2,
+                                     likelihood=bool(pm.likelihood))) < said
 
 
 def test_scale_makes_every_count_smaller_but_none_zero():
