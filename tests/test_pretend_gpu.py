@@ -1,4 +1,4 @@
-"""The code for a GPU, run on one that is pretended (pretend_gpu.py): the right devices, and graphs that may be replayed."""
+"""The code for a GPU, run on one that is pretended (pretend_gpu.py): right devices, and graphs that can be replayed."""
 
 import dataclasses
 import json
