@@ -34,7 +34,7 @@ from mincai import UserError, checkpoint, cli, data, distributed, formats, memor
 from mincai.cli import arg
 from mincai.constitution import dialogue
 from mincai.losses import calibration_error, preference_loss
-from mincai.tokenizer import load_tokenizer
+from mincai.weights import common_tokenizer, resolve
 
 
 @dataclass(frozen=True)
@@ -212,8 +212,9 @@ def main(cfg: Config) -> dict:
     device = distributed.start(cli.pick_device(cfg.device))
     torch.manual_seed(cfg.seed)  # the head's first weights
     shuffle = torch.Generator().manual_seed(cfg.seed)
-    tokenizer = load_tokenizer(cfg.init)
-    config = checkpoint.read_config(cfg.init)
+    init = resolve(cfg.init)
+    tokenizer, config = common_tokenizer(init), checkpoint.read_config(init)
+    checkpoint.check_place(cfg.out)
 
     # --- data ---
     pairs, dropped = [], Counter()
@@ -231,7 +232,7 @@ def main(cfg: Config) -> dict:
     memory.announce("pm", config, device, "--micro-batch", batch=cfg.batch_size, length=longest,
                     micro_batch=cfg.micro_batch or cfg.batch_size, dtype_bytes=cli.number_bytes(cfg.dtype),
                     likelihood=bool(cfg.likelihood))
-    pm = checkpoint.load(cfg.init, device, scalar=True, likelihood=cfg.likelihood or None)
+    pm = checkpoint.load(init, device, scalar=True, likelihood=cfg.likelihood or None)
     every = [max(len(p.a), len(p.b)) for p in train]
     per_epoch = math.ceil(len(epoch_rows(train, cfg.weights, torch.Generator())) / cfg.batch_size)
     steps = cfg.epochs * per_epoch

@@ -16,6 +16,7 @@ approxkl below 0.02, explained rising above 0.3, kl rising slowly.
 
 import json
 import os
+import shutil
 import time
 from dataclasses import dataclass
 from itertools import islice
@@ -28,7 +29,7 @@ from mincai import UserError, checkpoint, cli, data, distributed, formats, memor
 from mincai.cli import arg
 from mincai.constitution import dialogue
 from mincai.table import show_samples, warnings
-from mincai.tokenizer import load_tokenizer
+from mincai.weights import common_tokenizer, resolve
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,8 @@ def read_prompts(cfg, tokenizer, limit):
         if round(cfg.batch * share) and not pools[harmful]:
             kind = "harmful" if harmful else "benign"
             raise UserError(f"{cfg.prompts}: no {kind} prompt of the split 'loop' fits ({dropped} too long "
-                            f"for {limit} tokens with --max-new); add some or change --benign-share")
+                            f"for {limit} tokens with --max-new); add some (--prompts FILE,benign:FILE) or change "
+                            f"--benign-share")
     return pools[True], pools[False], dropped
 
 
@@ -124,18 +126,20 @@ def main(cfg: Config) -> dict:
     torch.manual_seed(cfg.seed)
     order = torch.Generator().manual_seed(cfg.seed)  # of prompts and minibatches
     sampling = torch.Generator(device).manual_seed(cfg.seed + 1)  # another stream than the order's
-    tokenizer = load_tokenizer(cfg.sft)
-    configs = checkpoint.read_config(cfg.sft), checkpoint.read_config(cfg.pm)
+    sft = resolve(cfg.sft)
+    configs = checkpoint.read_config(sft), checkpoint.read_config(cfg.pm)
     if configs[0].vocab_size != configs[1].vocab_size:
         raise UserError(f"{cfg.pm} has {configs[1].vocab_size} tokens, {cfg.sft} has {configs[0].vocab_size}; train "
                         f"the preference model from the same model")
+    tokenizer = common_tokenizer(sft, cfg.pm)
+    checkpoint.check_place(cfg.out)
     harmful, benign, dropped = read_prompts(cfg, tokenizer, min(config.block_size for config in configs))
     memory.announce("ppo", configs[0], device, "--micro-batch, --batch or --max-new",
                     length=max(map(len, harmful + benign)) + cfg.max_new,
                     batch=cfg.batch // distributed.world(), answer=cfg.max_new, micro_batch=micro_batch,
                     dtype_bytes=cli.number_bytes(cfg.dtype), cache_bytes=cli.number_bytes(cfg.dtype),
                     likelihood=checkpoint.reads_likelihood(cfg.pm))
-    policy, ref = checkpoint.load(cfg.sft, device), checkpoint.load(cfg.sft, device).requires_grad_(False)
+    policy, ref = checkpoint.load(sft, device), checkpoint.load(sft, device).requires_grad_(False)
     pm, critic = (checkpoint.load(cfg.pm, device, scalar=True) for _ in range(2))
     pm.requires_grad_(False)
     model.freeze(policy, cfg.freeze)  # a few rare samples teach; whatever else they move is what the model knows
@@ -153,6 +157,8 @@ def main(cfg: Config) -> dict:
     say(f"train_ppo: {len(harmful)} harmful and {len(benign)} other prompts, {dropped} too long; "
           f"{cfg.updates} updates of {cfg.batch} answers on {device}")
     work = Path(f"{cfg.out}.partial")  # snapshots wait here until the whole output is there
+    if distributed.is_main():
+        shutil.rmtree(work, ignore_errors=True)  # of a run that was stopped, perhaps with other settings
     beta, log, shown, negative = cfg.beta, [], [], 0
 
     # --- the loop ---

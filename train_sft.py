@@ -26,8 +26,7 @@ from mincai import UserError, checkpoint, cli, data, distributed, memory
 from mincai.cli import arg
 from mincai.constitution import dialogue
 from mincai.losses import sft_loss
-from mincai.tokenizer import load_tokenizer
-from mincai.weights import check_vocabulary, resolve
+from mincai.weights import common_tokenizer, resolve
 
 
 @dataclass(frozen=True)
@@ -119,8 +118,8 @@ def main(cfg: Config) -> dict:
     torch.manual_seed(cfg.seed)
     shuffle = torch.Generator().manual_seed(cfg.seed)
     folder = resolve(cfg.base)
-    tokenizer, config = load_tokenizer(folder), checkpoint.read_config(folder)
-    check_vocabulary(config, tokenizer, folder)
+    tokenizer, config = common_tokenizer(folder), checkpoint.read_config(folder)
+    checkpoint.check_place(cfg.out)
 
     # --- data ---
     rows = [row for path in cfg.data for row in data.read_jsonl(path, need=("prompt", "revision"))]

@@ -10,6 +10,7 @@ alone: python -m mincai.critique, train_sft.py, python -m mincai.feedback, train
 python -m mincai.evaluate; each tells its flags with --help.
 """
 
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ if str(ROOT) not in sys.path:  # the three training scripts stand at the top lev
 import train_pm  # noqa: E402
 import train_ppo  # noqa: E402
 import train_sft  # noqa: E402
-from mincai import assess, critique, distributed, evaluate, feedback, pretrain  # noqa: E402
+from mincai import UserError, assess, critique, distributed, evaluate, feedback, formats, pretrain  # noqa: E402
 from mincai.cli import arg, check_choice, pick_device, run, set_threads  # noqa: E402
 from mincai.presets import PRESETS  # noqa: E402
 from mincai.weights import resolve  # noqa: E402
@@ -33,7 +34,8 @@ class Config:
     preset: str = arg("tiny", f"which settings: {', '.join(PRESETS)}")
     out: str = arg("", "the run folder (default: runs/ and the preset's name)")
     base: str = arg("", "the pretrained model: a folder, or gpt2 and its sizes (default: the preset's)")
-    prompts: str = arg("", "folder with prompts.jsonl and prompts_eval.jsonl (default: the preset's)")
+    prompts: str = arg("", "folder with prompts.jsonl and prompts_eval.jsonl (default: the preset's), or files to "
+                           "train on: FILE,benign:FILE, as mincai.formats reads them")
     only: str = arg("", "use these principle ids or targets only, commas between")
     without: str = arg("", "leave out these principle ids or targets, for instance theft,harm,conduct")
     scale: float = arg(1.0, "share of the prompts and updates to use; small for a quick look")
@@ -48,9 +50,14 @@ def stages(cfg: Config) -> list[tuple[str, object, object]]:
     check_choice("preset", cfg.preset, tuple(PRESETS))
     preset = PRESETS[cfg.preset]
     out, base = Path(cfg.out or f"runs/{cfg.preset}"), cfg.base or preset.base
-    folder = Path(cfg.prompts or preset.prompts or base)
+    folder = Path(preset.prompts or base)
+    drawn_from = str(folder / "prompts.jsonl")
+    if cfg.prompts and os.path.isdir(cfg.prompts):
+        folder, drawn_from = Path(cfg.prompts), str(Path(cfg.prompts) / "prompts.jsonl")
+    elif cfg.prompts:  # files of one's own to train on; what is held out stays
+        drawn_from = cfg.prompts
     common = dict(seed=cfg.seed, device=cfg.device, threads=cfg.threads, again=cfg.again)
-    drawn = dict(prompts=str(folder / "prompts.jsonl"), only=cfg.only, without=cfg.without, **common)
+    drawn = dict(prompts=drawn_from, only=cfg.only, without=cfg.without, **common)
 
     def scaled(Stage, name, *fields):
         """The preset's flags for a stage, with these counts scaled; 0, which means all, stays."""
@@ -59,7 +66,7 @@ def stages(cfg: Config) -> list[tuple[str, object, object]]:
             number = flags.get(field, getattr(Stage, field))
             flags = flags | {field: max(8 if field != "updates" else 2, round(number * cfg.scale)) if number else 0}
         if cfg.scale < 1 and preset.english:  # "all" of the English prompts is a number too
-            flags = {k: max(8, round(800 * cfg.scale)) if k in ("harmful", "helpful") and v == 0 else v
+            flags = {k: max(8, round(800 * cfg.scale)) if k in ("harmful", "helpful", "number") and v == 0 else v
                      for k, v in flags.items()}
         return flags
 
@@ -85,7 +92,8 @@ def stages(cfg: Config) -> list[tuple[str, object, object]]:
     ]
     grade = assess if preset.english else evaluate
     todo.append(("evaluate", grade.main, grade.Config(
-        out=str(out), base=base, prompts=str(folder / "prompts_eval.jsonl"), **common, **preset.evaluate)))
+        out=str(out), base=base, prompts=str(folder / "prompts_eval.jsonl"), **common,
+        **(scaled(assess.Config, "evaluate", "number") if preset.english else preset.evaluate))))
     return todo
 
 
@@ -99,6 +107,10 @@ def main(cfg: Config) -> None:
         + (f"; preset {cfg.preset} needs {preset.memory}" if preset.memory else ""))
     if todo[0][1] is not pretrain.main:
         resolve(base)  # before an hour's work, not after it
+        kinds = {row["kind"] for row in formats.loop_prompts(todo[0][2].prompts)}
+        if len(kinds) < 2:
+            raise UserError(f"{todo[0][2].prompts}: all prompts are {kinds.pop()}, and PPO needs both kinds; give "
+                            f"--prompts FILE,benign:FILE")
     for number, (name, stage, config) in enumerate(todo, 1):
         say(f"\n[{number}/{len(todo)}] {name}", flush=True)
         if distributed.is_main() or stage not in (pretrain.main, evaluate.main, assess.main):

@@ -28,8 +28,7 @@ from mincai.logprobs import answer_logp, answer_scores
 from mincai.planner import Planner, load_shots
 from mincai.sample import generate_batched
 from mincai.table import percent, rate
-from mincai.tokenizer import load_tokenizer
-from mincai.weights import check_vocabulary, resolve
+from mincai.weights import common_tokenizer, resolve
 
 STAGES = ("base", "sft", "ppo")
 SPLITS = ("eval", "eval-twin", "unseen-category", "unseen-twin")
@@ -145,8 +144,8 @@ def main(cfg: Config) -> dict:
     every = constitution.load_constitution(cfg.constitution)
     held = constitution.select(every, split="held")
     folder = resolve(cfg.base)
-    tokenizer, base = load_tokenizer(folder), load(folder, device)
-    check_vocabulary(base.config, tokenizer, folder)
+    made = [out / name for name in ("sft", "pm", "ppo") if (out / name).is_dir()]
+    tokenizer, base = common_tokenizer(folder, *made), load(folder, device)
     planner = Planner(tokenizer, base.config.block_size, load_shots(cfg.fewshot, every, "full"))
     pm = load(out / "pm", device, scalar=True) if (out / "pm").is_dir() else None
     stages = {"base": folder} | {s: out / s for s in STAGES[1:] if (out / s).is_dir()}

@@ -16,7 +16,7 @@ from mincai import UserError, constitution
 from mincai.checkpoint import load
 from mincai.cli import arg, pick_device, run, set_threads
 from mincai.sample import stream
-from mincai.tokenizer import load_tokenizer
+from mincai.weights import common_tokenizer, resolve
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ def main(cfg: Config) -> None:
     set_threads(cfg.threads or 1)  # one row at a time: a second thread only waits
     device = pick_device(cfg.device)
     folders = (*cfg.beside, cfg.model)
-    models = [(folder, load(folder, device), load_tokenizer(folder)) for folder in folders]
+    models = [(name, load(folder, device), common_tokenizer(folder))
+              for name, folder in zip(folders, map(resolve, folders))]
     generator = torch.Generator().manual_seed(cfg.seed)
     width, setting = max(map(len, folders)), None
     if sys.stdin.isatty():

@@ -6,6 +6,7 @@ out], the transpose of nn.Linear's. Only safetensors are read, because unpicklin
 whatever code is in it.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -20,10 +21,11 @@ from mincai.model import GPT, GPTConfig, ScalarModel
 
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # [in, out]
 BUFFERS = (".attn.bias", ".attn.masked_bias")  # the causal mask, which older files store with the weights
+UNTIED = "lm_head.weight"  # the output's own matrix, where it is not the token embedding
 HEAD = ("score.weight", "score.bias", "gain", "shift", "likelihood")  # of ScalarModel, which may lack the last; on
 # disk score.gain, score.shift and score.likelihood
 NEEDED = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")  # positive integers in config.json
-FIXED = {"activation_function": "gelu_new", "tie_word_embeddings": True, "scale_attn_weights": True,
+FIXED = {"activation_function": "gelu_new", "scale_attn_weights": True,
          "scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False,
          "add_cross_attention": False}  # what model.py is; a file that leaves one out means this value
 
@@ -60,6 +62,18 @@ def save(model: GPT | ScalarModel, folder, extra: dict = {}) -> None:
         raise UserError(f"{folder}: cannot be written ({error.strerror}); give another folder") from None
 
 
+def check_place(folder) -> None:
+    """UserError if `save` could not write here: to ask before the work whose result it is."""
+    folder = Path(os.path.abspath(folder))
+    _check_replaceable(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); give another folder") from None
+
+
 def _check_replaceable(folder):
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; give a folder to save the model in")
@@ -70,7 +84,8 @@ def _check_replaceable(folder):
 def _to_file(model):
     """State dict to the names and layout of the file; contiguous copies, which safetensors asks for."""
     gpt = model.gpt if isinstance(model, ScalarModel) else model
-    tensors = {"transformer." + k: v.T if k.endswith(CONV1D) else v for k, v in gpt.state_dict().items()}
+    tensors = {k if k == UNTIED else "transformer." + k: v.T if k.endswith(CONV1D) else v
+               for k, v in gpt.state_dict().items()}
     if isinstance(model, ScalarModel):
         state = model.state_dict()
         tensors |= {"score." + k.removeprefix("score."): state[k] for k in HEAD if k in state}
@@ -83,7 +98,7 @@ def _hf_config(model):
     return {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": c.vocab_size,
             "n_positions": c.block_size, "n_ctx": c.block_size, "n_embd": c.n_embd, "n_layer": c.n_layer,
             "n_head": c.n_head, "layer_norm_epsilon": c.layer_norm_epsilon, "activation_function": "gelu_new",
-            "tie_word_embeddings": True, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+            "tie_word_embeddings": c.tied, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
             "torch_dtype": str(gpt.wte.weight.dtype).removeprefix("torch.")}
 
 
@@ -107,9 +122,10 @@ def load(folder, device="cpu", scalar=False, likelihood=None) -> GPT | ScalarMod
         raise UserError(f"{folder}: is a preference model (it has a score head); give a language model")
     tensors = {k.removeprefix("transformer."): v for k, v in tensors.items()}
     tensors = {k: v for k, v in tensors.items() if not k.endswith(BUFFERS)}
-    lm_head = tensors.pop("lm_head.weight", None)
+    lm_head = tensors.pop(UNTIED, None) if config.tied else None
     if lm_head is not None and "wte.weight" in tensors and not torch.equal(lm_head, tensors["wte.weight"]):
-        raise UserError(f"{folder}: lm_head.weight differs from wte.weight; only tied embeddings can be read")
+        raise UserError(f"{folder}: {UNTIED} differs from wte.weight, but config.json does not say "
+                        f'"tie_word_embeddings": false; get both files of one model')
     with torch.device("meta"):  # shapes only: no memory, and no random numbers drawn to be overwritten
         model = GPT(config)
     _fill(model, tensors, CONV1D, folder)
@@ -172,6 +188,9 @@ def read_config(folder) -> GPTConfig:
     for key, value in FIXED.items():
         if c.get(key, value) != value:
             raise UserError(f"{path}: {key} is {c[key]!r}; only {value!r} can be loaded")
+    tied = c.get("tie_word_embeddings", True)
+    if type(tied) is not bool:
+        raise UserError(f"{path}: tie_word_embeddings is {tied!r}; it must be true or false")
     if c.get("n_inner") not in (None, 4 * c["n_embd"]):
         raise UserError(f"{path}: n_inner is {c['n_inner']!r}; only 4 * n_embd can be loaded")
     if c["n_embd"] % c["n_head"]:
@@ -179,7 +198,7 @@ def read_config(folder) -> GPTConfig:
     epsilon = c.get("layer_norm_epsilon", 1e-5)
     if type(epsilon) not in (int, float) or not epsilon > 0:
         raise UserError(f"{path}: layer_norm_epsilon is {epsilon!r}; it must be a number above 0")
-    return GPTConfig(c["vocab_size"], c["n_positions"], c["n_layer"], c["n_head"], c["n_embd"], epsilon)
+    return GPTConfig(c["vocab_size"], c["n_positions"], c["n_layer"], c["n_head"], c["n_embd"], epsilon, tied)
 
 
 def _read_weights(folder):

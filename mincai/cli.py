@@ -13,6 +13,7 @@ left out on purpose: config files, nesting, abbreviated flags. A misspelt flag e
 
 import argparse
 import dataclasses
+import math
 import os
 import sys
 import typing
@@ -20,6 +21,17 @@ import typing
 import torch
 
 from mincai import UserError, memory
+
+
+# The least that a number may be, by its name, whichever script has it; a share is at most 1
+LEAST = {**dict.fromkeys("batch batch_size max_new updates minibatches accumulate rounds responses samples ensemble "
+                         "repeat prompt tokens n_layer n_head n_embd block_size ranks check_every print_every "
+                         "kl_horizon tests".split(), 1),
+         **dict.fromkeys("epochs micro_batch harmful helpful forks base_samples pairs number budget judged trails "
+                         "strips failures top_k temperature lr critic_lr weight_decay critic_warmup snapshots beta "
+                         "kl_target approx_kl_stop likelihood workers warmup contrast".split(), 0),
+         **dict.fromkeys("scale clip max_norm value_clip fork_temperature".split(), 1e-6)}
+SHARES = "holdout aim focus lies noise benign_share average".split()
 
 
 def arg(default, help):
@@ -34,7 +46,14 @@ def parse(Config, argv=None, description=""):
     hints = typing.get_type_hints(Config)
     for field in dataclasses.fields(Config):
         _add_flag(parser, field, hints[field.name])
-    return Config(**vars(parser.parse_args(argv)))
+    given = vars(parser.parse_args(argv))
+    for name, value in given.items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            least, most = (0, 1) if name in SHARES else (LEAST.get(name, -math.inf), math.inf)
+            if not least <= value <= most:  # a NaN is neither
+                asked = "from 0 to 1" if name in SHARES else "above 0" if 0 < least < 1 else f"of {least} or more"
+                parser.error(f"argument --{name.replace('_', '-')}: {value}; give a number {asked}")
+    return Config(**given)
 
 
 def _add_flag(parser, field, hint):

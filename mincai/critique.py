@@ -9,6 +9,7 @@ answer stands. Nothing here judges but the model. Every original, critique and r
 """
 
 import random
+import re
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -20,8 +21,7 @@ from mincai.checkpoint import load, read_config
 from mincai.cli import arg, check_choice, number_bytes, pick_device, precision, run, set_threads
 from mincai.planner import Planner, load_shots
 from mincai.sample import generate_batched
-from mincai.tokenizer import load_tokenizer
-from mincai.weights import check_vocabulary, resolve
+from mincai.weights import common_tokenizer, resolve
 
 
 ORDINARY = ("help", "reasons")  # what an answer without a harm category is aimed at: it should help, and say why
@@ -54,13 +54,26 @@ class Config:
     again: bool = arg(False, "replace an output that exists")
 
 
-def rejected(revision: str, original: str) -> str:
-    """Why a revision cannot stand ("" if it can): a matter of form alone."""
-    if not revision:
+# What opens a part of the prompts, or closes a critique; no answer does
+NOT_ANSWERS = re.compile(r"the principle is|\([ab]\)"
+                         r"|(critique|revision|review|human|assistant|request|principle|choice) *:"
+                         r"|.*\b(breaks|keeps|break|keep) (this|the) principle\b", re.IGNORECASE | re.DOTALL)
+
+
+def words(text: str) -> list[str]:
+    """A text's words alone, for comparing: neither case nor punctuation makes two texts different."""
+    return re.findall(r"\w+", text.lower())
+
+
+def rejected(revision: str, original: str, critique: str = "") -> str:
+    """Why a revision does not take the answer's place ("" if it does): a matter of form alone."""
+    if not words(revision):
         return "empty"
-    if revision == original:
+    if words(revision) == words(constitution.KEEP):
+        return "keep"
+    if words(revision) == words(original):
         return "same as the answer"
-    if revision.startswith(("the principle is", "Critique", "Review", "Human")):
+    if NOT_ANSWERS.match(revision) or words(revision) == words(critique):
         return "not an answer"
     return ""
 
@@ -100,7 +113,7 @@ def critique_rounds(model, planner, items, principles, cfg, rng, generator, dire
         revisions = write(model, planner, "review", asked, stop, cfg, generator, f"round {number + 1}: revisions")
         for item, principle, text, said, ids in zip(items, drawn, texts, critiques, revisions):
             revision = constitution.clean(tokenizer.decode(ids))
-            why = "keep" if revision == constitution.KEEP else rejected(revision, item["revision"])
+            why = rejected(revision, item["revision"], text)
             if not ids or not said and not direct:
                 why = "no room"
             elif not direct and (not text or said[-1] not in stop):  # from half a critique nothing follows
@@ -146,8 +159,7 @@ def main(cfg: Config) -> dict:
     config = read_config(folder)
     memory.announce("sample", config, device, "--batch-size or --max-new", batch=cfg.batch_size,
                     length=config.block_size, dtype_bytes=number_bytes(cfg.dtype), cache_bytes=number_bytes(cfg.dtype))
-    model, tokenizer = load(folder, device), load_tokenizer(folder)
-    check_vocabulary(model.config, tokenizer, folder)
+    tokenizer, model = common_tokenizer(folder), load(folder, device)
     planner = Planner(tokenizer, model.config.block_size, load_shots(cfg.fewshot, every, cfg.wording))
     chosen = data.choose(rows, "harmful", cfg.harmful, rng) * cfg.responses
     chosen += data.choose(rows, "benign", cfg.helpful, rng)

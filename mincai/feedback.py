@@ -23,8 +23,7 @@ from mincai.forks import fork
 from mincai.logprobs import next_logp
 from mincai.planner import Planner, load_shots
 from mincai.sample import generate_batched
-from mincai.tokenizer import load_tokenizer
-from mincai.weights import check_vocabulary, resolve
+from mincai.weights import common_tokenizer, resolve
 
 
 ORDINARY = ("help", "truth")  # what answers without a harm category are judged by: is it helpful, is it true
@@ -144,6 +143,7 @@ def candidates(cfg, rows, model, judging, planner, generator):
                    for text in conversations]
         room = sampler.config.block_size - cfg.max_new
         fits = [i for i, prompt in enumerate(prompts) if prompt is not None and len(prompt) <= room]
+        planner.counts[f"prompts too long for {source}"] += len(prompts) - len(fits)
         if not n or not fits:
             continue
         heat = (1.0, 0) if base else (cfg.temperature, cfg.top_k)
@@ -157,8 +157,9 @@ def candidates(cfg, rows, model, judging, planner, generator):
                         cfg.max_new, stop, cfg.batch_size, generator, desc="forks")
             drawn = [some + others for some, others in zip(drawn, more)]
         for i, some in zip(fits, drawn):  # an answer that never ends is no candidate
-            answers[i] += [(tuple(ids[:-1]) + (tokenizer.eot,), source) for ids in some
-                           if ids[-1] in stop and len(ids) > 1]
+            whole = [ids for ids in some if ids[-1] in stop and len(ids) > 1]
+            planner.counts["answers cut off or empty"] += len(some) - len(whole)
+            answers[i] += [(tuple(ids[:-1]) + (tokenizer.eot,), source) for ids in whole]
     return answers
 
 
@@ -219,8 +220,9 @@ def main(cfg: Config) -> dict:
     config = read_config(judge_folder)
     memory.announce("sample", config, device, "--batch-size or --max-new", batch=cfg.batch_size,
                     length=config.block_size, dtype_bytes=number_bytes(cfg.dtype), cache_bytes=number_bytes(cfg.dtype))
-    tokenizer, model, judging = load_tokenizer(judge_folder), load(cfg.model, device), load(judge_folder, device)
-    check_vocabulary(judging.config, tokenizer, judge_folder)
+    model_folder = resolve(cfg.model)
+    tokenizer = common_tokenizer(judge_folder, model_folder)
+    model, judging = load(model_folder, device), load(judge_folder, device)
     planner = Planner(tokenizer, judging.config.block_size, load_shots(cfg.fewshot, every, cfg.wording, cfg.reasons))
     if distributed.rank():
         rng.seed(seed)
@@ -239,7 +241,9 @@ def main(cfg: Config) -> dict:
         data.write_jsonl(cfg.out, out)
         data.write_json(data.sidecar(cfg.out), data.stamp(cfg, same_slot=same_slot, contrast=contrast,
                                                           planner=dict(planner.counts)))
-        told = f"; {planner.summary()}" if planner.summary() else ""
+        left_out = [f"{planner.counts[why]} {why}" for why in (
+            "answers cut off or empty", "prompts too long for sft", "prompts too long for base") if planner.counts[why]]
+        told = "".join(f"; {some}" for some in (planner.summary(), ", ".join(left_out)) if some)
         print(f"feedback: {len(out)} comparisons of {len(rows)} prompts, mean |p - 1/2| {contrast:.2f}, same slot in "
               f"both orders {same_slot:.1%}{told}; {time.time() - started:.0f} s on {threads} threads -> {cfg.out}")
     distributed.barrier()

@@ -19,8 +19,8 @@ A conversation of several turns becomes one prompt, such that constitution.dialo
 message becomes the setting, on one line. Labels of other people's pairs are hard, whatever else a row says.
 """
 
+import os
 import random
-import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +28,7 @@ from pathlib import Path
 from mincai import UserError, data
 from mincai.cli import arg, run
 from mincai.constitution import dialogue
-
-ROLES = {"user": "Human", "assistant": "Assistant", "system": "Setting"}
-MARKER = re.compile(r"\n\n(Human|Assistant):")
-# What constitution.dialogue writes. A blank line before "Assistant:" is HH-RLHF's way and does not match.
-DIALOGUE = re.compile(r"(?:Setting: (.*?)\n)?Human: (.*[^\n])\nAssistant:", re.DOTALL)
+from mincai.turns import asked, transcript, turns_of
 
 
 @dataclass(frozen=True)
@@ -81,52 +77,6 @@ def need(row, keys, where, text=()) -> None:
             raise UserError(f"{where}: {key} is a {type(row[key]).__name__}; write text")
 
 
-# --- conversations: lists of (role, text), the roles being Setting, Human, Assistant ----------------
-
-def turns_of(value, where) -> list[tuple[str, str]]:
-    """Turns of a text (a transcript of either style, or else a single question), or of a list of messages."""
-    if isinstance(value, str):
-        if match := DIALOGUE.fullmatch(value):
-            return [("Setting", match[1])] * bool(match[1]) + [("Human", match[2])]
-        before, *parts = MARKER.split("\n\n" + value.lstrip())  # text before the first marker, role, text, ...
-        if parts and before.strip():
-            raise UserError(f"{where}: text stands before the first turn; begin with Human: and the question")
-        return list(zip(parts[::2], parts[1::2])) or [("Human", value)]
-    if not isinstance(value, list) or not value:
-        raise UserError(f'{where}: not a conversation; write text, or a list of {{"role", "content"}}')
-    for message in value:
-        ok = isinstance(message, dict) and isinstance(message.get("content"), str)
-        if not ok or message.get("role") not in list(ROLES):  # a list, for a role may be no hashable value
-            raise UserError(f"{where}: a message needs a role ({', '.join(ROLES)}) and its content as text")
-    return [(ROLES[message["role"]], message["content"]) for message in value]
-
-
-def before_answer(prompt, where) -> list[tuple[str, str]]:
-    """Turns of a prompt, without the bare "Assistant:" that it may end with."""
-    turns = turns_of(prompt, f"{where}, prompt")
-    return turns[:-1] if turns[-1][0] == "Assistant" and not turns[-1][1].strip() else turns
-
-
-def transcript(row, key, where) -> list[tuple[str, str]]:
-    """All turns of one side of a pair, those of the row's prompt in front where the side does not repeat them."""
-    prompt = row.get("prompt")
-    if prompt is not None and isinstance(row[key], str):
-        return [*before_answer(prompt, where), ("Assistant", row[key])]
-    turns = turns_of(row[key], f"{where}, {key}")
-    return [*before_answer(prompt, where), *turns] if prompt is not None and turns[0][0] == "Assistant" else turns
-
-
-def asked(turns, where) -> dict:
-    """{"prompt"} of the turns before an answer, with "setting" if they have one. The prompt is empty if all are."""
-    setting, turns = (turns[0][1], turns[1:]) if turns and turns[0][0] == "Setting" else ("", turns)
-    if not turns or turns[0][0] != "Human" or any(role == "Setting" for role, _ in turns):
-        raise UserError(f"{where}: needs a human turn, then an answer; only one system message may stand in front")
-    texts = [re.sub(r"\n\s*\n", "\n", text.strip()) for _, text in turns]
-    lines = [f"{role}: {text}".rstrip() for (role, _), text in zip(turns, texts)]  # no space after a bare colon
-    prompt = "\n".join(lines).removeprefix("Human:").removeprefix(" ") if any(texts) else ""
-    return {"prompt": prompt, **({"setting": " ".join(setting.split())} if setting.strip() else {})}
-
-
 # --- prompts ----------------------------------------------------------------------------------------
 
 def is_text(path) -> bool:
@@ -173,6 +123,8 @@ def read_prompts(path, kind: str = "harmful") -> list[dict]:
     if form == "mincai's prompts":
         for where, row in rows:
             need(row, ("id", "prompt", "kind"), where, text=("prompt", "kind", "setting"))
+            if row["kind"] not in ("harmful", "benign"):
+                raise UserError(f"{where}: kind is {row['kind']!r}; give harmful or benign")
         return [row for _, row in rows]
     kept = {}
     for where, row in rows:
@@ -186,9 +138,17 @@ def read_prompts(path, kind: str = "harmful") -> list[dict]:
     return list(kept.values())
 
 
-def loop_prompts(path, kind: str = "harmful") -> list[dict]:
-    """The prompts that training may use: split "loop", or no split named. UserError if there is none."""
-    rows = [row for row in read_prompts(path, kind) if row.get("split", "loop") == "loop"]
+def loop_prompts(path) -> list[dict]:
+    """The prompts that training may use: split "loop", or no split named. UserError if there is none.
+
+    path: one file, or several with commas between. Prompts of a file that names no kind are harmful, or benign where
+    "benign:" stands before its path.
+    """
+    files = [str(path)] if os.path.exists(path) else str(path).split(",")
+    rows = []
+    for file in files:
+        kind = "benign" if file.startswith("benign:") else "harmful"
+        rows += [row for row in read_prompts(file.removeprefix("benign:"), kind) if row.get("split", "loop") == "loop"]
     if not rows:
         raise UserError(f"{path}: no row has split 'loop'; the other splits are for evaluation")
     return rows

@@ -31,10 +31,10 @@ DRAWING = 5    # in pick, beside the logits that are kept from token to token
 
 
 def parameters(config: GPTConfig) -> int:
-    """How many numbers a GPT of this shape has; logits use the token embedding again, so it counts once."""
+    """How many numbers a GPT of this shape has; tied logits use the token embedding again, so it counts once."""
     C = config.n_embd
     block = 12 * C * C + 13 * C  # c_attn 3, its c_proj 1, c_fc and c_proj 4 each; 9 C of biases, 4 C in two LayerNorms
-    return (config.vocab_size + config.block_size) * C + config.n_layer * block + 2 * C
+    return (config.vocab_size * (2 - config.tied) + config.block_size) * C + config.n_layer * block + 2 * C
 
 
 def block_bytes(config: GPTConfig, length: int, dtype_bytes=4, masked=False) -> int:

@@ -1,9 +1,10 @@
 """GPT-2's transformer, its KV cache, and a scalar head. Knows no loss and no text.
 
 Radford et al. 2019: pre-LayerNorm blocks, learned positions, tanh GELU, logits from the transposed token
-embedding. Parameter names are GPT-2's own (wte, wpe, h, ln_f, c_attn, c_proj, ...), so that reading published
-weights is one loop (checkpoint.py). What is left out on purpose: dropout. PPO compares log-probs of the same
-tokens under the same weights and needs the ratio to be exactly 1 on its first minibatch.
+embedding (or, untied, from a matrix of their own). Parameter names are GPT-2's (wte, wpe, h, ln_f, c_attn,
+c_proj, ...), so that reading published weights is one loop (checkpoint.py). What is left out on purpose: dropout.
+PPO compares log-probs of the same tokens under the same weights and needs the ratio to be exactly 1 on its first
+minibatch.
 
 Shapes: B batch, T time (queries), S keys that a query may see, C channels, V vocabulary, nh heads, hs head
 size.
@@ -26,6 +27,7 @@ class GPTConfig:
     n_head: int = 12
     n_embd: int = 768
     layer_norm_epsilon: float = 1e-5
+    tied: bool = True  # logits by the token embedding; False: by a matrix of their own
 
 
 class KVCache:
@@ -104,6 +106,7 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.lm_head = None if config.tied else nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.apply(self._init)
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):  # scaled by 1/sqrt(residual layers): GPT-2, section 2.3
@@ -113,7 +116,7 @@ class GPT(nn.Module):
         if isinstance(module, (nn.Linear, nn.Embedding)):
             # GPT-2's 0.02 at its width of 768; a narrow model starts as lively as a wide one
             nn.init.normal_(module.weight, std=0.02 * (768 / self.config.n_embd) ** 0.5)
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
     @property
@@ -146,8 +149,8 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def unembed(self, hidden):
-        """Hidden states (..., C) to logits (..., V) by the token embedding: tied, no second matrix."""
-        return hidden @ self.wte.weight.T
+        """Hidden states (..., C) to logits (..., V) by the token embedding, or the second matrix of an untied model."""
+        return hidden @ (self.lm_head or self.wte).weight.T
 
 
 class ScalarModel(nn.Module):

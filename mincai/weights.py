@@ -25,6 +25,7 @@ from mincai import UserError, constitution
 from mincai.checkpoint import load, read_config
 from mincai.cli import arg, run
 from mincai.model import GPTConfig
+from mincai.tokenizer import load_tokenizer
 
 SHAPES: dict[str, GPTConfig] = {  # Radford et al. 2019, table 2
     "gpt2": GPTConfig(n_layer=12, n_head=12, n_embd=768),
@@ -163,6 +164,17 @@ def check_vocabulary(model_config: GPTConfig, tokenizer, folder) -> None:
     if tokenizer.n_vocab > model_config.vocab_size:
         raise UserError(f"{folder}: the vocabulary has {tokenizer.n_vocab} tokens, the embedding only "
                         f"{model_config.vocab_size} rows; put the model's own tokenizer.tiktoken beside its weights")
+
+
+def common_tokenizer(*folders):
+    """The vocabulary that the models in these folders share; UserError where it differs, or is more than a model has
+    rows for."""
+    first = load_tokenizer(folders[0])
+    for folder in folders:
+        if load_tokenizer(folder).ranks != first.ranks:
+            raise UserError(f"{folder} has another vocabulary than {folders[0]}; take models made from the same base")
+        check_vocabulary(read_config(folder), first, folder)
+    return first
 
 
 def main(cfg: Config) -> None:

@@ -71,7 +71,7 @@ def run(tiny_base, cfg, tmp_path):
     """A run folder with everything but PPO: the base itself as its SFT model, and a preference model."""
     shutil.copytree(tiny_base, tmp_path / "run/sft")
     torch.manual_seed(1)
-    checkpoint.save(ScalarModel(noisy(tiny_base)), tmp_path / "run/pm")
+    checkpoint.save(ScalarModel(noisy(tiny_base)), tmp_path / "run/pm", load_tokenizer(tiny_base).files())
     return tmp_path / "run"
 
 
@@ -125,7 +125,7 @@ def test_the_numbers_are_of_the_answers_that_are_kept(cfg, run, tiny_base):
 
 
 def test_other_answers_than_the_bases_are_judged(cfg, tiny_base, tmp_path):
-    checkpoint.save(noisy(tiny_base), tmp_path / "run/ppo")
+    checkpoint.save(noisy(tiny_base), tmp_path / "run/ppo", load_tokenizer(tiny_base).files())
     result = assess.main(cfg)
     assert result["missing"] == ["sft", "pm"] and list(result["stages"]) == ["base", "ppo"]
     found = result["stages"]["ppo"]

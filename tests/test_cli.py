@@ -125,3 +125,28 @@ def test_device(monkeypatch, gpu):
     else:
         with pytest.raises(UserError, match="no GPU"):
             cli.pick_device("cuda")
+
+
+@dataclass(frozen=True)
+class Numbers:
+    batch_size: int = cli.arg(4, "rows")
+    lr: float = cli.arg(0.1, "rate")
+    clip: float = cli.arg(1.0, "norm")
+    holdout: float = cli.arg(0.1, "share")
+    seed: int = cli.arg(0, "any number")
+
+
+@pytest.mark.parametrize("flag, value, asked", [
+    ("--batch-size", "0", "of 1 or more"), ("--batch-size", "-3", "of 1 or more"), ("--lr", "-1", "of 0 or more"),
+    ("--lr", "nan", "of 0 or more"), ("--clip", "0", "above 0"), ("--holdout", "1.5", "from 0 to 1"),
+    ("--holdout", "-0.1", "from 0 to 1")])
+def test_a_number_out_of_range_exits_2(flag, value, asked, capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.parse(Numbers, [f"{flag}={value}"])
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert exit.value.code == 2 and f"argument {flag}: {value}" in told and told.endswith(f"; give a number {asked}")
+
+
+def test_numbers_in_range_are_taken():
+    assert cli.parse(Numbers, ["--batch-size", "1", "--lr", "0", "--holdout", "1", "--seed", "-1"]) == Numbers(
+        1, 0.0, 1.0, 1.0, -1)

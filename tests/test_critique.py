@@ -1,5 +1,6 @@
 """Critique and revision by a model whose words are scripted: what stands, what is dropped, what is kept."""
 
+import json
 import random
 from types import SimpleNamespace
 
@@ -145,3 +146,24 @@ def test_without_a_prompt_of_the_loop_there_is_nothing_to_do(cfg, tmp_path):
     data.write_jsonl(tmp_path / "prompts.jsonl", [row])
     with pytest.raises(UserError, match="loop"):
         critique.main(cfg)
+
+
+FEWSHOT = json.loads((constitution.PATH.parent / "english" / "fewshot.json").read_text(encoding="utf-8"))["review"]
+
+
+@pytest.mark.parametrize("text, why", [
+    ("Keep the answer.", "keep"), ("keep the answer", "keep"), ("FIRST.", "same as the answer"), ("...", "empty"),
+    ("Assistant: sorry", "not an answer"), ("Request: sorry", "not an answer"), ("(A): sorry", "not an answer"),
+    ("it is wrong so it breaks this principle .", "not an answer"), ("So bad, it is.", "not an answer"),
+    ("Review your notes every day.", ""), ("The answer is 42.", ""), ("Keep the answer to yourself.", ""),
+    *[(shot["critique"], "not an answer") for shot in FEWSHOT]])
+def test_what_is_no_answer_takes_no_answers_place(text, why):
+    """In English too, where case and punctuation vary; a critique is known by how it ends, or by being the one just
+    written."""
+    assert critique.rejected(text, "first", "So bad it is") == why
+
+
+def test_the_examples_revisions_are_answers():
+    for shot in FEWSHOT:
+        kept = " ".join(critique.words(shot["revision"])) == " ".join(critique.words(constitution.KEEP))
+        assert critique.rejected(shot["revision"], shot["answer"], shot["critique"]) == ("keep" if kept else "")

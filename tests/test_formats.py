@@ -101,7 +101,11 @@ def test_a_system_message_and_a_setting_line_become_the_setting(write):
 def test_the_loop_takes_its_own_split_only(write):
     rows = [OWN_PROMPT, {**OWN_PROMPT, "split": "loop"}, {k: v for k, v in OWN_PROMPT.items() if k != "split"}]
     assert formats.loop_prompts(write(rows)) == rows[1:]
-    assert len(formats.loop_prompts(write("one\ntwo\n", "a.txt"), "benign")) == 2
+    assert [row["kind"] for row in formats.loop_prompts(write("one\ntwo\n", "a.txt"))] == ["harmful"] * 2
+    both = "{},benign:{}".format(write("one\ntwo\n", "a.txt"), write("three\n", "b.txt"))
+    assert [(row["kind"], row["prompt"]) for row in formats.loop_prompts(both)] == [
+        ("harmful", "one"), ("harmful", "two"), ("benign", "three")]
+    assert "kind is 'odd'" in complaint(formats.loop_prompts, write([rows[1] | {"kind": "odd"}]))
     assert "'loop'" in complaint(formats.loop_prompts, write([OWN_PROMPT]))
 
 

@@ -29,7 +29,7 @@ def run(tiny_base, tmp_path):
         for stage in stages:
             if stage == "pm":
                 torch.manual_seed(0)
-                checkpoint.save(ScalarModel(checkpoint.load(tiny_base)), out / "pm")
+                checkpoint.save(ScalarModel(checkpoint.load(tiny_base)), out / "pm", load_tokenizer(tiny_base).files())
             else:
                 shutil.copytree(tiny_base, out / stage)
         cfg = dict(out=str(out), base=str(tiny_base), prompts=str(tmp_path / "prompts_eval.jsonl"), world=0, seed=0,

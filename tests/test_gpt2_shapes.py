@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from mincai import UserError, checkpoint, weights
+from mincai import UserError, checkpoint, memory, weights
 from mincai.model import GPTConfig
 from mincai.sample import generate
 from mincai.tokenizer import load_tokenizer
@@ -127,12 +127,27 @@ def refuse(folder, *words):
 
 
 def test_untied_head(tmp_path, theirs):
-    untied = random_gpt2((97, 40, 3, 4, 24, 1e-5), 0.3, tie_word_embeddings=False)
+    """A head of its own is read, counted, written again and opened by the other side."""
+    untied = random_gpt2((97, 40, 3, 4, 24, 1e-5), 0.3, tie_word_embeddings=False).eval()
     untied.save_pretrained(tmp_path / "untied")
-    refuse(tmp_path / "untied", "config.json", "tie_word_embeddings is False")
+    ours, ids = checkpoint.load(tmp_path / "untied"), torch.randint(97, (2, 17))
+    assert memory.parameters(ours.config) == sum(p.numel() for p in ours.parameters())
+    with torch.no_grad():
+        logits = untied(ids).logits
+        assert_close(ours.unembed(ours(ids)), logits, atol=1e-4, rtol=1e-4)
+        assert (ours(ids) @ ours.wte.weight.T - logits).abs().max() > 0.1
+        checkpoint.save(ours, tmp_path / "back")
+        again = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "back").eval()
+        assert torch.equal(again(ids).logits, logits)
+    scalar = checkpoint.load(tmp_path / "untied", scalar=True, likelihood=0.1)
+    checkpoint.save(scalar, tmp_path / "pm")
+    with torch.no_grad():
+        assert torch.equal(checkpoint.load(tmp_path / "pm", scalar=True)(ids, start=3), scalar(ids, start=3))
     theirs.save_pretrained(tmp_path)
     rewrite(tmp_path, lambda tensors: tensors | {"lm_head.weight": untied.lm_head.weight.detach().clone()})
-    refuse(tmp_path, "lm_head.weight differs from wte.weight", "only tied embeddings")
+    refuse(tmp_path, "lm_head.weight differs from wte.weight", "tie_word_embeddings")
+    rewrite(tmp_path / "untied", lambda tensors: {k: v for k, v in tensors.items() if k != "lm_head.weight"})
+    refuse(tmp_path / "untied", "lm_head.weight is missing")
 
 
 def test_weights_of_another_architecture(tmp_path, theirs):

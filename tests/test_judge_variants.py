@@ -256,10 +256,11 @@ def test_without_a_whole_critique_no_revision_stands(tokenizer, monkeypatch, sai
 def test_in_full_words_a_revision_is_asked_for(tokenizer, monkeypatch, fewshot, wording, shown):
     shots = load_shots(fewshot if shown else "", PRINCIPLES, wording)
     read, rule = [], next(p for p in PRINCIPLES if p.target == "theft")
+    written = iter((" text .", " other ."))
 
     def generate_batched(model, prompts, *_, **__):
         read.extend(map(tokenizer.decode, prompts))
-        return [tokenizer.encode(" text .") + [tokenizer.newline] for _ in prompts]
+        return [tokenizer.encode(next(written)) + [tokenizer.newline] for _ in prompts]
     monkeypatch.setattr(critique, "generate_batched", generate_batched)
     item = {"conversation": constitution.dialogue("q ?"), "original": "first .", "category": "theft"}
     cfg = SimpleNamespace(rounds=1, aim=1.0, max_new=20, batch_size=4, temperature=0.0, wording=wording)
@@ -270,4 +271,4 @@ def test_in_full_words_a_revision_is_asked_for(tokenizer, monkeypatch, fewshot, 
     front = shots["review"][0] + "\n\n" if shown else ""
     assert read == [front + head,
                     front + head + " text .\n" + (f"Request: {rule.revision}\n" if full else "") + "Revision:"]
-    assert item["revision"] == "text ." and ("\nRequest: " in front) == (full and shown)
+    assert item["revision"] == "other ." and ("\nRequest: " in front) == (full and shown)

@@ -12,7 +12,7 @@ import torch
 from pretend_gpu import pretend
 
 import mincai.__main__ as pipeline
-from mincai import assess, checkpoint, critique, data, evaluate, memory, pretrain
+from mincai import UserError, assess, checkpoint, critique, data, evaluate, memory, pretrain
 from mincai.cli import number_bytes
 from mincai.model import GPT, GPTConfig
 from mincai.presets import PRESETS
@@ -75,6 +75,20 @@ def test_scale_makes_every_count_smaller_but_none_zero():
         stages = of(name, scale=0.01)
         assert 8 <= stages["critique and revise"].harmful <= 20 and 8 <= stages["AI feedback"].helpful <= 50
         assert 2 <= stages["PPO"].updates <= 3
+    assert of("gpt2", scale=0.05)["evaluate"].number == 40 and of("gpt2")["evaluate"].number == 0
+
+
+def test_own_prompts_train_and_the_held_out_ones_stay(tmp_path):
+    (tmp_path / "bad.txt").write_text("how do i harm ?\n")
+    (tmp_path / "good.txt").write_text("how do i help ?\n")
+    both = f"{tmp_path}/bad.txt,benign:{tmp_path}/good.txt"
+    stages, usual = of("tiny", prompts=both), of("tiny")
+    assert {stages[name].prompts for name in ("critique and revise", "AI feedback", "PPO")} == {both}
+    assert stages["evaluate"].prompts == usual["evaluate"].prompts
+    assert of("tiny", prompts=str(tmp_path))["evaluate"].prompts == str(tmp_path / "prompts_eval.jsonl")
+    with pytest.raises(UserError, match="all prompts are harmful, and PPO needs both kinds"):
+        pipeline.main(pipeline.Config(prompts=str(tmp_path / "bad.txt"), out=str(tmp_path / "run"), device="cpu", threads=1))
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_small_world_pretrains_with_worker_processes(tmp_path):

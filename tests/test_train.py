@@ -73,7 +73,7 @@ def sft(base, revisions, out, **more):
 def planted_pm(folder, base):
     """A preference model whose score says nothing yet; its weights are random."""
     torch.manual_seed(1)
-    checkpoint.save(ScalarModel(checkpoint.load(base)), folder)
+    checkpoint.save(ScalarModel(checkpoint.load(base)), folder, load_tokenizer(base).files())
     return str(folder)
 
 
@@ -332,7 +332,7 @@ def test_an_error_is_one_line(tmp_path):
 def test_compiled_networks_learn_the_same(base, revisions, pairs, prompts, tmp_path):
     """python -m pytest -m slow tests/test_train.py: some minutes, nearly all of them the compiler's."""
     pm = tmp_path / "pm"
-    checkpoint.save(ScalarModel(checkpoint.load(base), likelihood=0.1), pm)
+    checkpoint.save(ScalarModel(checkpoint.load(base), likelihood=0.1), pm, load_tokenizer(base).files())
 
     def curves(name, compiled):
         out, more = tmp_path / f"{name}-{compiled}", dict(compile=compiled)
@@ -344,3 +344,47 @@ def test_compiled_networks_learn_the_same(base, revisions, pairs, prompts, tmp_p
     for name in ("sft", "pm", "ppo"):
         for eager, compiled in zip(curves(name, False), curves(name, True), strict=True):
             assert compiled == pytest.approx(eager, rel=1e-3, abs=1e-5), name
+
+
+@pytest.mark.parametrize("stage", ["sft", "pm", "ppo"])
+def test_a_place_that_cannot_be_written_is_told_before_training(stage, base, revisions, pairs, prompts, tmp_path,
+                                                                monkeypatch):
+    """Not after it, when hours would be lost."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    (tmp_path / "file").write_text("x")
+    planted_pm(tmp_path / "start", base)
+
+    def never(*_, **__):
+        raise AssertionError("it trained")
+    monkeypatch.setattr(torch.optim.Optimizer, "zero_grad", never)
+    for out in (tmp_path / "mine", tmp_path / "file", tmp_path / "file" / "under"):
+        main, cfg = {"sft": (train_sft.main, lambda: sft(base, revisions, out)),
+                     "pm": (train_pm.main, lambda: train_pm.Config(init=base, pairs=(pairs,), out=str(out), **QUIET)),
+                     "ppo": (train_ppo.main, lambda: ppo(base, str(tmp_path / "start"), prompts, out))}[stage]
+        with pytest.raises(UserError, match="no checkpoint|does not record any settings|cannot be written"):
+            main(cfg())
+    assert sorted(p.name for p in (tmp_path / "mine").iterdir()) == ["thesis.txt"]
+
+
+def test_snapshots_of_a_stopped_run_do_not_join_the_next(base, prompts, tmp_path):
+    planted_pm(tmp_path / "start", base)
+    left = tmp_path / "ppo.partial" / "snapshots" / "u099"
+    checkpoint.save(checkpoint.load(base), left)
+    train_ppo.main(ppo(base, str(tmp_path / "start"), prompts, tmp_path / "ppo", updates=2, snapshots=1))
+    assert sorted(p.name for p in (tmp_path / "ppo" / "snapshots").iterdir()) == ["u001", "u002"]
+    assert not left.exists()
+
+
+def test_another_vocabulary_is_told(base, pairs, prompts, tmp_path):
+    planted_pm(tmp_path / "start", base)
+    short = GPT(GPTConfig(vocab_size=200, block_size=64, n_layer=1, n_head=2, n_embd=32))
+    checkpoint.save(short, tmp_path / "short", load_tokenizer(base).files())
+    with pytest.raises(UserError, match="the vocabulary has 257 tokens, the embedding only 200 rows"):
+        train_pm.main(train_pm.Config(init=str(tmp_path / "short"), pairs=(pairs,), out=str(tmp_path / "pm"), **QUIET))
+    lines = (tmp_path / "start" / "tokenizer.tiktoken").read_bytes().splitlines(keepends=True)
+    swapped = [base64.b64encode(b"b") + b" 97\n" if n == 97 else base64.b64encode(b"a") + b" 98\n" if n == 98 else line
+               for n, line in enumerate(lines)]
+    (tmp_path / "start" / "tokenizer.tiktoken").write_bytes(b"".join(swapped))
+    with pytest.raises(UserError, match="another vocabulary"):
+        train_ppo.main(ppo(base, str(tmp_path / "start"), prompts, tmp_path / "ppo"))
