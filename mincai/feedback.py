@@ -119,6 +119,9 @@ def label(p: float, labels: str, clamp: float) -> float:
     return min(max(p, clamp), 1 - clamp) if labels == "clamped" else p
 
 
+LEFT_OUT = ("answers cut off or empty", "prompts too long for sft", "prompts too long for base")
+
+
 def make_pairs(answers: list[tuple[tuple[int, ...], str]], number: int, rng: random.Random):
     """answers: (token ids, source) of one prompt. Up to `number` pairs of different answers, in random order and
     with sides drawn by lot; an answer that was sampled often is drawn often."""
@@ -231,19 +234,18 @@ def main(cfg: Config) -> dict:
         out, same_slot = compare_rows(cfg, mine, principles, model, judging, planner, rng, generator)
     same_slot = distributed.total(same_slot * len(out)) / max(1, distributed.total(len(out)))
     out, planner.counts = distributed.merge(out), distributed.merge(planner.counts)
+    left_out = ", ".join(f"{planner.counts[why]} {why}" for why in LEFT_OUT if planner.counts[why])
     if not out:
         raise UserError(f"{cfg.model}: no prompt got two different answers that end and that the judge has room for, "
-                        f"so there is nothing to compare (models read at most {config.block_size} tokens); raise "
-                        f"--samples, or change --max-new")
+                        f"so there is nothing to compare (models read at most {config.block_size} tokens; left out: "
+                        f"{left_out or 'none'}); raise --samples, or change --max-new")
     out = [{"id": f"pair-{n:05d}", **row} for n, row in enumerate(out)]
     contrast = sum(abs(row["p_a"] - 0.5) for row in out) / len(out)
     if distributed.is_main():
         data.write_jsonl(cfg.out, out)
         data.write_json(data.sidecar(cfg.out), data.stamp(cfg, same_slot=same_slot, contrast=contrast,
                                                           planner=dict(planner.counts)))
-        left_out = [f"{planner.counts[why]} {why}" for why in (
-            "answers cut off or empty", "prompts too long for sft", "prompts too long for base") if planner.counts[why]]
-        told = "".join(f"; {some}" for some in (planner.summary(), ", ".join(left_out)) if some)
+        told = "".join(f"; {some}" for some in (planner.summary(), left_out) if some)
         print(f"feedback: {len(out)} comparisons of {len(rows)} prompts, mean |p - 1/2| {contrast:.2f}, same slot in "
               f"both orders {same_slot:.1%}{told}; {time.time() - started:.0f} s on {threads} threads -> {cfg.out}")
     distributed.barrier()

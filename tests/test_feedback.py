@@ -143,6 +143,14 @@ def test_rows_say_who_wrote_what_and_why(cfg, answers, tiny_base):
     assert {row["prompt_id"] for row in rows} == prompts.keys() - {"secret"}
 
 
+def test_what_is_left_out_is_counted(cfg, answers, capsys):
+    rows = data.read_jsonl(cfg.prompts)
+    data.write_jsonl(cfg.prompts, [*rows, {**rows[0], "id": "long", "prompt": "word " * 300}])
+    feedback.main(cfg)  # six answers to each of six prompts, every fourth without an end
+    assert ("; 1 texts did not fit the model's 256 tokens; 9 answers cut off or empty, 1 prompts too long for sft, "
+            "1 prompts too long for base;") in capsys.readouterr().out
+
+
 def test_the_clamp_is_kept_to(cfg, answers, monkeypatch):
     def judge(model, planner, conversations, *_, **__):
         n = len(conversations)
@@ -170,7 +178,7 @@ def test_nothing_to_compare_is_said(cfg, monkeypatch, tiny_base):
     answer = [5, load_tokenizer(tiny_base).eot]
     monkeypatch.setattr(feedback, "generate_batched",
                         lambda model, prompts, *_, n=1, **__: [answer] * n * len(prompts))
-    with pytest.raises(UserError, match="nothing to compare"):
+    with pytest.raises(UserError, match=r"nothing to compare .*left out: none"):
         feedback.main(cfg)
 
 
