@@ -22,7 +22,7 @@ from itertools import cycle
 import torch
 from tqdm import tqdm
 
-from mincai import UserError, checkpoint, cli, data, distributed, memory
+from mincai import UserError, checkpoint, cli, data, distributed, formats, memory
 from mincai.cli import arg
 from mincai.constitution import dialogue
 from mincai.losses import sft_loss
@@ -122,7 +122,14 @@ def main(cfg: Config) -> dict:
     checkpoint.check_place(cfg.out)
 
     # --- data ---
-    rows = [row for path in cfg.data for row in data.read_jsonl(path, need=("prompt", "revision"))]
+    rows = []
+    for where, row in (pair for path in cfg.data for pair in formats.numbered(path)):
+        formats.need(row, ("prompt", "revision"), where, text=("prompt", "revision", "setting"))
+        if row.get("revision_ids") is not None:
+            formats.need_ids(row, ("revision_ids",), where, tokenizer.n_vocab)
+        elif not row["revision"].strip():
+            raise UserError(f"{where}: the revision is empty; write an answer, or leave the row out")
+        rows.append(row)
     rows, dropped, unchanged = examples(rows, tokenizer, config.block_size)
     train, held = data.split(rows, [row[0] for row in rows], cfg.holdout, cfg.seed)
     if not train:

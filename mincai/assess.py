@@ -20,9 +20,9 @@ from pathlib import Path
 
 import torch
 
-from mincai import UserError, constitution, data, formats
-from mincai.checkpoint import load
-from mincai.cli import arg, pick_device, precision, run, set_threads
+from mincai import UserError, constitution, data, formats, memory
+from mincai.checkpoint import load, read_config
+from mincai.cli import arg, number_bytes, pick_device, precision, run, set_threads
 from mincai.feedback import judge
 from mincai.logprobs import answer_logp, answer_scores
 from mincai.planner import Planner, load_shots
@@ -145,7 +145,11 @@ def main(cfg: Config) -> dict:
     held = constitution.select(every, split="held")
     folder = resolve(cfg.base)
     made = [out / name for name in ("sft", "pm", "ppo") if (out / name).is_dir()]
-    tokenizer, base = common_tokenizer(folder, *made), load(folder, device)
+    tokenizer, config = common_tokenizer(folder, *made), read_config(folder)
+    memory.announce("sample", config, device, "--batch-size or --max-new", batch=cfg.batch_size,
+                    length=config.block_size, dtype_bytes=number_bytes(cfg.dtype), cache_bytes=number_bytes(cfg.dtype),
+                    models=3, reads_on=True)
+    base = load(folder, device)
     planner = Planner(tokenizer, base.config.block_size, load_shots(cfg.fewshot, every, "full"))
     pm = load(out / "pm", device, scalar=True) if (out / "pm").is_dir() else None
     stages = {"base": folder} | {s: out / s for s in STAGES[1:] if (out / s).is_dir()}

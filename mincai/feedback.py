@@ -222,7 +222,8 @@ def main(cfg: Config) -> dict:
     judge_folder = resolve(cfg.judge)
     config = read_config(judge_folder)
     memory.announce("sample", config, device, "--batch-size or --max-new", batch=cfg.batch_size,
-                    length=config.block_size, dtype_bytes=number_bytes(cfg.dtype), cache_bytes=number_bytes(cfg.dtype))
+                    length=config.block_size, dtype_bytes=number_bytes(cfg.dtype), cache_bytes=number_bytes(cfg.dtype),
+                    models=2, reads_on=cfg.reasons)
     model_folder = resolve(cfg.model)
     tokenizer = common_tokenizer(judge_folder, model_folder)
     model, judging = load(model_folder, device), load(judge_folder, device)

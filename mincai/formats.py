@@ -122,7 +122,7 @@ def read_prompts(path, kind: str = "harmful") -> list[dict]:
     form = "" if text else one_form(rows, prompt_form, "id, prompt and kind; or prompt; or chosen and rejected")
     if form == "mincai's prompts":
         for where, row in rows:
-            need(row, ("id", "prompt", "kind"), where, text=("prompt", "kind", "setting"))
+            need(row, ("id", "prompt", "kind"), where, text=("prompt", "kind", "setting", "category", "attack"))
             if row["kind"] not in ("harmful", "benign"):
                 raise UserError(f"{where}: kind is {row['kind']!r}; give harmful or benign")
         return [row for _, row in rows]
@@ -170,13 +170,17 @@ def need_label(p_a, where) -> None:
         raise UserError(f"{where}: p_a is {p_a!r}; give a number from 0 to 1")
 
 
+def need_ids(row, keys, where, n_vocab) -> None:
+    for key in keys:
+        ids = row[key]
+        if not isinstance(ids, list) or not ids or not all(type(i) is int and 0 <= i < n_vocab for i in ids):
+            raise UserError(f"{where}: {key} is no list of token ids below {n_vocab}; make it with this vocabulary")
+
+
 def check_comparison(row, where, n_vocab) -> None:
     need(row, ("prompt", "a_ids", "b_ids", "p_a"), where, text=("prompt", "setting"))
     need_label(row["p_a"], where)
-    for key in ("a_ids", "b_ids"):
-        ids = row[key]
-        if not isinstance(ids, list) or not ids or not all(type(i) is int and 0 <= i < n_vocab for i in ids):
-            raise UserError(f"{where}: {key} is no list of token ids below {n_vocab}; judge with this vocabulary")
+    need_ids(row, ("a_ids", "b_ids"), where, n_vocab)
 
 
 def read_side(row, key, where) -> tuple[dict, str]:

@@ -19,7 +19,7 @@ import torch
 from mincai import UserError, distributed
 from mincai.model import GPTConfig
 
-TURNS = {"while sampling": ("KV cache", "reading prompts", "drawing tokens"),
+TURNS = {"while sampling": ("KV cache", "KV cache, read on", "reading prompts", "drawing tokens"),
          "before learning": ("log-probs",),
          "while learning": ("activations", "logits", "likelihoods"),
          "in the step": ("optimiser's scratch",)}
@@ -60,7 +60,7 @@ def _network(name, numbers, learns):
 
 
 def plan(stage: str, config: GPTConfig, *, batch: int, length: int, micro_batch=None, answer=None, dtype_bytes=4,
-         cache_bytes=4, logits=True, likelihood=False) -> dict[str, int]:
+         cache_bytes=4, logits=True, likelihood=False, models=1, reads_on=False) -> dict[str, int]:
     """What a stage puts into memory: {what: bytes}; `needed` says how much of it at once.
 
     stage: "sample" (answers, critiques, labels), "sft", "pm" or "ppo". batch: rows sampled at once (sample, ppo).
@@ -69,7 +69,8 @@ def plan(stage: str, config: GPTConfig, *, batch: int, length: int, micro_batch=
     only they meet the vocabulary in "ppo". dtype_bytes: 4, or 2 for bfloat16 by autocast, where weights, gradients and
     moments stay in float32 and 16-bit copies of the weights are added. cache_bytes: of a number in the KV cache.
     logits=False: a loss that makes no tensor of (rows, T, V). likelihood: the preference model's score has the answer's
-    log-probability in it, and all its tokens meet the vocabulary; so do the critic's.
+    log-probability in it, and all its tokens meet the vocabulary; so do the critic's. models: of "sample", that are
+    there at once. reads_on: it goes on from the cache of what it has sampled, in a second one (`then` of generate).
 
     Too high rather than too low: all rows are as long as the longest, and frozen blocks are counted as if they learn.
     """
@@ -79,7 +80,8 @@ def plan(stage: str, config: GPTConfig, *, batch: int, length: int, micro_batch=
     gpt, scalar = parameters(config), parameters(config) + C + 1 + likelihood  # weight and bias
     answer = length if answer is None else min(answer, length)
     rows = min(micro_batch or batch, batch) * (2 if stage == "pm" else 1)
-    networks = {"sample": [("model", gpt, False)], "sft": [("model", gpt, True)], "pm": [("model", scalar, True)],
+    networks = {"sample": [("model", models * gpt, False)], "sft": [("model", gpt, True)],
+                "pm": [("model", scalar, True)],
                 "ppo": [("policy", gpt, True), ("reference", gpt, False), ("critic", scalar, True),
                         ("preference model", scalar, False)]}[stage]
     lines = {}
@@ -90,6 +92,8 @@ def plan(stage: str, config: GPTConfig, *, batch: int, length: int, micro_batch=
             numbers for _, numbers, learns in networks if learns or stage == "sample")
     if stage in ("sample", "ppo"):
         lines["KV cache"] = 2 * L * batch * length * C * cache_bytes
+        if reads_on:
+            lines["KV cache, read on"] = lines["KV cache"]
         # one block at a time without backward: the MLP's 8 C beside what comes in; the mask as bool and as numbers
         lines["reading prompts"] = batch * length * (10 * C * FLOAT32 + length * (2 + dtype_bytes))
         lines["drawing tokens"] = DRAWING * batch * V * FLOAT32

@@ -146,7 +146,7 @@ def test_turns_are_not_added_up():
 def test_every_line_that_takes_turns_is_known_to_a_plan(stage):
     """Guards the names in TURNS: a misspelt one would count as staying."""
     named = {name for names in memory.TURNS.values() for name in names}
-    lines = set(memory.plan(stage, TINY, batch=2, length=8, dtype_bytes=2, likelihood=True))
+    lines = set(memory.plan(stage, TINY, batch=2, length=8, dtype_bytes=2, likelihood=True, reads_on=True))
     assert {name for name in lines if ":" not in name} - {"16-bit copies of weights"} <= named
     if stage == "ppo":
         assert named <= lines
@@ -209,3 +209,10 @@ def test_other_errors_pass_as_they_are():
         raise RuntimeError("shapes")
     with memory.out_of_memory("lower --batch"):
         pass
+
+
+def test_more_models_and_a_second_cache_are_counted():
+    one = memory.plan("sample", GPTConfig(), batch=8, length=100)
+    more = memory.plan("sample", GPTConfig(), batch=8, length=100, models=3, reads_on=True)
+    assert more["model: weights"] == 3 * one["model: weights"] and more["KV cache, read on"] == one["KV cache"]
+    assert memory.needed(more) == memory.needed(one) + 2 * one["model: weights"] + one["KV cache"]

@@ -60,7 +60,8 @@ def test_a_preset_needs_no_more_memory_than_it_says(name):
     for title in ("critique and revise", "AI feedback", "evaluate"):
         cfg, bytes_ = stages[title], number_bytes(getattr(stages[title], "dtype", "float32"))
         assert memory.needed(memory.plan("sample", shape, batch=cfg.batch_size, length=shape.block_size,
-                                         dtype_bytes=bytes_, cache_bytes=bytes_)) < said, title
+                                         dtype_bytes=bytes_, cache_bytes=bytes_, models=3,
+                                         reads_on=getattr(cfg, "reasons", False))) < said, title
     sft, pm, ppo = stages["fine-tune on revisions"], stages["preference model"], stages["PPO"]
     assert memory.needed(memory.plan("sft", shape, batch=sft.batch_size, length=longest, dtype_bytes=2)) < said
     assert memory.needed(memory.plan("pm", shape, batch=pm.batch_size, micro_batch=pm.micro_batch or None, length=longest,

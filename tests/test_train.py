@@ -388,3 +388,14 @@ def test_another_vocabulary_is_told(base, pairs, prompts, tmp_path):
     (tmp_path / "start" / "tokenizer.tiktoken").write_bytes(b"".join(swapped))
     with pytest.raises(UserError, match="another vocabulary"):
         train_ppo.main(ppo(base, str(tmp_path / "start"), prompts, tmp_path / "ppo"))
+
+
+@pytest.mark.parametrize("change, told", [
+    ({"revision": 3}, "line 2: revision is a int; write text"), ({"prompt": None}, "line 2: this row lacks prompt"),
+    ({"revision": " "}, "line 2: the revision is empty"),
+    ({"revision_ids": [5, 999]}, "line 2: revision_ids is no list of token ids below 257")])
+def test_a_revision_that_is_none_is_told(base, revisions, tmp_path, change, told):
+    rows = data.read_jsonl(revisions)
+    data.write_jsonl(revisions, [rows[0], rows[1] | change, *rows[2:]])
+    with pytest.raises(UserError, match=told):
+        train_sft.main(sft(base, revisions, tmp_path / "sft"))
