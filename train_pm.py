@@ -275,6 +275,8 @@ def main(cfg: Config) -> dict:
         told = ("held out: accuracy {accuracy:.3f}, always the shorter {shorter:.3f}, the longer {longer:.3f}; loss "
                 "{loss:.3f} (least possible {loss_floor:.3f}), calibration error {calibration_error:.3f}, correlation "
                 "with length {length_correlation:+.2f}").format(**found) if held else "nothing held out"
+        if held and found["accuracy"] <= max(found["shorter"], found["longer"]):
+            told += "; so it is NO better than choosing by length alone"
         print(f"train_pm: wrote {cfg.out} in {result['seconds']:.0f} s: {steps} steps; {told}")
     distributed.barrier()
     return result

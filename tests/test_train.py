@@ -153,13 +153,14 @@ def test_sft_holds_prompts_out_whole():
 
 # --- preference model -------------------------------------------------------------------------------------
 
-def test_pm_learns_the_planted_rule_and_is_normalised(base, pairs, tmp_path):
+def test_pm_learns_the_planted_rule_and_is_normalised(base, pairs, tmp_path, capsys):
     cfg = train_pm.Config(init=base, pairs=(pairs,), out=str(tmp_path / "pm"), epochs=30, lr=0.003, freeze=0,
                           batch_size=16, **QUIET)
     metrics = train_pm.main(cfg)
     assert metrics["val_accuracy"] == 1.0 and metrics["dropped"] == {"too long": 1, "equal answers": 1, "undecided": 0}
     assert metrics["val_loss_floor"] == pytest.approx(0.3251, abs=1e-4)  # -0.9 ln 0.9 - 0.1 ln 0.1
     assert metrics["val_loss_floor"] <= metrics["val_loss"] < 0.4 and metrics["val_calibration_error"] < 0.15
+    assert "NO better" not in capsys.readouterr().out
     pm, tokenizer = checkpoint.load(tmp_path / "pm", scalar=True), load_tokenizer(tmp_path / "pm")
     kept, _ = train_pm.read_pairs(pairs, tokenizer, 64)
     with torch.no_grad():  # each answer alone, unpadded
@@ -388,6 +389,13 @@ def test_another_vocabulary_is_told(base, pairs, prompts, tmp_path):
     (tmp_path / "start" / "tokenizer.tiktoken").write_bytes(b"".join(swapped))
     with pytest.raises(UserError, match="another vocabulary"):
         train_ppo.main(ppo(base, str(tmp_path / "start"), prompts, tmp_path / "ppo"))
+
+
+def test_a_preference_model_that_is_no_better_than_length_says_so(base, pairs, tmp_path, capsys):
+    rows = data.read_jsonl(pairs)[:40]
+    data.write_jsonl(pairs, [row | {"a_ids": [97, EOT], "b_ids": [98, 98, EOT], "p_a": 1.0} for row in rows])
+    train_pm.main(train_pm.Config(init=base, pairs=(pairs,), out=str(tmp_path / "pm"), epochs=0, **QUIET))
+    assert "always the shorter 1.000" in (told := capsys.readouterr().out) and "NO better than choosing by length" in told
 
 
 @pytest.mark.parametrize("change, told", [
