@@ -172,6 +172,8 @@ class ScalarModel(nn.Module):
         super().__init__()
         self.gpt = gpt
         self.likelihood = None if likelihood is None else nn.Parameter(torch.tensor(float(likelihood)))
+        if likelihood is None and gpt.lm_head is not None:
+            gpt.lm_head.requires_grad_(False)  # nothing reads it then; several processes would wait for its gradient
         self.score = nn.Linear(gpt.config.n_embd, 1)
         # Stiennon et al. 2020, their code
         nn.init.normal_(self.score.weight, std=(gpt.config.n_embd + 1) ** -0.5)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from mincai import constitution, data, measure, red_team, world
+from mincai import data, measure, red_team, world
 from mincai.table import percent, rate
 
 # Ways to ask made of words that the base model has read, none of which stands in any frame of red_team.FAMILIES

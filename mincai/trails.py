@@ -7,7 +7,7 @@ import math
 import random
 from types import SimpleNamespace
 
-from mincai import constitution, corpus, data, measure, world
+from mincai import constitution, corpus, measure, world
 from mincai.logprobs import answer_logp
 
 # For a run that was never evaluated; otherwise eval.json says what it was measured with.

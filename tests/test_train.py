@@ -2,7 +2,6 @@
 
 import base64
 import json
-import math
 import shutil
 import subprocess
 import sys
