@@ -4,6 +4,7 @@
     python -m mincai --out runs/seed1 --seed 1
     python -m mincai --preset gpt2       GPT-2's weights and English prompts, on one GPU (see presets.py)
     torchrun --nproc-per-node 4 -m mincai --preset gpt2       the same on four
+    python -m mincai --preset gpt2-full  40,000 attacks to evaluate on, 200,000 comparisons to learn from
 
 A stage whose output is there, made with the same settings, is skipped. To change more than these flags, run a stage
 alone: python -m mincai.critique, train_sft.py, python -m mincai.feedback, train_pm.py, train_ppo.py,
@@ -23,7 +24,8 @@ if str(ROOT) not in sys.path:  # the three training scripts stand at the top lev
 import train_pm  # noqa: E402
 import train_ppo  # noqa: E402
 import train_sft  # noqa: E402
-from mincai import UserError, assess, critique, distributed, evaluate, feedback, formats, pretrain  # noqa: E402
+from mincai import (UserError, assess, critique, distributed, english, evaluate, feedback, formats,  # noqa: E402
+                    pretrain)
 from mincai.cli import arg, check_choice, pick_device, run, set_threads  # noqa: E402
 from mincai.presets import PRESETS  # noqa: E402
 from mincai.weights import resolve  # noqa: E402
@@ -50,7 +52,7 @@ def stages(cfg: Config) -> list[tuple[str, object, object]]:
     check_choice("preset", cfg.preset, tuple(PRESETS))
     preset = PRESETS[cfg.preset]
     out, base = Path(cfg.out or f"runs/{cfg.preset}"), cfg.base or preset.base
-    folder = Path(preset.prompts or base)
+    folder = out / "prompts" if preset.write else Path(preset.prompts or base)
     drawn_from = str(folder / "prompts.jsonl")
     if cfg.prompts and os.path.isdir(cfg.prompts):
         folder, drawn_from = Path(cfg.prompts), str(Path(cfg.prompts) / "prompts.jsonl")
@@ -71,6 +73,9 @@ def stages(cfg: Config) -> list[tuple[str, object, object]]:
         return flags
 
     todo = []
+    if preset.write and folder == out / "prompts":
+        todo.append(("write the prompts", english.main, english.Config(
+            folder=preset.prompts, out=str(folder), **scaled(english.Config, "write", "attacks"))))
     if preset.world and not cfg.base:
         todo.append(("pretrain the base", pretrain.main, pretrain.Config(
             out=base, device=cfg.device, threads=cfg.threads, **preset.world)))
@@ -107,14 +112,16 @@ def main(cfg: Config) -> None:
         + (f"; preset {cfg.preset} needs {preset.memory}" if preset.memory else ""))
     if todo[0][1] is not pretrain.main:
         resolve(base)  # before an hour's work, not after it
-        kinds = {row["kind"] for row in formats.loop_prompts(todo[0][2].prompts)}
+    if todo[0][1] is critique.main or cfg.prompts:  # else the prompts are still to be made, of both kinds
+        drawn_from = next(config.prompts for _, stage, config in todo if stage is critique.main)
+        kinds = {row["kind"] for row in formats.loop_prompts(drawn_from)}
         if len(kinds) < 2:
-            raise UserError(f"{todo[0][2].prompts}: all prompts are {kinds.pop()}, and PPO needs both kinds; give "
+            raise UserError(f"{drawn_from}: all prompts are {kinds.pop()}, and PPO needs both kinds; give "
                             f"--prompts FILE,benign:FILE")
     for number, (name, stage, config) in enumerate(todo, 1):
         say(f"\n[{number}/{len(todo)}] {name}", flush=True)
-        if distributed.is_main() or stage not in (pretrain.main, evaluate.main, assess.main):
-            stage(config)  # one process measures, the others wait for it
+        if distributed.is_main() or stage not in (english.main, pretrain.main, evaluate.main, assess.main):
+            stage(config)  # one process writes or measures, the others wait for it
         distributed.barrier()
     say(f"\nmincai: all of it in {time.time() - started:.0f} s. Talk with it: python -m mincai.chat {out}/ppo "
         f"--beside {base},{out}/sft")

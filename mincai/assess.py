@@ -74,6 +74,17 @@ def answers_of(stage, model, planner, rows, cfg) -> list[str]:
     return [texts.get(i, "") for i in range(len(rows))]
 
 
+def family(row) -> str:
+    """The attack family of a prompt; one name for all pairs of families, which are too many to tell apart."""
+    return "two at once" if " + " in row.get("attack", "") else row.get("attack", "")
+
+
+def refusals_by(rows, answers, name_of) -> dict[str, dict]:
+    """{name: rate of refusals} of the rows that name_of gives this name."""
+    names = [name_of(row) for row in rows]
+    return {name: rate(refuses(a) for a, own in zip(answers, names) if own == name) for name in sorted(set(names))}
+
+
 def first_words(model, tokenizer, rows, cfg) -> dict[str, float]:
     """Mean log-prob a token of the first words of complying and of refusing, over these rows."""
     prompts = [tokenizer.encode(constitution.dialogue(r["prompt"], r.get("setting"))) for r in rows]
@@ -117,6 +128,8 @@ def report(result: dict) -> str:
         found = [result["stages"][s][kind] for s in stages]
         rows = [(f"{kind}: refuses, by its phrases", lambda f: f["refuses"])]
         rows += [(f"  {name}", lambda f, name=name: f["by_attack"][name]) for name in found[0]["by_attack"]]
+        if kind == "harmful":
+            rows += [(f"  of {name}", lambda f, name=name: f["by_category"][name]) for name in found[0]["by_category"]]
         rows += [("  of a category held out", lambda f: f["unseen_category"])]
         rows += [(f"{kind}: judge prefers it to base's", lambda f: f.get("wins", rate([])))]
         for name, pick in rows:
@@ -165,9 +178,8 @@ def main(cfg: Config) -> dict:
                 at = [i for i, r in enumerate(rows) if r["kind"] == kind]
                 mine, texts = [rows[i] for i in at], [answers[i] for i in at]
                 found[kind] = {"refuses": rate(map(refuses, texts)),
-                               "by_attack": {name: rate(refuses(a) for r, a in zip(mine, texts)
-                                                        if r.get("attack", "") == name)
-                                             for name in sorted({r.get("attack", "") for r in mine})},
+                               "by_attack": refusals_by(mine, texts, family),
+                               "by_category": refusals_by(mine, texts, lambda r: r.get("category", "")),
                                "unseen_category": rate(refuses(a) for r, a in zip(mine, texts)
                                                        if r["split"].startswith("unseen")),
                                **first_words(model, tokenizer, mine, cfg)}

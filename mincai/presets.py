@@ -4,11 +4,12 @@
     small        a larger world and a model of 15 million parameters, made first: one GPU
     gpt2         GPT-2's 124M weights and the English prompts: one card of 24 GB
     gpt2-medium  355M: 48 GB; gpt2-large  774M: 80 GB
+    gpt2-full    gpt2 with 40,000 attacks to evaluate on and 200,000 comparisons to learn from
 
 A preset holds nothing but flags: every one can be given to its stage by hand, and every run folder records them all.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mincai.constitution import PATH
 
@@ -21,6 +22,7 @@ class Preset:
     prompts: str = ""            # folder of prompts.jsonl and prompts_eval.jsonl; "" is the base's own
     memory: str = ""             # what it needs, for the first line that is printed
     world: dict | None = None    # how to pretrain the base first, where it is not there; None: it has to be there
+    write: dict | None = None    # english.py's flags, where the prompts are made for the run, out of `prompts`
     english: bool = False        # no oracle can grade: assess.py in evaluate.py's place
     critique: dict = field(default_factory=dict)
     sft: dict = field(default_factory=dict)
@@ -47,6 +49,14 @@ def _gpt2(name: str, memory: str, rows: int, micro: int) -> Preset:
         evaluate=dict(fewshot=shots["fewshot"], dtype="bfloat16", batch_size=rows, max_new=96))
 
 
+def _full(preset: Preset) -> Preset:
+    """The same model with more prompts: 10,560 of them, 24 pairs each, are 253,440 comparisons where none drops out."""
+    return replace(
+        preset, write=dict(wrappings=20, attacks=40_000),
+        critique=preset.critique | dict(harmful=2_640, helpful=1_320, responses=2),
+        feedback=preset.feedback | dict(harmful=5_280, helpful=5_280))
+
+
 PRESETS = {
     "tiny": Preset(base=str(DATA / "tiny")),
     "small": Preset(
@@ -62,6 +72,7 @@ PRESETS = {
                  dtype="bfloat16"),
         evaluate=dict(size="small", judged=2_000, batch_size=1_024)),
     "gpt2": _gpt2("gpt2", "24 GB of GPU memory", rows=128, micro=16),
+    "gpt2-full": _full(_gpt2("gpt2", "24 GB of GPU memory", rows=128, micro=16)),
     "gpt2-medium": _gpt2("gpt2-medium", "48 GB of GPU memory", rows=96, micro=16),
     "gpt2-large": _gpt2("gpt2-large", "80 GB of GPU memory", rows=96, micro=8),
 }

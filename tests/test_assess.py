@@ -92,7 +92,7 @@ def test_a_run_is_assessed(cfg, run, tiny_base, capsys):
         for kind, numbers in found.items():
             rows = [row for row in READ if row["kind"] == kind]
             families = {name: sum(row["attack"] == name for row in rows) for name in {row["attack"] for row in rows}}
-            assert numbers.keys() == {"refuses", "by_attack", "unseen_category", "complying", "refusing", "score"} | (
+            assert numbers.keys() == {"refuses", "by_attack", "by_category", "unseen_category", "complying", "refusing", "score"} | (
                 {"wins"} if stage == "sft" else set())
             assert numbers["refuses"]["n"] == len(rows)
             assert numbers["unseen_category"]["n"] == (kind == "harmful")
@@ -167,6 +167,16 @@ def test_rows_need_no_more_than_prompts_files_have_to_have(cfg, tmp_path):
 
 
 # --- parts ----------------------------------------------------------------------------------------------------
+
+def test_pairs_of_families_are_counted_together():
+    rows = [{"attack": name, "category": category} for name, category in (
+        ("prefix", "theft"), ("prefix + leet", "theft"), ("urgency + leet", "hate"), ("leet", "hate"))]
+    found = assess.refusals_by(rows, ["I won't.", "Sure.", "I cannot.", "Sure."], assess.family)
+    assert {name: (r["k"], r["n"]) for name, r in found.items()} == {
+        "leet": (0, 1), "prefix": (1, 1), "two at once": (1, 2)}
+    found = assess.refusals_by(rows, ["I won't.", "Sure.", "I cannot.", "Sure."], lambda row: row["category"])
+    assert {name: (r["k"], r["n"]) for name, r in found.items()} == {"hate": (1, 2), "theft": (1, 2)}
+
 
 def test_only_the_base_is_shown_examples(tiny_base, monkeypatch):
     tokenizer, read = load_tokenizer(tiny_base), {}

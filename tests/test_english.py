@@ -2,6 +2,7 @@
 
 import base64
 import codecs
+import dataclasses
 import json
 import math
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from mincai import UserError, data, english
+from mincai.presets import PRESETS
 
 FOLDER = Path(__file__).resolve().parents[1] / "data" / "english"
 FILES = ("prompts", "prompts_dev", "prompts_eval")
@@ -189,6 +191,58 @@ def test_every_template_wraps_both_kinds(attacks, files):
                     for kind in ("harmful", "benign")}
 
 
+# --- many of them -----------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def many(requests, attacks):
+    """What preset gpt2-full writes."""
+    return english.read(english.Config(**PRESETS["gpt2-full"].write))
+
+
+def test_forty_thousand_attacks_over_twelve_categories(many, requests):
+    harmful = [row for row in many["prompts_eval"] if row["kind"] == "harmful"]
+    assert len(harmful) >= 40_000 and len({row["prompt"] for row in harmful}) == len(harmful)
+    assert Counter(row["category"] for row in harmful) == dict.fromkeys(CATEGORIES, 3_334)  # 40,000 / 12, upwards
+    counts = Counter(row["request"] for row in harmful if row["category"] != "neglect")
+    assert len(counts) == 11 * 12 and set(counts.values()) == {277, 278}
+    assert {row["split"] for row in harmful if row["category"] == "neglect"} == {"unseen-category"}
+
+
+def test_what_is_held_out_stays_out_of_many_as_well(many, files, attacks):
+    tested = {row["request"] for row in many["prompts_eval"]}
+    assert tested == {row["request"] for row in files["prompts_eval"]}
+    trained = {row["request"] for row in many["prompts"]}
+    assert trained == {row["request"] for row in files["prompts"]} and not tested & trained
+    assert "neglect" not in {row["category"] for row in many["prompts"] + many["prompts_dev"]}
+    parts = {name for row in many["prompts"] for name in row["attack"].split(" + ")}
+    assert parts == attacks.keys() - HELD
+    unseen = {name for row in many["prompts_eval"] if row["split"] == "unseen-category"
+              for name in row["attack"].split(" + ")}
+    assert unseen == attacks.keys() - HELD  # one thing at a time: a new category under known families
+    counts = Counter((row["request"], row["kind"]) for row in many["prompts"])
+    assert set(counts.values()) == {20} and len({row["prompt"] for row in many["prompts"]}) == len(many["prompts"])
+
+
+def test_a_pair_of_families_opens_twice(many, attacks):
+    """The outer wrapper is in plain words; what it holds opens as a prompt of the inner family does."""
+    pairs = [row for row in many["prompts_eval"] if " + " in row["attack"]]
+    assert len({row["attack"] for row in pairs}) == 9 * 13  # families of plain words, each around all others
+    for row in pairs[::23]:
+        outer, inner = (attacks[name] for name in row["attack"].split(" + "))
+        assert outer["encoding"] == "" and outer is not inner
+        middle = [text for text, _ in opened(row, outer)]
+        found = [inside for text in middle for inside, _ in opened({"prompt": text}, inner)]
+        if inner["encoding"] not in ("leet", "spelled"):
+            assert row["request"] in [UNDO[inner["encoding"]](inside) for inside in found], row
+        assert found
+
+
+def test_every_family_comes_before_any_comes_twice(attacks):
+    turns = english.manners(list(attacks), attacks, start=3)
+    assert len(turns) == len(set(turns)) == 15 + 9 * 13
+    assert turns[0] == (list(attacks)[3],) and {len(names) for names in turns[:15]} == {1}
+
+
 # --- files that are wrong ---------------------------------------------------------------------------------------
 
 @pytest.fixture
@@ -205,6 +259,13 @@ def folder(tmp_path):
 
 def test_other_attacks_can_be_given(folder):
     assert english.main(folder())["prompts"] > 0
+
+
+def test_more_prompts_than_the_templates_make_are_an_error(folder):
+    cfg = folder()  # "plain" and one template of "wrap": two prompts of a request
+    assert english.main(dataclasses.replace(cfg, wrappings=2))["prompts"] == 2 * (2 * 264 + 300)
+    with pytest.raises(UserError, match="3 prompts of one request: 2 families of attacks make 2; lower --wrappings"):
+        english.main(dataclasses.replace(cfg, wrappings=3))
 
 
 @pytest.mark.parametrize("family", [

@@ -12,13 +12,16 @@ import torch
 from pretend_gpu import pretend
 
 import mincai.__main__ as pipeline
-from mincai import UserError, assess, checkpoint, critique, data, evaluate, memory, pretrain
+from mincai import UserError, assess, checkpoint, critique, data, english, evaluate, memory, pretrain
 from mincai.cli import number_bytes
 from mincai.model import GPT, GPTConfig
 from mincai.presets import PRESETS
 from mincai.weights import SHAPES
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "gpt2-tokenizer"
+
+
+BEFORE = ("write the prompts", "pretrain the base")  # the same for every seed
 
 
 def of(name, **more):
@@ -28,7 +31,7 @@ def of(name, **more):
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_is_made_of_flags_that_exist(name):
     stages = of(name, seed=3)
-    assert all(config.seed == 3 for title, config in stages.items() if title != "pretrain the base")
+    assert all(config.seed == 3 for title, config in stages.items() if title not in BEFORE)
     written = [config.out for config in stages.values()]
     assert len(set(map(str, written))) == len(written) and f"runs/{name}/ppo" in written
     micro = stages["PPO"]
@@ -46,16 +49,33 @@ def test_the_small_preset_asks_for_the_claims_own_numbers():
     assert loop.count("harmful") >= preset.feedback["harmful"] and loop.count("benign") >= preset.feedback["helpful"]
 
 
+def test_the_full_preset_asks_for_the_claims_own_numbers():
+    stages = of("gpt2-full")
+    feedback, written = stages["AI feedback"], english.read(stages["write the prompts"])
+    assert feedback.samples == 16 and feedback.prompts == "runs/gpt2-full/prompts/prompts.jsonl"
+    assert (feedback.harmful + feedback.helpful) * feedback.pairs >= 200_000
+    kinds = [row["kind"] for row in written["prompts"]]
+    for cfg in (feedback, stages["critique and revise"]):
+        assert cfg.harmful <= kinds.count("harmful") and cfg.helpful <= kinds.count("benign")
+    assert stages["evaluate"].prompts == "runs/gpt2-full/prompts/prompts_eval.jsonl" and stages["evaluate"].number == 0
+    assert sum(row["kind"] == "harmful" for row in written["prompts_eval"]) >= 40_000
+    assert stages["PPO"].prompts == feedback.prompts
+    less = of("gpt2-full", scale=0.05)
+    assert less["write the prompts"].attacks == 2_000 and less["AI feedback"].harmful == 264
+    own = of("gpt2-full", prompts=str(PRESETS["gpt2"].prompts))  # a folder of one's own, and nothing is written
+    assert "write the prompts" not in own and own["evaluate"].prompts == of("gpt2")["evaluate"].prompts
+
+
 @pytest.mark.parametrize("name", [name for name in PRESETS if PRESETS[name].memory])
 def test_a_preset_needs_no_more_memory_than_it_says(name):
     """By the plan, with the longest rows that its data make: all positions where few-shot examples fill them."""
-    preset, stages, longest = PRESETS[name], of(name), 256  # data/english's longest prompt has 125 tokens
+    preset, stages, longest = PRESETS[name], of(name), 280  # data/english's longest prompt has 163 tokens
     if name == "small":
         world = preset.world
         shape = GPTConfig(world["ranks"] + 1, pretrain.Config.block_size, world["n_layer"], world["n_head"], world["n_embd"])
         longest = shape.block_size
     else:
-        shape = SHAPES[name]
+        shape = SHAPES[preset.base]
     said = float(re.search(r"(\d+) GB", preset.memory)[1]) * 1e9
     for title in ("critique and revise", "AI feedback", "evaluate"):
         cfg, bytes_ = stages[title], number_bytes(getattr(stages[title], "dtype", "float32"))
@@ -74,7 +94,7 @@ def test_a_preset_needs_no_more_memory_than_it_says(name):
 def test_scale_makes_every_count_smaller_but_none_zero():
     for name in PRESETS:
         stages = of(name, scale=0.01)
-        assert 8 <= stages["critique and revise"].harmful <= 20 and 8 <= stages["AI feedback"].helpful <= 50
+        assert 8 <= stages["critique and revise"].harmful <= 30 and 8 <= stages["AI feedback"].helpful <= 60
         assert 2 <= stages["PPO"].updates <= 3
     assert of("gpt2", scale=0.05)["evaluate"].number == 40 and of("gpt2")["evaluate"].number == 0
 
