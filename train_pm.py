@@ -30,7 +30,7 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from mincai import UserError, checkpoint, cli, data, distributed, formats, memory, model
+from mincai import UserError, checkpoint, cli, data, distributed, formats, memory, model, output
 from mincai.cli import arg
 from mincai.constitution import dialogue
 from mincai.losses import calibration_error, preference_loss
@@ -62,6 +62,10 @@ class Config:
     threads: int = arg(0, "CPU threads, 0 chooses")
     again: bool = arg(False, "train anew though the output is there")
     LOOSE = ("out", "device", "threads", "again")  # settings that do not make another model
+
+    def check_out(self):
+        """UserError unless the output may be written."""
+        output.check_folder(self.out, checkpoint.FILES)
 
 
 @dataclass(frozen=True)
@@ -202,6 +206,7 @@ def main(cfg: Config) -> dict:
     if data.done(cfg.out, cfg, cfg.again):
         print(f"train_pm: {cfg.out} is there already, made with these settings (--again to redo)")
         return {"skipped": True}
+    cfg.check_out()
     if not 0 <= cfg.clamp < 0.5:
         raise UserError(f"--clamp {cfg.clamp}: give a number from 0 (off) to below 0.5")
     if cfg.weights and (len(cfg.weights) != len(cfg.pairs) or min(cfg.weights) < 0):
@@ -214,7 +219,6 @@ def main(cfg: Config) -> dict:
     shuffle = torch.Generator().manual_seed(cfg.seed)
     init = resolve(cfg.init)
     tokenizer, config = common_tokenizer(init), checkpoint.read_config(init)
-    checkpoint.check_place(cfg.out)
 
     # --- data ---
     pairs, dropped = [], Counter()

@@ -15,17 +15,14 @@ approxkl below 0.02, explained rising above 0.3, kl rising slowly.
 """
 
 import json
-import os
-import shutil
 import time
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from mincai import UserError, checkpoint, cli, data, distributed, formats, memory, model, ppo
+from mincai import UserError, checkpoint, cli, data, distributed, formats, memory, model, output, ppo
 from mincai.cli import arg
 from mincai.constitution import dialogue
 from mincai.table import show_samples, warnings
@@ -68,6 +65,17 @@ class Config:
     threads: int = arg(0, "CPU threads, 0 chooses")
     again: bool = arg(False, "train anew though the output is there")
     LOOSE = ("out", "print_every", "device", "threads", "again")  # settings that do not make another policy
+
+    def outputs(self):
+        """The files that are written to `out`."""
+        at = range(self.snapshots, self.updates + 1, self.snapshots) if self.snapshots else ()
+        names = ("config.json", "model.safetensors", "tokenizer.tiktoken")
+        return [*checkpoint.FILES, "samples.jsonl",
+                *(f"snapshots/u{u:03d}/{name}" for u in at for name in names)]
+
+    def check_out(self):
+        """UserError unless the output may be written."""
+        output.check_folder(self.out, self.outputs())
 
 
 def check(cfg):
@@ -119,6 +127,7 @@ def main(cfg: Config) -> dict:
     if data.done(cfg.out, cfg, cfg.again):
         print(f"train_ppo: {cfg.out} is there already, made with these settings (--again to redo)")
         return {"skipped": True}
+    cfg.check_out()
     start = time.time()
     cli.set_threads(cfg.threads)
     device = distributed.start(cli.pick_device(cfg.device))
@@ -132,7 +141,6 @@ def main(cfg: Config) -> dict:
         raise UserError(f"{cfg.pm} has {configs[1].vocab_size} tokens, {cfg.sft} has {configs[0].vocab_size}; train "
                         f"the preference model from the same model")
     tokenizer = common_tokenizer(sft, cfg.pm)
-    checkpoint.check_place(cfg.out)
     harmful, benign, dropped = read_prompts(cfg, tokenizer, min(config.block_size for config in configs))
     memory.announce("ppo", configs[0], device, "--micro-batch, --batch or --max-new",
                     length=max(map(len, harmful + benign)) + cfg.max_new,
@@ -156,9 +164,9 @@ def main(cfg: Config) -> dict:
     say = tqdm.write if distributed.is_main() else lambda _: None
     say(f"train_ppo: {len(harmful)} harmful and {len(benign)} other prompts, {dropped} too long; "
           f"{cfg.updates} updates of {cfg.batch} answers on {device}")
-    work = Path(f"{cfg.out}.partial")  # snapshots wait here until the whole output is there
+    distributed.barrier()  # all have looked at the place before it changes
     if distributed.is_main():
-        shutil.rmtree(work, ignore_errors=True)  # of a run that was stopped, perhaps with other settings
+        work = output.begin(cfg.out, cfg.outputs())  # where snapshots wait until all is made
     beta, log, shown, negative = cfg.beta, [], [], 0
 
     # --- the loop ---
@@ -197,7 +205,7 @@ def main(cfg: Config) -> dict:
             error = min(max(row["kl"] / cfg.kl_target - 1, -0.2), 0.2)
             beta *= 1 + error * cfg.batch / cfg.kl_horizon
         if cfg.snapshots and u % cfg.snapshots == 0 and distributed.is_main():
-            checkpoint.save(policy, work / "snapshots" / f"u{u:03d}", extra=files)
+            checkpoint.write(policy, work / "snapshots" / f"u{u:03d}", files)
 
     # --- what came of it ---
     first, last = log[0], log[-1]
@@ -206,10 +214,7 @@ def main(cfg: Config) -> dict:
         checkpoint.save(policy, cfg.out, extra={
             **files, "run.json": data.stamp(cfg, metrics=result),
             "metrics.jsonl": "".join(json.dumps(r) + "\n" for r in log),
-            "samples.jsonl": "".join(json.dumps(r) + "\n" for r in shown)})
-        if cfg.snapshots and (work / "snapshots").exists():
-            os.replace(work / "snapshots", Path(cfg.out) / "snapshots")
-            work.rmdir()
+            "samples.jsonl": "".join(json.dumps(r) + "\n" for r in shown)}, work=work)
         print(f"train_ppo: wrote {cfg.out} in {result['seconds']:.0f} s: {cfg.updates} updates, score "
               f"{first['score']:+.3f} -> {last['score']:+.3f}, KL to the fine-tuned model "
               f"{last['kl_exact']:.2f} nats an answer, {last['eos']:.0%} ended by themselves")

@@ -22,7 +22,7 @@ from itertools import cycle
 import torch
 from tqdm import tqdm
 
-from mincai import UserError, checkpoint, cli, data, distributed, formats, memory
+from mincai import UserError, checkpoint, cli, data, distributed, formats, memory, output
 from mincai.cli import arg
 from mincai.constitution import dialogue
 from mincai.losses import sft_loss
@@ -51,6 +51,10 @@ class Config:
     threads: int = arg(0, "CPU threads, 0 chooses")
     again: bool = arg(False, "train anew though the output is there")
     LOOSE = ("out", "device", "threads", "again")  # settings that do not make another model
+
+    def check_out(self):
+        """UserError unless the output may be written."""
+        output.check_folder(self.out, checkpoint.FILES)
 
 
 def examples(rows, tokenizer, limit):
@@ -110,6 +114,7 @@ def main(cfg: Config) -> dict:
     if data.done(cfg.out, cfg, cfg.again):
         print(f"train_sft: {cfg.out} is there already, made with these settings (--again to redo)")
         return {"skipped": True}
+    cfg.check_out()
     if not 0 <= cfg.replay_share < 1:
         raise UserError(f"--replay-share {cfg.replay_share}: give a number from 0 up to, not including, 1")
     start = time.time()
@@ -119,7 +124,6 @@ def main(cfg: Config) -> dict:
     shuffle = torch.Generator().manual_seed(cfg.seed)
     folder = resolve(cfg.base)
     tokenizer, config = common_tokenizer(folder), checkpoint.read_config(folder)
-    checkpoint.check_place(cfg.out)
 
     # --- data ---
     rows = []

@@ -110,6 +110,9 @@ def main(cfg: Config) -> None:
     base, out = todo[-1][2].base, todo[-1][2].out
     say(f"mincai: {base} -> {out}, seed {cfg.seed}, {device}, {threads} threads"
         + (f"; preset {cfg.preset} needs {preset.memory}" if preset.memory else ""))
+    for _, _, config in todo:
+        config.check_out()  # before the first stage, not when the last one begins
+    distributed.barrier()  # all have looked before one writes
     if todo[0][1] is not pretrain.main:
         resolve(base)  # before an hour's work, not after it
     if todo[0][1] is critique.main or cfg.prompts:  # else the prompts are still to be made, of both kinds

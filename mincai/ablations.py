@@ -21,7 +21,6 @@ One sample a prompt, and one seed: intervals tell how well a rate is known on th
 import hashlib
 import json
 import random
-import shutil
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -32,7 +31,7 @@ import torch
 import train_pm
 import train_ppo
 import train_sft
-from mincai import UserError, constitution, critique, data, elo, feedback, human, measure, red_team, world
+from mincai import UserError, constitution, critique, data, elo, feedback, human, measure, output, red_team, world
 from mincai.checkpoint import load
 from mincai.sample import generate_batched
 from mincai.table import percent, rate
@@ -43,6 +42,9 @@ OUTPUTS = {"critique": (critique.Config, "revisions.jsonl"), "sft": (train_sft.C
 PHASE1, PHASE2 = ("critique", "sft"), ("sft", "feedback", "pm", "ppo")  # what a variant of either needs of RUN
 GENERAL = ("harm", "help", "reasons", "truth", "conduct")  # targets of principles that are no category of harm
 SHARES, PRINCIPLES, BEST_OF = (0, 25, 50, 75, 100), (1, 4, 19), 16
+ROWS = ("answers", "revisions", "comparisons", "human", "pairs")
+WRITTEN = ("made.json", "constitution.json",  # by a variant, beside its checkpoints
+           *(f"{rows}.{kind}" for rows in ROWS for kind in ("jsonl", "run.json")))
 KEPT = ("id", "split", "attack", "category", "prompt", "answer", "complied", "right", "refused", "true_reason")
 
 
@@ -267,10 +269,11 @@ def main(opened: measure.Run, scale: float = 1.0) -> dict:
     work = Work(opened, recorded(opened, scale), rows, scale)
     todo, settings, known, answers = variants(work), stands_on(work), root / "run.json", {}
     if getattr(opened.cfg, "again", False) and known.exists():
-        shutil.rmtree(root)
+        output.clear(root)
     if known.exists() and json.loads(known.read_text(encoding="utf-8"))["stands_on"] != settings:
         raise UserError(f"{root}: was made from other files or settings than {opened.out} has now; add --again")
-    data.write_json(known, data.stamp(opened.cfg, stands_on=settings))
+    names = [f"{v.name}/{name}" for v in todo for name in WRITTEN]
+    data.write_json(known, data.stamp(opened.cfg, stands_on=settings, files=["run.json", *names]))
     found = {**data.stamp(opened.cfg), "scale": scale, "prompts": len(rows), "rows": [], "versus_rlhf": {}}
     for number, variant in enumerate(todo, 1):
         print(f"\n[ablation {number}/{len(todo)}] {variant.name}: {variant.what}", flush=True)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from mincai import UserError, constitution, data, formats, memory
+from mincai import UserError, constitution, data, formats, memory, output
 from mincai.checkpoint import load, read_config
 from mincai.cli import arg, number_bytes, pick_device, precision, run, set_threads
 from mincai.feedback import judge
@@ -54,6 +54,10 @@ class Config:
     device: str = arg("auto", "auto, cpu or cuda")
     threads: int = arg(0, "CPU threads, 0 chooses")
     again: bool = arg(False, "measure again")
+
+    def check_out(self):
+        """UserError unless the output may be written."""
+        output.check_beside(self.out, "eval.json", "eval_samples.jsonl")
 
 
 def refuses(answer: str) -> bool:
@@ -149,6 +153,7 @@ def main(cfg: Config) -> dict:
     if data.done(out / "eval.json", cfg, cfg.again):
         print(f"assess: {out / 'eval.json'} is there already, skipped")
         return json.loads((out / "eval.json").read_text())
+    cfg.check_out()
     rng = random.Random(cfg.seed)
     rows = [r for r in formats.read_prompts(cfg.prompts) if r.get("split") in SPLITS]
     rows = data.choose(rows, "harmful", cfg.number, rng) + data.choose(rows, "benign", cfg.number, rng)

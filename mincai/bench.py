@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mincai import data, losses, memory, ppo
+from mincai import data, losses, memory, output, ppo
 from mincai.cli import arg, check_choice, number_bytes, pick_device, precision, run, set_threads
 from mincai.logprobs import answer_logp
 from mincai.model import GPT, GPTConfig, ScalarModel
@@ -132,6 +132,8 @@ def measure(config, cfg, device) -> dict[str, float]:
 
 
 def main(cfg: Config) -> dict:
+    if cfg.out:
+        output.check_file(cfg.out)
     threads, device = set_threads(cfg.threads), pick_device(cfg.device)
     check_choice("model", cfg.model, ("tiny", *SHAPES))
     config = TINY if cfg.model == "tiny" else SHAPES[cfg.model]

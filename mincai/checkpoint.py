@@ -6,24 +6,24 @@ out], the transpose of nn.Linear's. Only safetensors are read, because unpicklin
 whatever code is in it.
 """
 
-import errno
 import json
-import os
-import shutil
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from mincai import UserError
+from mincai import UserError, output
 from mincai.model import GPT, GPTConfig, ScalarModel
 
+# What every training stage writes into a checkpoint's folder; GPT-2's own vocabulary needs no file
+FILES = ("config.json", "model.safetensors", "run.json", "metrics.jsonl", "tokenizer.tiktoken")
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # [in, out]
 BUFFERS = (".attn.bias", ".attn.masked_bias")  # the causal mask, which older files store with the weights
 UNTIED = "lm_head.weight"  # the output's own matrix, where it is not the token embedding
 HEAD = ("score.weight", "score.bias", "gain", "shift", "likelihood")  # of ScalarModel, which may lack the last; on
 # disk score.gain, score.shift and score.likelihood
+SPECIAL = ("bos_token_id", "eos_token_id")  # in config.json for other libraries to read
 NEEDED = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")  # positive integers in config.json
 FIXED = {"activation_function": "gelu_new", "scale_attn_weights": True,
          "scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False,
@@ -32,53 +32,39 @@ FIXED = {"activation_function": "gelu_new", "scale_attn_weights": True,
 
 # --- saving -------------------------------------------------------------------------------------------------
 
-def save(model: GPT | ScalarModel, folder, extra: dict = {}) -> None:
-    """Write the model as a checkpoint folder, whole or not at all; an older checkpoint there is replaced.
+def save(model: GPT | ScalarModel, folder, extra: dict = {}, work=None) -> None:
+    """Write the model as a checkpoint folder, whole or not at all. Of an older checkpoint that is
+    there, what mincai wrote is replaced, and everything else stays.
 
-    extra: file name -> bytes, str, or an object for JSON, written beside the weights; the keys bos_token_id
-    and eos_token_id (int) go into config.json instead. Nothing else of the older folder is kept. UserError
-    when the folder exists and is no checkpoint, so that a mistyped path deletes nothing.
+    extra: file name -> bytes, str, or an object for JSON, written beside the weights; the keys
+    bos_token_id and eos_token_id (int) go into config.json instead. run.json says in any case that
+    mincai wrote this, and which files. work: where output.begin has begun this checkpoint, if files
+    are there already that belong to it. UserError where the folder is not mincai's to write to.
     """
-    folder = Path(os.path.abspath(folder))
-    special = {k: extra[k] for k in ("bos_token_id", "eos_token_id") if k in extra}
+    files = {k: v for k, v in extra.items() if k != "run.json"}
+    stamp = extra.get("run.json", {})
+    work = work or output.begin(folder, {"config.json", "model.safetensors", *files} - {*SPECIAL})
+    write(model, work, files)
+    output.finish(work, folder, json.loads(stamp) if isinstance(stamp, (bytes, str)) else stamp)
+
+
+def write(model: GPT | ScalarModel, folder, extra: dict = {}) -> None:
+    """The same files, one after the other, into a folder that is only being put together."""
+    folder, special = Path(folder), {k: extra[k] for k in SPECIAL if k in extra}
     files = {k: v for k, v in extra.items() if k not in special}
     assert not {"config.json", "model.safetensors"} & set(files), sorted(files)
-    _check_replaceable(folder)
-    new, old = (folder.with_name(f".{folder.name}.{word}") for word in ("new", "old"))
     try:
-        shutil.rmtree(new, ignore_errors=True)  # left by a run that was stopped here
-        new.mkdir(parents=True)
-        save_file(_to_file(model), new / "model.safetensors", metadata={"format": "pt"})
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(_to_file(model), folder / "model.safetensors", metadata={"format": "pt"})
         for name, content in {"config.json": _hf_config(model) | special, **files}.items():
             if not isinstance(content, (bytes, str)):
                 content = json.dumps(content, indent=2) + "\n"
-            (new / name).write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-        if folder.exists():  # no renaming over a folder that holds files, so in two steps
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-        new.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}); give another folder") from None
-
-
-def check_place(folder) -> None:
-    """UserError if `save` could not write here: to ask before the work whose result it is."""
-    folder = Path(os.path.abspath(folder))
-    _check_replaceable(folder)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder.parent, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}); give another folder") from None
-
-
-def _check_replaceable(folder):
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: is a file; give a folder to save the model in")
-    if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
-        raise UserError(f"{folder}: holds files but no checkpoint, so it is not replaced; give a new folder")
+            if isinstance(content, str):
+                content = content.encode("utf-8")
+            (folder / name).write_bytes(content)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{folder}: cannot be written ({reason}); give another --out") from None
 
 
 def _to_file(model):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mincai import UserError, constitution, data, distributed, formats, memory
+from mincai import UserError, constitution, data, distributed, formats, memory, output
 from mincai.checkpoint import load, read_config
 from mincai.cli import arg, check_choice, number_bytes, pick_device, precision, run, set_threads
 from mincai.planner import Planner, load_shots
@@ -52,6 +52,10 @@ class Config:
     device: str = arg("auto", "auto, cpu or cuda")
     threads: int = arg(0, "CPU threads, 0 chooses")
     again: bool = arg(False, "replace an output that exists")
+
+    def check_out(self):
+        """UserError unless the output may be written."""
+        output.check_rows(self.out)
 
 
 # What opens a part of the prompts, or closes a critique; no answer does
@@ -150,6 +154,7 @@ def main(cfg: Config) -> dict:
     if data.done(cfg.out, cfg, cfg.again):
         print(f"critique: {cfg.out} is there already, skipped")
         return {}
+    cfg.check_out()
     seed = cfg.seed + 1000 * distributed.rank()  # ranks draw apart, the first of them as one process would
     rng, generator = random.Random(cfg.seed), torch.Generator().manual_seed(seed)
     every = constitution.load_constitution(cfg.constitution)

@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 import mincai
-from mincai import UserError
+from mincai import UserError, output
+from mincai.output import sidecar
 
 
 # --- files ------------------------------------------------------------------------------------------
@@ -29,24 +30,6 @@ def _read_bytes(path):
         raise UserError(f"{path}: no such file; check the path, or run the stage that writes it") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give a readable file") from None
-
-
-def _write_atomic(path, lines):
-    """Write strings to a temporary sibling, flush it to the disk, and only then give it its name."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            file.writelines(lines)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); give another path") from None
-    finally:
-        if temporary.exists():  # only if something above failed, Ctrl-C included
-            temporary.unlink()
 
 
 def _row(line, where, need):
@@ -84,12 +67,12 @@ def read_jsonl(path, need=()):
 
 def write_jsonl(path, rows):
     """Rows (an iterable of dicts) to a file, one JSON object a line; whole or not at all."""
-    _write_atomic(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    output.write_file(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def write_json(path, obj):
     """One JSON document, indented for people; whole or not at all."""
-    _write_atomic(path, [json.dumps(obj, ensure_ascii=False, indent=2) + "\n"])
+    output.write_file(path, [json.dumps(obj, ensure_ascii=False, indent=2) + "\n"])
 
 
 # --- batches ----------------------------------------------------------------------------------------
@@ -175,38 +158,28 @@ def stamp(config, **more):
             "mincai": mincai.__version__, **more}
 
 
-def sidecar(path):
-    """Where the stamp of a JSONL file is kept: runs/x/comparisons.jsonl -> runs/x/comparisons.run.json."""
-    return Path(path).with_suffix(".run.json")
-
-
 def done(path, config, again=False):
     """True if the output is there and was made with these settings; False if it is still to be made.
 
     path: a checkpoint's folder or its run.json, a JSONL file (its stamp is then its sidecar), or any JSON
     file that holds its own stamp. Write the output first, its stamp last: the stamp vouches for the output.
+    Whether an output that is there may be replaced is not asked here, but by output.py's checks.
     Settings named in the config class's LOOSE (a tuple of field names: where it ran, not what it computed)
     may differ, and so may `again`. Raises UserError if the output was made with other settings, or if nothing
     says how it was made.
     """
-    if again:
+    if again or not os.path.exists(path):  # unlike Path.exists, this is False for too long a name
         return False
     path = Path(path)
     settings = sidecar(path) if path.suffix == ".jsonl" else path / "run.json" if path.is_dir() else path
-    output = path if path.suffix == ".jsonl" else settings.with_name("model.safetensors")
-    mend = "give another --out, or add --again to make it anew"
-    if not settings.exists():
-        if output.exists() and (path.suffix == ".jsonl" or settings.name == "run.json"):
-            raise UserError(f"{output}: is there without {settings.name}, which says how it was made; {mend}")
-        return False
-    if path.suffix == ".jsonl" and not path.exists():
+    if not os.path.exists(settings):
         return False
     try:
         old = json.loads(_read_bytes(settings))["config"].items()
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{settings}: does not record any settings; {mend}") from None
+        raise UserError(f"{settings}: does not record any settings; give another --out") from None
     new = json.loads(json.dumps(dataclasses.asdict(config)))  # as JSON gives it back: tuples become lists
-    _compare(settings, dict(old), new, {"again", *getattr(type(config), "LOOSE", ())}, mend)
+    _compare(settings, dict(old), new, {"again", *getattr(type(config), "LOOSE", ())})
     return True
 
 
@@ -216,14 +189,15 @@ def _same_place(a, b):
         and Path(a).resolve() == Path(b).resolve()
 
 
-def _compare(path, old, new, loose, mend):
+def _compare(path, old, new, loose):
     absent = object()  # equal to no value
     for name in [*new, *(name for name in old if name not in new)]:
         was, now = old.get(name, absent), new.get(name, absent)
         if name not in loose and was != now and not _same_place(was, now):
             flag = "--" + name.replace("_", "-")
             was, now = ("nothing" if value is absent else repr(value) for value in (was, now))
-            raise UserError(f"{path}: was made with {flag} {was}, now it is {now}; {mend}")
+            raise UserError(f"{path}: was made with {flag} {was}, now it is {now}; give another "
+                            f"--out, or add --again to make it anew")
 
 
 # --- prompts ---------------------------------------------------------------------------------------

@@ -22,10 +22,11 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from mincai import UserError, data
+from mincai import UserError, data, output
 from mincai.cli import arg, run
 from mincai.constitution import PATH
 
+FILES = ("prompts", "prompts_dev", "prompts_eval")
 FOLDER = PATH.parent / "english"
 UNSEEN = "neglect"  # the category that no prompt of the loop names
 LEET = str.maketrans("aeiostAEIOST", "431057431057")
@@ -46,6 +47,10 @@ class Config:
     wrappings: int = arg(0, "prompts of each training request, families alone and then in pairs; 0: as shipped")
     attacks: int = arg(0, "harmful prompts of evaluation, evenly over the categories; 0: as shipped")
     seed: int = arg(0, "of the wording drawn for each request and family")
+
+    def check_out(self):
+        """UserError unless the output may be written."""
+        output.check_beside(self.out, "prompts.run.json", *(f"{name}.jsonl" for name in FILES))
 
 
 def load_attacks(path) -> dict[str, dict]:
@@ -119,7 +124,7 @@ def prompts(rows, attacks, rng: random.Random, wrappings=0, number=0) -> dict[st
     wrappings: prompts of each training request; number: harmful prompts of evaluation, at least. 0: as shipped.
     """
     seen = [name for name, family in attacks.items() if not family["held"]]
-    every, splits, files = list(attacks), split_of(rows), {"prompts": [], "prompts_dev": [], "prompts_eval": []}
+    every, splits, files = list(attacks), split_of(rows), {name: [] for name in FILES}
     tested = Counter(row["category"] for row in rows
                      if row["kind"] == "harmful" and splits[row["id"]] in ("eval", "unseen"))
     done = Counter()
@@ -165,9 +170,11 @@ def read(cfg: Config) -> dict[str, list[dict]]:
 
 
 def main(cfg: Config) -> dict:
+    cfg.check_out()
     files = read(cfg)
     for name, some in files.items():
         data.write_jsonl(Path(cfg.out) / f"{name}.jsonl", some)
+    data.write_json(Path(cfg.out, "prompts.run.json"), data.stamp(cfg))  # vouches for all three
     told = ", ".join(f"{len(some):,} in {name}.jsonl" for name, some in files.items())
     print(f"english: {told} -> {cfg.out}")
     return {name: len(some) for name, some in files.items()}

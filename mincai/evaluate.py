@@ -19,8 +19,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from mincai import (UserError, ablations, claims, constitution, data, goodhart, inside, instruments, measure, probes,
-                    red_team, world)
+from mincai import (UserError, ablations, claims, constitution, data, goodhart, inside, instruments, measure, output,
+                    probes, red_team, world)
 from mincai.cli import arg, pick_device, run, set_threads
 from mincai.measure import STAGES
 from mincai.table import dialogues, rate, table
@@ -56,6 +56,17 @@ class Config:
     device: str = arg("auto", "auto, cpu or cuda")
     threads: int = arg(0, "CPU threads, 0 chooses")
     again: bool = arg(False, "measure again")
+
+    def check_out(self):
+        """UserError unless the output may be written."""
+        if self.claims:
+            return output.check_file(Path(self.out.split(",")[0], "claims.json"))
+        output.check_beside(self.out, "eval.json", "eval_samples.jsonl", "eval_pm.jsonl")
+        for name in SECTIONS if self.deep else ():
+            output.check_beside(self.out, f"eval_{name}.json", f"eval_{name}.jsonl")
+        if self.ablations:
+            output.check_file(Path(self.out, "ablations.json"))
+            output.check_folder(Path(self.out, "ablations"), ())
 
 
 def summarise(samples: list[dict]) -> dict:
@@ -183,11 +194,13 @@ def seed_of(run: Path) -> int:
 
 def main(cfg: Config) -> dict:
     runs = [Path(part) for part in cfg.out.split(",")]
+    if cfg.claims or not cfg.compare:
+        cfg.check_out()
     if cfg.claims or cfg.compare:
         found, text = claims.table(runs) if cfg.claims else claims.compare(runs[0], Path(cfg.compare))
         print(text)
         if cfg.claims:
-            data.write_json(runs[0] / "claims.json", found)
+            data.write_json(runs[0] / "claims.json", data.stamp(cfg) | found)
         return found
     if len(runs) > 1:
         raise UserError(f"--out {cfg.out}: several runs go with --claims only; measure them one by one")

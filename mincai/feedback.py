@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mincai import UserError, constitution, data, distributed, formats, memory
+from mincai import UserError, constitution, data, distributed, formats, memory, output
 from mincai.checkpoint import load, read_config
 from mincai.cli import arg, check_choice, number_bytes, pick_device, precision, run, set_threads
 from mincai.forks import fork
@@ -62,6 +62,10 @@ class Config:
     device: str = arg("auto", "auto, cpu or cuda")
     threads: int = arg(0, "CPU threads, 0 chooses")
     again: bool = arg(False, "replace an output that exists")
+
+    def check_out(self):
+        """UserError unless the output may be written."""
+        output.check_rows(self.out)
 
 
 @dataclass(frozen=True)
@@ -213,6 +217,7 @@ def main(cfg: Config) -> dict:
     if data.done(cfg.out, cfg, cfg.again):
         print(f"feedback: {cfg.out} is there already, skipped")
         return {}
+    cfg.check_out()
     seed = cfg.seed + 1000 * distributed.rank()
     rng, generator = random.Random(cfg.seed), torch.Generator().manual_seed(seed + 1)
     every = constitution.load_constitution(cfg.constitution)

@@ -25,7 +25,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from mincai import UserError, data
+from mincai import UserError, data, output
 from mincai.cli import arg, run
 from mincai.constitution import dialogue
 from mincai.turns import asked, transcript, turns_of
@@ -36,6 +36,10 @@ class Config:
     source: str = arg("runs/tiny/comparisons.jsonl", "comparisons.jsonl or revisions.jsonl; the rows tell which")
     out: str = arg("runs/tiny/pairs.jsonl", "JSONL to write: TRL's preference or prompt-completion format")
     again: bool = arg(False, "replace an output that exists")
+
+    def check_out(self):
+        """UserError unless the output may be written."""
+        output.check_rows(self.out)
 
 
 # --- rows and their line numbers --------------------------------------------------------------------
@@ -246,6 +250,7 @@ def export_row(row, where) -> tuple[dict, str]:
 
 
 def main(cfg: Config) -> dict:
+    cfg.check_out()
     if Path(cfg.out).exists() and (not cfg.again or Path(cfg.out).resolve() == Path(cfg.source).resolve()):
         raise UserError(f"{cfg.out}: is there already; give another --out, or add --again if it is not the source")
     rows = numbered(cfg.source)
@@ -256,6 +261,7 @@ def main(cfg: Config) -> dict:
     if not written:
         raise UserError(f"{cfg.source}: no row is left to write ({told}); make more of them")
     data.write_jsonl(cfg.out, written)
+    data.write_json(data.sidecar(cfg.out), data.stamp(cfg, form=form))
     print(f"formats: {len(written)} of {len(rows)} {form} in TRL's format; left out: {told} -> {cfg.out}")
     return {"written": len(written), **left}
 

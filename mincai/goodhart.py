@@ -18,9 +18,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import mincai
 import train_ppo
 import train_sft
-from mincai import UserError, constitution, data, elo, losses, measure, ppo, world
+from mincai import UserError, constitution, data, elo, losses, measure, output, ppo, world
 from mincai.checkpoint import load
 from mincai.sample import generate, generate_batched, left_pad
 from mincai.table import percent, rate
@@ -83,7 +84,9 @@ def prepare_rounds(opened: measure.Run) -> list[Path]:
     rows = data.read_jsonl(path, ("prompt", "original", "rounds"))
     for k in range(1, max(len(row["rounds"]) for row in rows)):
         part = opened.out / "sft_rounds" / f"revisions-{k}.jsonl"
+        output.check_rows(part)
         data.write_jsonl(part, [after_rounds(row, k) for row in rows])
+        data.write_json(data.sidecar(part), {"mincai": mincai.__version__, "rounds": k})
         more = [f for f in recorded(opened, "sft", train_sft.Config).data if Path(f).name != path.name]  # were mixed in
         folders.append(opened.out / "sft_rounds" / str(k))
         print(f"goodhart: fine-tuning after {k} of the rounds of revision -> {folders[-1]}", flush=True)

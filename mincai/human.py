@@ -21,7 +21,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from mincai import UserError, data, world
+from mincai import UserError, data, output, world
 from mincai.cli import arg, check_choice, run
 from mincai.table import percent
 
@@ -44,6 +44,10 @@ class Config:
     size: str = arg("tiny", "of that world, tiny or small")
     seed: int = arg(0, "seed of the draws and flips")
     again: bool = arg(False, "replace an output that exists")
+
+    def check_out(self):
+        """UserError unless the output may be written."""
+        output.check_rows(self.out)
 
 
 def merit(action: world.Action, setting: str | None, answer: str, evasive: bool = False) -> float:
@@ -121,6 +125,7 @@ def main(cfg: Config) -> dict:
     if data.done(cfg.out, cfg, cfg.again):
         print(f"human: {cfg.out} is there already, skipped")
         return {}
+    cfg.check_out()
     actions = {a.text: a for a in world.build(cfg.world, cfg.size)}
     rows = data.read_jsonl(cfg.source, ("prompt", "action", "a", "b", "a_ids", "b_ids", "p_a"))
     unknown = next((r["action"] for r in rows if r["action"] not in actions), None)

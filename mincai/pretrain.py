@@ -27,13 +27,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from mincai import checkpoint, constitution, corpus, data, red_team, world
+from mincai import checkpoint, constitution, corpus, data, output, red_team, world
 from mincai.cli import arg, pick_device, precision, run, set_threads
 from mincai.logprobs import next_logp
 from mincai.losses import sft_loss
 from mincai.model import GPT, GPTConfig
 from mincai.sample import generate_batched
 from mincai.tokenizer import from_ranks, load_tokenizer, train_bpe
+
+SIDE_FILES = ("prompts.jsonl", "prompts_dev.jsonl", "prompts_eval.jsonl", "replay.jsonl")
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,10 @@ class Config:
     threads: int = arg(0, "CPU threads, 0 chooses")
     check_every: int = arg(1_500, "steps between looks at what it can do")
     again: bool = arg(False, "replace a folder that exists")
+
+    def check_out(self):
+        """UserError unless the output may be written."""
+        output.check_folder(self.out, checkpoint.FILES + SIDE_FILES)
 
 
 def pack(documents, tokenizer, length: int, rows: int):
@@ -203,6 +209,7 @@ def main(cfg: Config) -> dict:
     if data.done(Path(cfg.out) / "run.json", cfg, cfg.again):
         print(f"pretrain: {cfg.out} is there already; --again makes it anew")
         return {}
+    cfg.check_out()
     torch.manual_seed(cfg.seed)
     actions, principles = world.build(cfg.world, cfg.size), constitution.load_constitution()
     rng = random.Random(cfg.seed)

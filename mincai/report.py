@@ -8,17 +8,17 @@ the answers on them are sampled when the page is written, by the seed; every oth
 """
 
 import datetime
-import os
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from mincai import UserError, page, sections, trails
+from mincai import UserError, output, page, sections, trails
 from mincai.claims import UNITS
 from mincai.cli import arg, pick_device, run, set_threads
 from mincai.page import NAMES, STAGES, percent, read_json, read_rows
 
+WRITTEN = "Written by python -m mincai.report"  # every page says so at its foot
 VERDICTS = {"reproduced": "good", "not": "bad", "partly": "", "not testable": ""}  # and the looks of their chips
 SECTIONS = ("keywords", "context", "general", "inside", "judge", "conflict", "pm_more", "goodhart", "elo")
 
@@ -247,7 +247,7 @@ def build(cfg: Config, device) -> str:
             ("trails", "Prompts, all the way through", browse(opened, cfg, revisions, comparisons, texts, why)),
             ("failures", "What still goes wrong", failed(out, cfg))]
     titles = {anchor: title for anchor, title, _ in body}
-    foot = page.paragraph(f"Written by python -m mincai.report {out}, seed {cfg.seed}. Rates come with 95% Wilson "
+    foot = page.paragraph(f"{WRITTEN} {out}, seed {cfg.seed}. Rates come with 95% Wilson "
                           "intervals." + (" The world is made up: no recipe here does any harm."
                                         if "world" in (found or {}).get("config", {}) else ""), "soft")
     return page.document(f"{out.resolve().name}: Constitutional AI, one run", header(out, found, titles),
@@ -258,11 +258,10 @@ def main(cfg: Config) -> Path:
     started, out = time.time(), Path(cfg.out)
     if not out.is_dir():
         raise UserError(f"{out}: no such run folder; make it with: python -m mincai --out {out}")
+    path = out / "report.html"
+    output.check_file(path, mark=WRITTEN)
     set_threads(cfg.threads)
-    text, path = build(cfg, pick_device(cfg.device)), out / "report.html"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # so that a page that is there is whole
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    output.write_file(path, [build(cfg, pick_device(cfg.device))])
     print(f"report: {path.stat().st_size / 1e6:.1f} MB in {time.time() - started:.0f} s -> {path}")
     return path
 

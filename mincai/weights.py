@@ -106,6 +106,9 @@ def _fetch(name):
 def _download(name):
     """Without huggingface_hub: into WEIGHTS/name, whole and checked or not at all."""
     target = WEIGHTS / name
+    for path in (target / file for file in FILES):
+        if path.is_symlink() and not path.exists():
+            raise UserError(f"{path}: is a link that leads nowhere; mend it, or remove it")
     WEIGHTS.mkdir(parents=True, exist_ok=True)
     try:
         # A folder of its own for each process: several GPUs' processes may all find the weights missing
@@ -115,7 +118,8 @@ def _download(name):
             check(name, partial, "it has been removed, try again")
             target.mkdir(exist_ok=True)
             for file in FILES:
-                os.replace(os.path.join(partial, file), target / file)
+                if not (target / file).exists():  # half a model, put there by hand, is completed
+                    os.replace(os.path.join(partial, file), target / file)
     finally:
         with contextlib.suppress(OSError):  # it stays unless it is empty
             WEIGHTS.rmdir()

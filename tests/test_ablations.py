@@ -149,7 +149,7 @@ def test_other_files_are_an_error_and_again_begins_anew(cfg, opened, result, mon
             ablations.main(opened)
         monkeypatch.setattr(ablations, "variants", lambda work: [])
         removed = []
-        monkeypatch.setattr(ablations.shutil, "rmtree", lambda path: removed.append(path))
+        monkeypatch.setattr(ablations.output, "clear", lambda path: removed.append(path))
         with pytest.raises(UserError):  # nothing was really removed here
             ablations.main(measure.open_run(dataclasses.replace(cfg, again=True), "cpu"))
         assert removed == [opened.out / "ablations"]

@@ -92,7 +92,9 @@ def test_loading_draws_no_random_numbers(folder):
 def test_extra_files_and_special_ids(tiny_gpt, tmp_path):
     checkpoint.save(tiny_gpt, tmp_path / "m", {"run.json": {"seed": 1}, "tokenizer.tiktoken": b"\x00\xff",
                                                "log.jsonl": "é\n", "eos_token_id": 9})
-    assert json.loads((tmp_path / "m/run.json").read_text()) == {"seed": 1}
+    stamp = json.loads((tmp_path / "m/run.json").read_text())
+    there = sorted(p.name for p in (tmp_path / "m").iterdir())
+    assert stamp["seed"] == 1 and stamp["files"] == there
     assert (tmp_path / "m/tokenizer.tiktoken").read_bytes() == b"\x00\xff"
     assert (tmp_path / "m/log.jsonl").read_bytes() == "é\n".encode()
     config = json.loads((tmp_path / "m/config.json").read_text())
@@ -102,13 +104,15 @@ def test_extra_files_and_special_ids(tiny_gpt, tmp_path):
 # --- writing whole or not at all ----------------------------------------------------------------------------
 
 def test_older_checkpoint_is_replaced_and_nothing_is_left_beside(tiny_gpt, folder):
-    (folder / "old.txt").write_text("x")
-    (folder.parent / ".model.new").mkdir()  # as left by a run that was killed
+    checkpoint.save(tiny_gpt, folder, {"old.txt": "x"})
+    (folder / "notes.txt").write_text("mine")
     with torch.no_grad():
         tiny_gpt.wte.weight.add_(1.0)
     checkpoint.save(tiny_gpt, folder)
     assert same_bits(checkpoint.load(folder), tiny_gpt)
-    assert [p.name for p in folder.parent.iterdir()] == ["model"] and not (folder / "old.txt").exists()
+    assert [p.name for p in folder.parent.iterdir()] == ["model"]
+    assert {p.name for p in folder.iterdir()} == {
+        "config.json", "model.safetensors", "notes.txt", "run.json"}
 
 
 def test_failed_save_leaves_the_older_checkpoint(tiny_gpt, folder):
@@ -123,7 +127,7 @@ def test_failed_save_leaves_the_older_checkpoint(tiny_gpt, folder):
 
 def test_folder_that_is_no_checkpoint_is_not_replaced(tiny_gpt, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match="not replaced"):
+    with pytest.raises(UserError, match="give a new folder"):
         checkpoint.save(tiny_gpt, tmp_path)
     with pytest.raises(UserError, match="is a file"):
         checkpoint.save(tiny_gpt, tmp_path / "thesis.tex")

@@ -271,9 +271,16 @@ def test_what_cannot_be_exported_writes_nothing(write, tmp_path, rows, words):
 
 def test_a_file_that_exists_is_replaced_only_when_asked_and_the_source_never(write, capsys):
     cfg = formats.Config(str(write([OWN_PAIR])), str(write("mine", "out.jsonl")))
-    assert "--again" in complaint(formats.main, cfg) and Path(cfg.out).read_text() == "mine"
+    for again in (False, True):
+        words = complaint(formats.main, dataclasses.replace(cfg, again=again))
+        assert "nothing says that mincai wrote it" in words and Path(cfg.out).read_text() == "mine"
+    Path(cfg.out).unlink()
+    formats.main(cfg)
+    assert "--again" in complaint(formats.main, cfg)
+    write([OWN_PAIR, OWN_PAIR], Path(cfg.source).name)
     formats.main(dataclasses.replace(cfg, again=True))
-    assert len(data.read_jsonl(cfg.out)) == 1
+    assert len(data.read_jsonl(cfg.out)) == 2
+    data.write_json(data.sidecar(cfg.source), {"mincai": "0"})  # mincai's own rows
     assert "already" in complaint(formats.main, dataclasses.replace(cfg, out=cfg.source, again=True))
     with pytest.raises(SystemExit) as stop:  # as the command line has it
         cli.run(formats.main, formats.Config, argv=["--source", cfg.source, "--out", cfg.out])

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Lowest first. A file may import from lower rows only, never from its own.
 LAYERS = [
-    ["model", "losses", "tokenizer", "constitution", "distributed", "turns"],
+    ["model", "losses", "tokenizer", "constitution", "distributed", "turns", "output"],
     ["memory"],
     ["checkpoint", "sample", "data", "cli", "table"],
     ["weights", "formats", "planner", "presets", "world", "forks", "logprobs"],
@@ -36,7 +36,7 @@ MAY_REACH_WORLD = {"corpus", "pretrain", "measure", "probes", "inside", "trails"
                    "elo", "human", "goodhart", "ablations", "claims", "report", "evaluate", "red_team", "__main__"}
 LIBRARIES = {"torch", "numpy", "tiktoken", "regex", "safetensors", "tqdm"}
 UNPICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
-MAX_LINES, MAX_COLUMNS = 300, 120
+MAX_LINES, MAX_COLUMNS = 400, 120
 
 
 def imports_of(tree):
@@ -176,7 +176,7 @@ def test_clean_files_have_no_faults():
     ("data", "import numpy\nnumpy.load('x', allow_pickle=True)", "data: allow_pickle"),
     ("sample", "import transformers", "sample: imports transformers, which requirements.txt does not list"),
     ("evaluate", "import matplotlib", "evaluate: imports matplotlib"),
-    ("losses", "x = 1\n" * 301, "losses: 301 lines, over 300"),
+    ("losses", "x = 1\n" * 401, "losses: 401 lines, over 400"),
     ("losses", "x = 1  # " + "é" * 112, "losses line 1: 121 columns, over 120"),
 ])
 def test_a_planted_violation_is_found(name, source, fault):
@@ -184,7 +184,7 @@ def test_a_planted_violation_is_found(name, source, fault):
     assert any(line.startswith(fault) for line in found), found
 
 
-@pytest.mark.parametrize("name, source", [("losses", "x = 1\n" * 300), ("losses", "x = 1  # " + "é" * 101),
+@pytest.mark.parametrize("name, source", [("losses", "x = 1\n" * 400), ("losses", "x = 1  # " + "é" * 101),
                                           ("figures", "import matplotlib.pyplot as plt\n")])
 def test_the_limits_themselves_are_allowed(name, source):
     assert faults({**CLEAN, name: source}) == []

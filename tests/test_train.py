@@ -13,7 +13,7 @@ import torch
 import train_pm
 import train_ppo
 import train_sft
-from mincai import UserError, checkpoint, cli, data
+from mincai import UserError, checkpoint, cli, data, output
 from mincai.constitution import dialogue
 from mincai.model import GPT, GPTConfig, ScalarModel
 from mincai.tokenizer import load_tokenizer
@@ -362,18 +362,33 @@ def test_a_place_that_cannot_be_written_is_told_before_training(stage, base, rev
         main, cfg = {"sft": (train_sft.main, lambda: sft(base, revisions, out)),
                      "pm": (train_pm.main, lambda: train_pm.Config(init=base, pairs=(pairs,), out=str(out), **QUIET)),
                      "ppo": (train_ppo.main, lambda: ppo(base, str(tmp_path / "start"), prompts, out))}[stage]
-        with pytest.raises(UserError, match="no checkpoint|does not record any settings|cannot be written"):
+        with pytest.raises(UserError, match="give a new folder|does not record any settings|cannot be written"):
             main(cfg())
     assert sorted(p.name for p in (tmp_path / "mine").iterdir()) == ["thesis.txt"]
 
 
 def test_snapshots_of_a_stopped_run_do_not_join_the_next(base, prompts, tmp_path):
     planted_pm(tmp_path / "start", base)
-    left = tmp_path / "ppo.partial" / "snapshots" / "u099"
-    checkpoint.save(checkpoint.load(base), left)
+    names = [f"snapshots/u099/{name}" for name in ("config.json", "model.safetensors")]
+    work = output.begin(tmp_path / "ppo", names)
+    left = work / "snapshots" / "u099"
+    checkpoint.write(checkpoint.load(base), left)
     train_ppo.main(ppo(base, str(tmp_path / "start"), prompts, tmp_path / "ppo", updates=2, snapshots=1))
     assert sorted(p.name for p in (tmp_path / "ppo" / "snapshots").iterdir()) == ["u001", "u002"]
-    assert not left.exists()
+    assert not work.exists()
+
+
+def test_ppo_made_again_replaces_its_own_snapshots_and_nothing_else(base, prompts, tmp_path):
+    out, start = tmp_path / "ppo", planted_pm(tmp_path / "start", base)
+    train_ppo.main(ppo(base, start, prompts, out, updates=2, snapshots=1))
+    (out / "snapshots" / "u001" / "notes.txt").write_text("mine")
+    train_ppo.main(ppo(base, start, prompts, out, updates=3, snapshots=3, again=True))
+    assert [p.name for p in (out / "snapshots" / "u001").iterdir()] == ["notes.txt"]
+    assert {p.name for p in (out / "snapshots").iterdir()} == {"u001", "u003"}  # u002 went
+    assert json.loads((out / "run.json").read_text())["metrics"]["updates"] == 3
+    listed = json.loads((out / "run.json").read_text())["files"]
+    there = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
+    assert there == {*listed, "snapshots/u001/notes.txt"}
 
 
 def test_another_vocabulary_is_told(base, pairs, prompts, tmp_path):

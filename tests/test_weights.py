@@ -235,6 +235,19 @@ def test_wrong_file_takes_no_others_along(source, torch_hub, tiny_gpt):
     assert checkpoint.load(weights.resolve("gpt2")).config == tiny_gpt.config  # half a model is completed
 
 
+def test_what_was_placed_by_hand_stays(source, torch_hub, tmp_path):
+    folder = weights.WEIGHTS / "gpt2"
+    place(source, folder, ["config.json"])
+    mine = (folder / "config.json").read_text() + "\n"
+    (folder / "config.json").write_text(mine)
+    (folder / "model.safetensors").symlink_to(tmp_path / "gone")
+    refuse("gpt2", str(folder / "model.safetensors"), "leads nowhere")
+    assert (folder / "model.safetensors").is_symlink() and not torch_hub
+    (folder / "model.safetensors").unlink()
+    weights.resolve("gpt2")
+    assert (folder / "config.json").read_text() == mine and (folder / "model.safetensors").exists()
+
+
 def test_broken_connection_is_noticed_without_a_checksum(source, torch_hub, tiny_config, monkeypatch):
     monkeypatch.setitem(weights.SHAPES, "gpt2-medium", tiny_config)
     (source / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes()[:-1])

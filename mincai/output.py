@@ -1,0 +1,279 @@
+"""Where results go. Nothing is removed or replaced that mincai did not write.
+
+A checkpoint folder says in its run.json that mincai made it ("mincai": the version) and what it
+wrote there ("files"). Only these files are ever touched; whatever else lies in the folder stays. A
+file of rows is vouched for by its sidecar, rows.jsonl by rows.run.json; any other JSON file by its
+own key "mincai". What is there without such a word is refused, and --again changes nothing about
+that. A stage asks before it works, by its Config's `check_out`, and not when hours are spent.
+
+A checkpoint is put together apart and gets its name when it is whole: in OUT.partial beside OUT, or
+in OUT/.partial where OUT is there already. Links to folders and to files are followed, never
+replaced. A path that begins with ~ is refused: the shell expands it where it stands alone (--out
+~/x), and what it leaves as it is (--out=~/x) would be another place for every user.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import uuid
+from pathlib import Path, PurePosixPath
+
+import mincai
+from mincai import UserError
+
+LIST = "partial.json"  # of a folder that is not whole yet: what is to be in it, as in run.json
+ANOTHER = "give another --out"
+MEND = "move it away, or " + ANOTHER
+
+
+# --- may it be written? ---------------------------------------------------------------------------
+
+def check_folder(folder, names) -> None:
+    """UserError unless a checkpoint of these files (names within the folder) can be written here.
+
+    The folder may be absent, empty, or one that mincai made. One that holds anything else is no
+    place for a checkpoint.
+    """
+    real = _place(folder)
+    if os.path.exists(real) and not real.is_dir():
+        raise UserError(f"{folder}: is a file; give a folder to save the model in")
+    if real.is_dir():
+        own = _own(real, names)
+        if own is None and any(path.name != ".partial" for path in real.iterdir()):
+            raise UserError(f"{folder}: holds files, but no run.json that says mincai wrote them; "
+                            f"give a new folder")
+        _refuse_strangers(real, {*names, *(own or ())}, own or set(), MEND)
+    work = partial(real)
+    if not os.path.lexists(work):
+        _place(work)
+    elif work.is_symlink() or not work.is_dir():
+        raise UserError(f"{work}: is in the way, and mincai did not write it; {MEND}")
+    else:
+        there = [path for path in work.rglob("*") if path.is_symlink() or not path.is_dir()]
+        there = {path.relative_to(work).as_posix() for path in there}
+        _refuse_strangers(work, there, _left(work) | {LIST}, MEND)
+
+
+def check_file(path, voucher=None, mark: str = "") -> None:
+    """UserError unless this file can be written: it is absent, or mincai wrote it.
+
+    voucher: the JSON file that says so, where that is not the file itself. mark: what a text that
+    is no JSON says so by.
+    """
+    real = _place(path)
+    if real.is_dir():
+        raise UserError(f"{path}: is a folder; give a file")
+    if not os.path.exists(real):
+        return
+    if not (mark.encode() in real.read_bytes() if mark else _stamp(voucher or real)):
+        raise UserError(f"{path}: is there, and nothing says that mincai wrote it; {MEND}")
+
+
+def check_rows(path) -> None:
+    """The same for a JSONL file and its sidecar."""
+    _place(path)
+    if Path(path).suffix != ".jsonl":
+        raise UserError(f"{path}: is to hold rows; give a name that ends in .jsonl")
+    check_file(path, sidecar(path))
+    check_file(sidecar(path))
+
+
+def check_beside(folder, *names) -> None:
+    """The same for files in a run folder, the first of which, a JSON file, vouches for them all."""
+    _place(folder)
+    for name in names:
+        check_file(Path(folder, name), Path(folder, names[0]))
+
+
+def sidecar(path) -> Path:
+    """Where the stamp of a JSONL file is kept: runs/x/pairs.jsonl -> runs/x/pairs.run.json."""
+    return Path(path).with_suffix(".run.json")
+
+
+def _place(path) -> Path:
+    """Where this path leads, links followed. UserError if nothing could be written there."""
+    text = os.fspath(path)
+    if not text:
+        raise UserError("--out is empty; say where to write")
+    if text.startswith("~"):
+        raise UserError(f"{text}: begins with ~, which only the shell expands; write the path out")
+    real = Path(os.path.realpath(text))
+    if os.path.lexists(text) and not os.path.exists(real):
+        raise UserError(f"{text}: is a link that leads nowhere; mend it, or give another --out")
+    above, missing = real.parent, [real.name]
+    while not os.path.exists(above):
+        above, missing = above.parent, [above.name, *missing]
+    where = real if os.path.isdir(real) else above
+    try:
+        if not os.path.isdir(where):
+            raise NotADirectoryError(0, f"{where} is a file")
+        if not os.access(where, os.R_OK | os.W_OK | os.X_OK):
+            raise PermissionError(0, os.strerror(errno.EACCES))
+        for name in missing:  # a folder that is still to be made can have too long a name as well
+            with contextlib.suppress(FileNotFoundError):
+                os.lstat(above / name)
+    except OSError as error:
+        raise UserError(f"{text}: cannot be written ({error.strerror}); {ANOTHER}") from None
+    return real
+
+
+# --- whose is it? ---------------------------------------------------------------------------------
+
+def _stamp(path):
+    """The content of a JSON file that mincai wrote, a dict; None for any other, and for none."""
+    try:
+        found = json.loads(Path(path).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) and "mincai" in found else None
+
+
+def _listed(path, before=(), key="files"):
+    """The files that a stamp lists, a set of names; None without a stamp, and for one whose names
+    lead out of the folder. before: the list of a stamp from the time when stamps had none."""
+    found = _stamp(path)
+    names = None if found is None else found.get(key, list(before))
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        return None
+    paths = [PurePosixPath(name) for name in names]
+    outside = any(path.is_absolute() or ".." in path.parts for path in paths)
+    return None if outside else {str(path) for path in paths}
+
+
+def _own(folder, names):
+    """What mincai wrote in a checkpoint's folder, a set of names; None where nothing says so.
+
+    A run that was stopped while it replaced an older checkpoint has left .partial to say so.
+    """
+    found = [_listed(folder / "run.json", names),
+             _listed(folder / ".partial" / LIST, key="replaces")]
+    return set().union(*filter(None, found)) if found != [None, None] else None
+
+
+def _left(work):
+    """What mincai wrote in a folder that did not get its name, a set of names."""
+    return _listed(work / LIST) or _listed(work / "run.json") or set()
+
+
+def _stranger(folder, name, own):
+    """What stands in the place of this file, or of a folder on the way to it, and is not mincai's;
+    or None. Links never are."""
+    for step in [*(str(p) for p in reversed(PurePosixPath(name).parents) if p.name), name]:
+        path = folder / step
+        expected = name in own and path.is_file() if step == name else path.is_dir()
+        if os.path.lexists(path) and (path.is_symlink() or not expected):
+            return path
+    return None
+
+
+def _refuse_strangers(folder, names, own, mend):
+    for name in sorted(names):
+        path = _stranger(folder, name, own)
+        if path:
+            raise UserError(f"{path}: is in the way, and mincai did not write it; {mend}")
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+def write_file(path, texts) -> None:
+    """Strings to a file, whole or not at all: under another name first, then flushed to the disk.
+
+    Replaces a file that is there: whether it may is what check_file answers. A link is followed.
+    """
+    real = Path(os.path.realpath(path))
+    temporary = real.with_name(f".{uuid.uuid4().hex}.tmp")  # nobody else's, and short enough
+    try:
+        real.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "x", encoding="utf-8", newline="\n") as file:
+            try:
+                file.writelines(texts)
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(temporary, real)
+            except BaseException:  # Ctrl-C included
+                temporary.unlink()
+                raise
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); {ANOTHER}") from None
+
+
+def partial(folder) -> Path:
+    """Where a checkpoint is put together: inside a folder that is there, for what is beside it may
+    be another disk or somebody else's."""
+    real = Path(os.path.realpath(folder))
+    return real / ".partial" if real.is_dir() else real.with_name(f"{real.name}.partial")
+
+
+def begin(folder, names) -> Path:
+    """A folder to put these files in until `finish`, empty but for the list of them. What a run
+    that was stopped has left there goes."""
+    check_folder(folder, names)
+    work = partial(folder)
+    try:
+        if work.is_dir():
+            _remove(work, _left(work))
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{work}: cannot be written ({error.strerror}); {ANOTHER}") from None
+    _write_list(work, names, _own(Path(os.path.realpath(folder)), names) or set())
+    return work
+
+
+def finish(work, folder, stamp: dict) -> None:
+    """Give what `begin` started the folder's name, with the stamp as run.json. UserError if that
+    cannot be: the checkpoint is then in `work`, and the message says so.
+
+    A folder that was not there appears whole. In one that was, the older files that have no
+    successor go, and the new ones take their names, config.json and run.json last: while these two
+    are missing, nothing loads the folder or takes it for done, and a run that was stopped here is
+    simply run again.
+    """
+    real = Path(os.path.realpath(folder))
+    names = {name for name in _left(work) if (work / name).is_file()} | {"run.json"}
+    stamp = {"mincai": mincai.__version__, **stamp, "files": sorted(names)}
+    write_file(work / "run.json", [json.dumps(stamp, ensure_ascii=False, indent=2) + "\n"])
+    try:
+        if not os.path.lexists(real):
+            (work / LIST).unlink()
+            work.rename(real)
+            return
+        own = _own(real, names) or set()
+        _refuse_strangers(real, names, own, f"the checkpoint is in {work}")
+        _write_list(work, names, names | own)
+        _remove(real, {"run.json"})
+        _remove(real, own - names | {"config.json"})
+        for name in sorted(names, key=lambda name: (name == "run.json", name == "config.json")):
+            (real / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(work / name, real / name)
+        _remove(work, names | {LIST})
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); what it lacks is in "
+                        f"{work}") from None
+
+
+def clear(folder) -> None:
+    """Remove the files that this folder's run.json lists, and those that one below it does."""
+    if not _listed(Path(folder, "run.json")):
+        raise UserError(f"{folder}: its run.json does not list what mincai wrote there; {MEND}")
+    for path in sorted(Path(folder).rglob("run.json"), reverse=True):
+        _remove(path.parent, _listed(path) or set())
+
+
+def _write_list(work, names, replaces):
+    """replaces: what in the folder that this will be, or go into, mincai wrote."""
+    listed = {"mincai": mincai.__version__, "files": sorted({*names, "run.json"}),
+              "replaces": sorted(replaces)}
+    write_file(work / LIST, [json.dumps(listed, indent=2) + "\n"])
+
+
+def _remove(folder, names):
+    """These files of mincai's, and the folders that are empty without them. The lists go last: a
+    folder that is half removed still says whose it is."""
+    for name in sorted(names, key=lambda name: (name in ("run.json", LIST), name)):
+        if not _stranger(folder, name, {name}):
+            (folder / name).unlink(missing_ok=True)
+    inner = {path for name in names for path in PurePosixPath(name).parents if path.name}
+    for path in [*(folder / p for p in sorted(inner, reverse=True)), folder]:
+        with contextlib.suppress(OSError):  # it stays where it is not empty
+            path.rmdir()
