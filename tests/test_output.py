@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 import mincai.__main__ as pipeline
 import train_pm
@@ -140,7 +141,7 @@ def test_a_run_stopped_at_any_step_loses_nothing_and_is_run_again(tmp_path, monk
                                     (Path, "rmdir")):
                     patch.setattr(place, name, counted(getattr(place, name)))
                 try:
-                    make(out, data.stamp(Config(2)), config="2", weights="2")
+                    make(out, data.stamp(Config(2)), config="2", weights="2", added="2")
                     stopped = False
                 except KeyboardInterrupt:
                     stopped = True
@@ -349,7 +350,10 @@ def config(module, out, **settings):
 
 @pytest.mark.parametrize("stage", FOLDERS)
 def test_a_stage_that_writes_a_folder_refuses_before_it_works(stage, tmp_path, monkeypatch):
-    """Even with --again. The default inputs are not there, and it would say so."""
+    """Even with --again."""
+    def never(_):
+        raise AssertionError("it began")
+    monkeypatch.setattr(torch, "manual_seed", never)
     monkeypatch.chdir(tmp_path)
     Path("out").mkdir()
     Path("out/config.json").write_text('{"model_type": "gpt2"}')
@@ -390,6 +394,7 @@ def test_files_in_a_run_folder_that_mincai_did_not_write(what, tmp_path, monkeyp
 
 
 def test_the_bench_and_what_is_fine_tuned_for_elo(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "measure", None)  # it is not reached
     (tmp_path / "bench.json").write_text('{"mine": 1}')
     refused(lambda: bench.main(config(bench, tmp_path / "bench.json")), "nothing says")
     part = tmp_path / "sft_rounds" / "revisions-1.jsonl"
@@ -404,7 +409,11 @@ def test_the_bench_and_what_is_fine_tuned_for_elo(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["ppo/notes.txt", "eval.json", "comparisons.jsonl", "sft"])
-def test_the_whole_loop_looks_at_every_place_before_its_first_stage(name, tmp_path):
+def test_the_whole_loop_looks_at_every_place_before_its_first_stage(name, tmp_path, monkeypatch):
+    def never(_):
+        raise AssertionError("a stage began")
+    stages = pipeline.stages
+    monkeypatch.setattr(pipeline, "stages", lambda cfg: [(n, never, c) for n, _, c in stages(cfg)])
     run = tmp_path / "run"
     (run / name).parent.mkdir(parents=True)
     (run / name).write_text("mine")
