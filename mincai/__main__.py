@@ -5,6 +5,7 @@
     python -m mincai --preset gpt2       GPT-2's weights and English prompts, on one GPU (see presets.py)
     torchrun --nproc-per-node 4 -m mincai --preset gpt2       the same on four
     python -m mincai --preset gpt2-full  40,000 attacks to evaluate on, 200,000 comparisons to learn from
+    python -m mincai --preset gpt2-full --plan     rows, tokens, time, memory and disk of each stage, and no more
 
 A stage whose output is there, made with the same settings, is skipped. To change more than these flags, run a stage
 alone: python -m mincai.critique, train_sft.py, python -m mincai.feedback, train_pm.py, train_ppo.py,
@@ -25,7 +26,7 @@ import train_pm  # noqa: E402
 import train_ppo  # noqa: E402
 import train_sft  # noqa: E402
 from mincai import (UserError, assess, critique, distributed, english, evaluate, feedback, formats,  # noqa: E402
-                    pretrain)
+                    plan, pretrain)
 from mincai.cli import arg, check_choice, pick_device, run, set_threads  # noqa: E402
 from mincai.presets import PRESETS  # noqa: E402
 from mincai.weights import resolve  # noqa: E402
@@ -45,6 +46,7 @@ class Config:
     device: str = arg("auto", "auto, cpu or cuda")
     threads: int = arg(0, "CPU threads, 0 chooses")
     again: bool = arg(False, "make every stage anew")
+    plan: bool = arg(False, "say what every stage will take, in rows, tokens, time, memory and disk, and stop")
 
 
 def stages(cfg: Config) -> list[tuple[str, object, object]]:
@@ -105,6 +107,11 @@ def stages(cfg: Config) -> list[tuple[str, object, object]]:
 def main(cfg: Config) -> None:
     started = time.time()
     todo, preset = stages(cfg), PRESETS[cfg.preset]
+    configs = {name: config for name, _, config in todo}
+    if cfg.plan:
+        set_threads(cfg.threads)
+        print(plan.describe(configs, pick_device(cfg.device), card=bool(preset.memory)))
+        return
     threads, device = set_threads(cfg.threads), distributed.start(pick_device(cfg.device))
     say = print if distributed.is_main() else lambda *_, **__: None
     base, out = todo[-1][2].base, todo[-1][2].out
@@ -113,6 +120,8 @@ def main(cfg: Config) -> None:
     for _, _, config in todo:
         config.check_out()  # before the first stage, not when the last one begins
     distributed.barrier()  # all have looked before one writes
+    if preset.memory and device == "cpu" and distributed.is_main():
+        print(f"mincai: {plan.warning(configs, cfg.preset)}", flush=True)
     if todo[0][1] is not pretrain.main:
         resolve(base)  # before an hour's work, not after it
     if todo[0][1] is critique.main or cfg.prompts:  # else the prompts are still to be made, of both kinds

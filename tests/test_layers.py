@@ -23,17 +23,19 @@ LAYERS = [
     ["corpus"],
     ["measure"],
     ["probes", "inside", "instruments", "elo", "human", "assess", "pretrain", "chat", "bench"],
-    ["train_sft", "train_pm", "train_ppo"],
+    ["train_sft", "train_pm", "train_ppo", "speed"],
     ["goodhart", "ablations", "claims", "figures", "page", "trails"],
     ["sections"],
     ["report"],
     ["evaluate"],
+    ["plan"],
     ["__main__"],
 ]
 # The oracle writes the pretraining text and grades in evaluation. If it could reach a critique, a label or a
 # reward, the loop would be trained by rules.
 MAY_REACH_WORLD = {"corpus", "pretrain", "measure", "probes", "inside", "trails", "page", "sections", "instruments",
-                   "elo", "human", "goodhart", "ablations", "claims", "report", "evaluate", "red_team", "__main__"}
+                   "elo", "human", "goodhart", "ablations", "claims", "report", "evaluate", "red_team", "plan",
+                   "__main__"}
 LIBRARIES = {"torch", "numpy", "tiktoken", "regex", "safetensors", "tqdm"}
 UNPICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 MAX_LINES, MAX_COLUMNS = 400, 120

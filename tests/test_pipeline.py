@@ -12,7 +12,7 @@ import mincai.__main__ as pipeline
 import train_pm
 import train_ppo
 import train_sft
-from mincai import chat, checkpoint, cli, constitution, critique, data, evaluate, feedback, pretrain, red_team, world
+from mincai import chat, checkpoint, cli, constitution, critique, data, evaluate, feedback, plan, pretrain, red_team, world
 from mincai.tokenizer import load_tokenizer
 
 # What the stages would do with a small --scale, smaller still: time, not behaviour
@@ -85,6 +85,29 @@ def test_every_stage_leaves_what_it_says(run):
     result = json.loads((out / "eval.json").read_text())
     assert list(result["stages"]) == ["base", "sft", "ppo"] and result["missing"] == [] and "pm" in result
     assert not [p for p in out.rglob("*") if p.name.startswith(".") or p.name.endswith((".tmp", ".partial"))]
+
+
+def test_the_plan_counts_what_the_stages_then_do(run):
+    """Rows and steps to the number where the settings alone decide, and never fewer where models do as well."""
+    out, base, cfg = run
+    configs = {name: config for name, _, config in shrunk(cfg)}
+    found = {stage.name: stage for stage in plan.stages(configs)}
+    metrics = {name: json.loads((out / name / "run.json").read_text())["metrics"] for name in ("sft", "pm")}
+    revisions = data.read_jsonl(out / "revisions.jsonl")
+    assert found["critique and revise"].rows == len(revisions)
+    assert found["evaluate"].rows == len(data.read_jsonl(out / "eval_samples.jsonl"))
+    ppo = configs["PPO"]
+    assert found["PPO"].rows == data.read_jsonl(out / "ppo" / "metrics.jsonl")[-1]["episodes"] == ppo.updates * ppo.batch
+    sft, pm = configs["fine-tune on revisions"], configs["preference model"]
+    assert metrics["sft"]["steps"] == plan.training_steps(
+        metrics["sft"]["rows"], sft.batch_size, sft.epochs, sft.accumulate) <= found["fine-tune on revisions"].steps
+    assert metrics["pm"]["steps"] == plan.training_steps(metrics["pm"]["pairs"], pm.batch_size, pm.epochs)
+    pairs = len(data.read_jsonl(out / "comparisons.jsonl"))
+    assert pairs <= found["AI feedback"].rows and metrics["pm"]["pairs"] <= found["preference model"].rows
+    tokenizer = load_tokenizer(base)
+    prompts = [row["prompt"] for row in data.read_jsonl(base / "prompts.jsonl")]
+    told, real = sum(map(plan.tokens, prompts)), sum(len(tokenizer.encode(text)) for text in prompts)
+    assert 0.7 < told / real < 1.3
 
 
 def test_what_is_held_out_trains_nothing(run):
