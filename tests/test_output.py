@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -429,3 +430,9 @@ def test_a_page_of_ours_is_made_again(tmp_path):
     report.main(report.Config(out=str(tmp_path), models=False, threads=1))
     assert "<html" in (tmp_path / "report.html").read_text()
     report.main(report.Config(out=str(tmp_path), models=False, threads=1))
+
+
+def test_what_is_shipped_can_be_made_again(tmp_path):
+    for module, folder in ((english, "english"), (pretrain, "tiny")):
+        shutil.copytree(Path(english.FOLDER).parent / folder, tmp_path / folder)
+        module.Config(out=str(tmp_path / folder)).check_out()
