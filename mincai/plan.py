@@ -1,10 +1,11 @@
-"""What a run will take, told before it begins: rows, tokens, optimiser steps, time, memory and disk of every stage.
+"""What a run will take, told before it begins: rows, tokens, steps, time, memory, disk.
 
     python -m mincai --preset gpt2-full --plan
 
-Counted from the settings and the prompts alone; no weights are needed. All counts are at most: every answer at its
-full length, every pair different, nothing left out. Rows and steps follow from them exactly, tokens of texts are
-estimated (LETTERS). The time is tokens by the three rates of speed.py, measured on the device at hand.
+Counted for every stage from the settings and the prompts alone; no weights are needed. All counts
+are at most: every answer at its full length, every pair different, nothing left out. Rows and steps
+follow from the settings exactly, tokens of texts are estimated (LETTERS). The time is tokens by the
+three rates of speed.py, measured on the device at hand.
 """
 
 import math
@@ -20,7 +21,9 @@ from mincai.planner import KINDS, load_shots
 from mincai.speed import Rates
 from mincai.weights import SHAPES
 
-LETTERS = 4  # of a token: 4.3 in plain English by GPT-2's vocabulary, 3.5 with encoded attacks, 3.6 in the tiny world
+# Of a token. By GPT-2's vocabulary plain English has 4.3 and the encoded attacks 3.5; the tiny
+# world has 3.6 by its own.
+LETTERS = 4
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Stage:
     disk: int = 0     # bytes of what it leaves
 
 
-# --- what there is to read ------------------------------------------------------------------------------------
+# --- what there is to read ------------------------------------------------------------------------
 
 def shape_of(base: str, pretraining=None) -> GPTConfig:
     """The model's shape: of a folder, of a published name, or of what is to be pretrained."""
@@ -45,13 +48,14 @@ def shape_of(base: str, pretraining=None) -> GPTConfig:
     if base in SHAPES:
         return SHAPES[base]
     if pretraining is None:
-        raise UserError(f"{base}: no such folder, and not one of {', '.join(SHAPES)}; check the path or the name")
+        raise UserError(f"{base}: no such folder, and not one of {', '.join(SHAPES)}; "
+                        f"check the path or the name")
     p = pretraining
     return GPTConfig(p.ranks + 1, p.block_size, p.n_layer, p.n_head, p.n_embd)
 
 
 def prompts_of(configs) -> tuple[list[dict], list[dict]]:
-    """(prompts of training, prompts of evaluation): read, or made as the stage that writes them will.
+    """(prompts of training, of evaluation): read, or made as the stage that writes them will.
 
     configs: {title: config} of the run's stages.
     """
@@ -59,7 +63,8 @@ def prompts_of(configs) -> tuple[list[dict], list[dict]]:
     made = {}
     if "write the prompts" in configs:
         written = configs["write the prompts"]
-        made = {str(Path(written.out) / f"{name}.jsonl"): rows for name, rows in english.read(written).items()}
+        made = {str(Path(written.out) / f"{name}.jsonl"): rows
+                for name, rows in english.read(written).items()}
     elif "pretrain the base" in configs and not Path(tested).exists():
         p = configs["pretrain the base"]
         files = pretrain.side_files(world.build(p.world, p.size), p.world, tests=p.tests)
@@ -90,15 +95,27 @@ def mean(numbers) -> int:
 def shots_of(cfg, reasons=True) -> dict[str, int]:
     """{kind: tokens of all worked examples}, of which as many go in front of a prompt as fit."""
     principles = constitution.load_constitution(cfg.constitution)
-    shots = load_shots(cfg.fewshot, principles, getattr(cfg, "wording", "full"), reasons) if cfg.fewshot else {}
+    shots = load_shots(cfg.fewshot, principles, getattr(cfg, "wording", "full"), reasons)
     return {kind: sum(map(tokens, shots.get(kind, ()))) for kind in KINDS}
 
 
-# --- the stages: from a config and what comes in to a Stage ------------------------------------------------------
+def ask_of(cfg, use: str) -> int:
+    """Tokens of a principle, of all of them the mean."""
+    principles = constitution.load_constitution(cfg.constitution)
+    return mean([tokens(p.asks(use, cfg.wording)) for p in principles])
+
+
+# --- the stages: from a config and what comes in to a Stage ---------------------------------------
 
 def training_steps(rows: int, batch_size: int, epochs: int, accumulate=1) -> int:
     """Optimiser steps over `rows` rows, as train_sft and train_pm count them."""
     return epochs * math.ceil(math.ceil(rows / batch_size) / accumulate)
+
+
+def dialogues(shape, loop, max_new: int) -> tuple[int, int]:
+    """Tokens of a prompt and its answer: the mean, and the longest."""
+    prompts = lengths(loop)
+    return mean(prompts) + max_new, min(shape.block_size, max(prompts) + max_new)
 
 
 def _sampling(cfg, shape, **more):
@@ -108,39 +125,42 @@ def _sampling(cfg, shape, **more):
 
 
 def _jsonl(rows: int, text: int, ids=0) -> int:
-    """Bytes of rows that hold so many tokens as text, and so many as numbers; 400 are keys and names."""
+    """Bytes of rows with so many tokens as text, and so many as numbers; 400 are keys and names."""
     return rows * (400 + LETTERS * text + 7 * ids)
 
 
 def critique(cfg, shape, loop) -> Stage:
     prompt, shots, room = mean(lengths(loop)), shots_of(cfg), shape.block_size - cfg.max_new
-    ask = mean([tokens(p.asks("critique", cfg.wording)) for p in constitution.load_constitution(cfg.constitution)])
+    ask = ask_of(cfg, "critique")
     rows = take(loop, "harmful", cfg.harmful) * cfg.responses + take(loop, "benign", cfg.helpful)
     first = min(room, shots["answer"] + prompt)
     review = min(room, shots["review"] + prompt + cfg.max_new + ask)
     revision = min(room, shots["review"] + prompt + 2 * cfg.max_new + ask)
     each = 1 + cfg.rounds * (1 if cfg.direct else 2)  # texts written
-    return Stage("critique and revise", rows, rows * (first + cfg.rounds * (revision + review * (not cfg.direct))),
-                 rows * each * cfg.max_new, memory=_sampling(cfg, shape),
+    read = first + cfg.rounds * (revision if cfg.direct else review + revision)
+    return Stage("critique and revise", rows, rows * read, rows * each * cfg.max_new,
+                 memory=_sampling(cfg, shape),
                  disk=_jsonl(rows, prompt + each * cfg.max_new + cfg.rounds * 40))
 
 
 def sft(cfg, shape, loop, rows: int, max_new: int) -> Stage:
     """rows: of revisions; max_new: tokens of an answer at most."""
-    train, each, longest = round(rows * (1 - cfg.holdout)), mean(lengths(loop)) + max_new, max(lengths(loop)) + max_new
-    sizes = dict(batch=cfg.batch_size, length=min(shape.block_size, longest), dtype_bytes=number_bytes(cfg.dtype))
+    train, (each, longest) = round(rows * (1 - cfg.holdout)), dialogues(shape, loop, max_new)
+    found = memory.plan("sft", shape, batch=cfg.batch_size, length=longest,
+                        dtype_bytes=number_bytes(cfg.dtype))
     return Stage("fine-tune on revisions", train, learnt=cfg.epochs * train * each,
                  steps=training_steps(train, cfg.batch_size, cfg.epochs, cfg.accumulate),
-                 memory=memory.needed(memory.plan("sft", shape, **sizes)), disk=4 * memory.parameters(shape))
+                 memory=memory.needed(found), disk=4 * memory.parameters(shape))
 
 
 def feedback(cfg, shape, loop) -> Stage:
     prompt, shots = mean(lengths(loop)), shots_of(cfg, cfg.reasons)
-    ask = mean([tokens(p.asks("compare", cfg.wording)) for p in constitution.load_constitution(cfg.constitution)])
+    ask = ask_of(cfg, "compare")
     prompts = take(loop, "harmful", cfg.harmful) + take(loop, "benign", cfg.helpful)
     pairs = prompts * min(cfg.pairs or math.inf, math.comb(cfg.samples, 2))
     judged, reasons = pairs * cfg.ensemble * 2, cfg.max_new if cfg.reasons else 0  # both orders
-    compare = min(shape.block_size - max(1, reasons), shots["compare"] + prompt + 2 * cfg.max_new + ask)
+    compare = min(shape.block_size - max(1, reasons),
+                  shots["compare"] + prompt + 2 * cfg.max_new + ask)
     return Stage("AI feedback", pairs, prompts * prompt + judged * compare,
                  prompts * cfg.samples * cfg.max_new + judged * reasons,
                  memory=_sampling(cfg, shape, models=2, reads_on=cfg.reasons),
@@ -148,43 +168,48 @@ def feedback(cfg, shape, loop) -> Stage:
 
 
 def pm(cfg, shape, loop, pairs: int, max_new: int) -> Stage:
-    train, each, longest = round(pairs * (1 - cfg.holdout)), mean(lengths(loop)) + max_new, max(lengths(loop)) + max_new
-    found = memory.plan("pm", shape, batch=cfg.batch_size, micro_batch=cfg.micro_batch or cfg.batch_size,
-                        length=min(shape.block_size, longest), dtype_bytes=number_bytes(cfg.dtype))
-    return Stage("preference model", train, read=2 * pairs * each, learnt=cfg.epochs * train * 2 * each,
-                 steps=training_steps(train, cfg.batch_size, cfg.epochs), memory=memory.needed(found),
-                 disk=4 * memory.parameters(shape))
+    train, (each, longest) = round(pairs * (1 - cfg.holdout)), dialogues(shape, loop, max_new)
+    found = memory.plan("pm", shape, batch=cfg.batch_size, length=longest,
+                        micro_batch=cfg.micro_batch or cfg.batch_size,
+                        dtype_bytes=number_bytes(cfg.dtype))
+    return Stage("preference model", train, read=2 * (pairs - train) * each,
+                 learnt=cfg.epochs * train * 2 * each,
+                 steps=training_steps(train, cfg.batch_size, cfg.epochs),
+                 memory=memory.needed(found), disk=4 * memory.parameters(shape))
 
 
 def ppo(cfg, shape, loop) -> Stage:
-    """Policy, reference, critic and preference model read every answer; policy and critic learn from it."""
-    rows, prompt, size = cfg.updates * cfg.batch, mean(lengths(loop)), number_bytes(cfg.dtype)
-    each, kept = prompt + cfg.max_new, 1 + (cfg.updates // cfg.snapshots if cfg.snapshots else 0)
-    found = memory.plan("ppo", shape, batch=cfg.batch, answer=cfg.max_new,
+    """Policy, reference, critic and preference model read all answers; policy and critic learn."""
+    rows, size, (each, longest) = (cfg.updates * cfg.batch, number_bytes(cfg.dtype),
+                                   dialogues(shape, loop, cfg.max_new))
+    kept = 1 + (cfg.updates // cfg.snapshots if cfg.snapshots else 0)
+    found = memory.plan("ppo", shape, batch=cfg.batch, answer=cfg.max_new, length=longest,
                         micro_batch=min(cfg.micro_batch, cfg.batch // cfg.minibatches),
-                        length=min(shape.block_size, max(lengths(loop)) + cfg.max_new),
                         dtype_bytes=size, cache_bytes=size)
-    return Stage("PPO", rows, rows * (prompt + 4 * each), rows * cfg.max_new, 2 * cfg.epochs * rows * each,
-                 cfg.updates * cfg.epochs * cfg.minibatches, memory.needed(found),
-                 disk=4 * kept * memory.parameters(shape))
+    return Stage("PPO", rows, rows * (5 * each - cfg.max_new), rows * cfg.max_new,
+                 2 * cfg.epochs * rows * each, cfg.updates * cfg.epochs * cfg.minibatches,
+                 memory.needed(found), disk=4 * kept * memory.parameters(shape))
 
 
 def assess(cfg, shape, tested) -> Stage:
-    """Three stages answer; all are scored and read thrice; two are judged against the base, in both orders."""
+    """Three stages answer; all are scored and read thrice; two are judged against the base, in both
+    orders."""
     rows = [r for r in tested if r.get("split", "").startswith(("eval", "unseen"))]
     number = sum(take(rows, kind, cfg.number) for kind in ("harmful", "benign"))
     prompt, shots, room = mean(lengths(rows)), shots_of(cfg), shape.block_size - cfg.max_new
-    answers = number * (min(room, shots["answer"] + prompt) + 2 * prompt + 3 * (3 * prompt + cfg.max_new))
+    answered = min(room, shots["answer"] + prompt) + 2 * prompt + 3 * (3 * prompt + cfg.max_new)
     judged, each = 2 * 2 * number, min(room, shots["compare"] + prompt + 2 * cfg.max_new + 40)
-    return Stage("evaluate", 3 * number, answers + judged * each, (3 * number + judged) * cfg.max_new,
+    return Stage("evaluate", 3 * number, number * answered + judged * each,
+                 (3 * number + judged) * cfg.max_new,
                  memory=_sampling(cfg, shape, models=3, reads_on=True),
                  disk=_jsonl(3 * number, 2 * prompt + cfg.max_new))
 
 
 def evaluate(cfg, shape, tested) -> Stage:
-    """Three stages answer, and their likeliest compliance is read; judge and critic are put to `judged` pairs each."""
+    """Three stages answer, and their likeliest compliance is read. The judge is put to `judged`
+    pairs three times, in both orders, and the critic twice, on three kinds of answers."""
     rows, prompt = len(tested), mean(lengths(tested))
-    measured = cfg.judged * (3 * 2 + 2 * 3)  # the judge three times in both orders, the critic twice on three kinds
+    measured = cfg.judged * (3 * 2 + 2 * 3)
     return Stage("evaluate", 3 * rows, 6 * rows * prompt + measured * 2 * prompt,
                  (3 * rows + measured) * cfg.max_new, memory=_sampling(cfg, shape),
                  disk=_jsonl(3 * rows, 2 * prompt + cfg.max_new))
@@ -194,18 +219,20 @@ def pretraining(cfg, shape) -> Stage:
     steps = cfg.tokens // (cfg.batch_size * cfg.block_size)
     found = memory.plan("sft", shape, batch=cfg.batch_size, length=cfg.block_size,
                         dtype_bytes=number_bytes(cfg.dtype))
-    return Stage("pretrain the base", steps * cfg.batch_size, learnt=steps * cfg.batch_size * cfg.block_size,
-                 steps=steps, memory=memory.needed(found), disk=4 * memory.parameters(shape))
+    rows = steps * cfg.batch_size
+    return Stage("pretrain the base", rows, learnt=rows * cfg.block_size, steps=steps,
+                 memory=memory.needed(found), disk=4 * memory.parameters(shape))
 
 
 def stages(configs) -> list[Stage]:
-    """The plan of a run. configs: {title: config} of its stages, in order, as __main__ makes them."""
-    get = configs.get
-    shape, (loop, tested) = shape_of(configs["evaluate"].base, get("pretrain the base")), prompts_of(configs)
-    found = []
+    """The plan of a run. configs: {title: config} of its stages, in order, as __main__ has them."""
+    get, found = configs.get, []
+    shape = shape_of(configs["evaluate"].base, get("pretrain the base"))
+    loop, tested = prompts_of(configs)
     if get("write the prompts"):
         rows = loop + tested
-        found.append(Stage("write the prompts", len(rows), disk=_jsonl(len(rows), 2 * mean(lengths(rows)))))
+        found.append(Stage("write the prompts", len(rows),
+                           disk=_jsonl(len(rows), 2 * mean(lengths(rows)))))
     if get("pretrain the base"):
         found.append(pretraining(get("pretrain the base"), shape))
     revised, judged = get("critique and revise"), get("AI feedback")
@@ -218,42 +245,49 @@ def stages(configs) -> list[Stage]:
     return [*found, graded(get("evaluate"), shape, tested)]
 
 
-# --- the table ------------------------------------------------------------------------------------------------
+# --- the table ------------------------------------------------------------------------------------
 
 def duration(seconds: float) -> str:
     for unit, size in (("days", 86_400), ("hours", 3_600), ("min", 60)):
         if seconds >= 1.5 * size:
-            return f"{seconds / size:,.0f} {unit}" if seconds >= 10 * size else f"{seconds / size:.1f} {unit}"
+            return f"{seconds / size:,.{0 if seconds >= 10 * size else 1}f} {unit}"
     return f"{seconds:.0f} s"
 
 
 def _bytes(number: int) -> str:
-    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.0f} MB" if number else "-"
+    if not number:
+        return "-"
+    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.0f} MB"
 
 
 def _count(number: int) -> str:
-    return "-" if not number else f"{number / 1e6:,.1f}M" if number >= 1e6 else f"{number:,}"
+    if not number:
+        return "-"
+    return f"{number / 1e6:,.1f}M" if number >= 1e6 else f"{number:,}"
 
 
 def table(found: list[Stage], rates: list[Rates]) -> str:
-    """The plan as text, one line a stage. rates: of this device, and of speed.CARD if that is to be told as well."""
-    times = [[r.seconds(stage) for stage in found] for r in rates]
-    names = ("time here", "on a card")[:len(rates)]
-    head = ["stage", "rows", "read", "written", "learnt", "steps", *names, "memory", "disk"]
-    lines = [[s.name, _count(s.rows), _count(s.read), _count(s.written), _count(s.learnt), _count(s.steps),
-              *(duration(column[n]) for column in times), _bytes(s.memory), _bytes(s.disk)]
-             for n, s in enumerate(found)]
-    sums = [sum(getattr(s, name) for s in found) for name in ("read", "written", "learnt", "steps", "disk")]
-    lines.append(["all of it", "", *map(_count, sums[:4]), *(duration(sum(column)) for column in times),
-                  _bytes(max(s.memory for s in found)), _bytes(sums[4])])
-    widths = [max(len(line[n]) for line in [head, *lines]) for n in range(len(head))]
-    text = ["  ".join(cell.ljust(w) if n == 0 else cell.rjust(w) for n, (cell, w) in enumerate(zip(line, widths)))
-            for line in [head, *lines]]
+    """The plan as text, one line a stage. rates: here, and of speed.CARD if that is to be told."""
+    columns = dict(zip(("time here", "on a card"), rates))
+    head = ["stage", "rows", "read", "written", "learnt", "steps", *columns, "memory", "disk"]
+    lines = [head]
+    for s in found:
+        times = [duration(r.seconds(s)) for r in columns.values()]
+        lines.append([s.name, *map(_count, (s.rows, s.read, s.written, s.learnt, s.steps)), *times,
+                      _bytes(s.memory), _bytes(s.disk)])
+    sums = [sum(getattr(s, name) for s in found) for name in ("read", "written", "learnt", "steps")]
+    times = [duration(total(found, r)) for r in columns.values()]
+    lines.append(["all of it", "", *map(_count, sums), *times, _bytes(max(s.memory for s in found)),
+                  _bytes(sum(s.disk for s in found))])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    text = ["  ".join([name.ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells, widths[1:]))])
+            for name, *cells in lines]
     text.insert(-1, "-" * len(text[0]))
-    told = [f"{name}: {r.source}: {r.read:,.0f} tokens/s read, {r.written:,.0f} written, {r.learnt:,.0f} learnt from"
-            for name, r in zip(names, rates)]
-    return "\n".join([*text, "", *told,
-                      f"Counts are at most: answers at full length, nothing left out. A token is {LETTERS} letters."])
+    told = [f"{name}: {r.source}: {r.read:,.0f} tokens/s read, {r.written:,.0f} written, "
+            f"{r.learnt:,.0f} learnt from" for name, r in columns.items()]
+    told.append(f"Counts are at most: answers at full length, nothing left out. "
+                f"A token is {LETTERS} letters.")
+    return "\n".join([*text, "", *told])
 
 
 def total(found: list[Stage], rates: Rates) -> float:
@@ -270,7 +304,8 @@ def describe(configs, device: str, card: bool) -> str:
     """The whole plan as text; `card`: where there is no GPU, say beside it what one would take."""
     rates, judge = [_rates(configs, device)], configs["AI feedback"]
     if card and device == "cpu":
-        rates.append(speed.stated(shape_of(judge.judge, configs.get("pretrain the base")), judge.batch_size))
+        shape = shape_of(judge.judge, configs.get("pretrain the base"))
+        rates.append(speed.stated(shape, judge.batch_size))
     return table(stages(configs), rates)
 
 

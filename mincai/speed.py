@@ -1,7 +1,8 @@
-"""How many tokens a second a model of some shape reads, writes and learns from: measured here, or stated for a card.
+"""How many tokens a second a model of some shape reads, writes and learns from.
 
-bench.py times whole training steps at full size, and takes its time; these few calls take seconds, so that plan.py can
-say what a run will take before it begins. Weights are random.
+Measured on this device, or stated for a card. bench.py times whole training steps at full size, and
+takes its time; these few calls take seconds, so that plan.py can say what a run will take before it
+begins. Weights are random.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ from mincai.cli import precision
 from mincai.model import GPT, GPTConfig
 from mincai.sample import generate
 
-# A card to plan for where none is at hand, by its data sheet: what its matrix products reach, and its memory
+# A card to plan for where none is at hand: operations and bytes a second
 CARD = {"name": "an A10 of 24 GB, by its data sheet, at 30% of its speed",
         "flops": 0.3 * 125e12, "bytes": 0.3 * 600e9}
 
@@ -35,16 +36,16 @@ class Rates:
 
 
 def least_seconds(work, device, repeat=2) -> float:
-    """The shortest of a few calls after one that is not counted: what else the machine does only adds."""
+    """The shortest of a few calls, for what else the machine does only adds to them."""
     return min(median_seconds(work, 1, device) for _ in range(repeat))
 
 
 def measure(shape: GPTConfig, device: str, dtype: str) -> Rates:
     """Rates of a model of this shape with random weights, here: forward, and sampling.
 
-    Learning counts as three times a forward with its logits (Kaplan et al. 2020, arXiv 2001.08361, section 2.1). Of a
-    deep model one and three blocks are timed, and the others count as much. A CPU is timed in float32: products in
-    bfloat16 are slower there, a hundredfold on some.
+    Learning counts as three times a forward with its logits (Kaplan et al. 2020, arXiv 2001.08361,
+    section 2.1). Of a deep model one and three blocks are timed, and the others count as much. A
+    CPU is timed in float32: products in bfloat16 are slower there, a hundredfold on some.
     """
     started, slow = time.time(), device == "cpu" and memory.parameters(shape) > 5e6
     dtype = dtype if device == "cuda" else "float32"
@@ -59,18 +60,19 @@ def measure(shape: GPTConfig, device: str, dtype: str) -> Rates:
         with torch.no_grad(), precision(device, dtype):
             read = least_seconds(lambda: model(ids), device) / ids.numel()
             logits = least_seconds(lambda: model.unembed(model(ids)), device) / ids.numel()
-            write = least_seconds(lambda: generate(model, prompts, new, set()), device) / (rows * new)
-        timed.append((read, write, 3 * logits))
-    whole = [first + (shape.n_layer - depths[0]) * max(0.0, last - first) / max(1, depths[-1] - depths[0])
-             for first, last in zip(timed[0], timed[-1])]
-    name = f"{torch.get_num_threads()} CPU threads" if device == "cpu" else torch.cuda.get_device_name()
+            write = least_seconds(lambda: generate(model, prompts, new, set()), device)
+        timed.append((read, write / (rows * new), 3 * logits))
+    more = (shape.n_layer - depths[0]) / max(1, depths[-1] - depths[0])
+    whole = [first + more * max(0.0, last - first) for first, last in zip(timed[0], timed[-1])]
+    name = (torch.cuda.get_device_name() if device == "cuda" else
+            f"this CPU with --threads {torch.get_num_threads()}")
     return Rates(*(1 / seconds for seconds in whole),
                  f"measured on {name}, {dtype}, random weights, in {time.time() - started:.0f} s")
 
 
 def stated(shape: GPTConfig, rows: int) -> Rates:
-    """Rates of CARD in bfloat16: 2 operations a parameter and token forward, 6 with backward (Kaplan et al. 2020,
-    arXiv 2001.08361, section 2.1); a token of `rows` answers at once has to read all the weights."""
+    """Rates of CARD in bfloat16: 2 operations a parameter and token forward, 6 with backward
+    (Kaplan et al. 2020); for one token of `rows` answers at once all weights are read, 2 bytes each."""
     numbers = memory.parameters(shape)
-    forward = CARD["flops"] / (2 * numbers)
-    return Rates(forward, min(forward, rows * CARD["bytes"] / (2 * numbers)), forward / 3, CARD["name"])
+    forward, written = CARD["flops"] / (2 * numbers), rows * CARD["bytes"] / (2 * numbers)
+    return Rates(forward, min(forward, written), forward / 3, CARD["name"])

@@ -30,12 +30,13 @@ LAYERS = [
     ["evaluate"],
     ["plan"],
     ["__main__"],
+    ["gpucheck"],
 ]
 # The oracle writes the pretraining text and grades in evaluation. If it could reach a critique, a label or a
 # reward, the loop would be trained by rules.
 MAY_REACH_WORLD = {"corpus", "pretrain", "measure", "probes", "inside", "trails", "page", "sections", "instruments",
                    "elo", "human", "goodhart", "ablations", "claims", "report", "evaluate", "red_team", "plan",
-                   "__main__"}
+                   "__main__", "gpucheck"}
 LIBRARIES = {"torch", "numpy", "tiktoken", "regex", "safetensors", "tqdm"}
 UNPICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 MAX_LINES, MAX_COLUMNS = 400, 120

@@ -11,7 +11,7 @@ from test_pipeline import LESS, make_it_end
 from torch.testing import assert_close
 
 import mincai.__main__ as pipeline
-from mincai import bench, data, report, sample
+from mincai import UserError, bench, data, gpucheck, report, sample
 from mincai.cli import precision
 from mincai.presets import PRESETS
 
@@ -182,6 +182,45 @@ def test_the_whole_loop_is_that_of_the_cpu(toy, monkeypatch):
         assert_close(losses_there[name], some, atol=1e-3, rtol=1e-3)
 
 
+def test_the_checks_for_a_card_at_hand(toy, monkeypatch, capsys):
+    """gpucheck.py: every stage beside its plan, PPO in both types, and a section more in the notes."""
+    notes = toy / "notes.md"
+    notes.write_text("# Benchmarks\n", encoding="utf-8")
+    less(monkeypatch, **{"AI feedback": dict(max_new=16, samples=24), "evaluate": dict(judged=1, max_new=4)})
+    asked = []  # the benchmark itself has a test above
+    monkeypatch.setattr(gpucheck.bench, "check_gpu", lambda _: {"bfloat16 log-probs, largest difference": 0.0123})
+    monkeypatch.setattr(gpucheck.bench, "main", lambda cfg: asked.append(cfg) or {"sampling": 1234.0,
+                                                                                  "sampling: peak GB": 5.67})
+    cfg = gpucheck.Config(out=str(toy / "out"), notes=str(notes), base=str(toy / "base"), model="tiny", scale=0.01, threads=1)
+    with pretend(monkeypatch):
+        found = gpucheck.main(cfg)
+    assert json.loads((toy / "out" / "gpucheck.json").read_text()) == found and found["device"] == "a pretended GPU"
+    assert [row["stage"] for row in found["stages"]] == [name for name, *_ in pipeline.stages(pipeline.Config())]
+    assert all(row["seconds"] > 0 and row["seconds planned"] > 0 and row["peak planned"] > 0 for row in found["stages"])
+    for dtype in ("float32", "bfloat16"):
+        runs = found["curves"][dtype]
+        assert len(runs) == 2 and runs[0] != runs[1] and {len(run["score"]) for run in runs} == {2}
+        for seed in range(2):
+            ran = json.loads((toy / "out" / f"ppo-{dtype}-{seed}" / "run.json").read_text())
+            assert (ran["config"]["dtype"], ran["seed"], ran["device"]) == (dtype, seed, "a pretended GPU")
+    assert found["curves"]["float32"] != found["curves"]["bfloat16"]
+    told = notes.read_text(encoding="utf-8")
+    assert told.startswith("# Benchmarks\n\n## a pretended GPU, 20") and told[13:] in capsys.readouterr().out
+    for text in (f"commit {found['git']}", "by 0.012 at most", "| PPO |", "| bfloat16 |", "| sampling | 1,234 tokens/s |",
+                 "| sampling: peak GB | 5.7 GB |", "| PPO update: planned GB | 0."):
+        assert text in told, text
+    assert (asked[0].model, asked[0].dtype, asked[0].device) == ("tiny", "bfloat16", "cuda")
+
+
+def test_curves_are_compared_by_hand():
+    curves = {"float32": [{"score": [0.0, 1.0, 2.0, 3.0], "kl": [0, 0, 0, 1.0]},
+                          {"score": [0.0, 1.0, 2.0, 5.0], "kl": [0, 0, 0, 3.0]}],
+              "bfloat16": [{"score": [0.0, 1.0, 2.0, 4.0], "kl": [0, 0, 0, 1.0]},
+                           {"score": [1.0, 1.0, 2.0, 4.5], "kl": [0, 0, 0, 1.0]}]}
+    assert gpucheck.compare_curves(curves) == {"float32 score": 4.0, "float32 kl": 2.0, "bfloat16 score": 4.25,
+                                               "bfloat16 kl": 1.0, "gap between types": 0.5, "gap between seeds": 2.0}
+
+
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument")  # which the pretence does not reach
 def test_the_small_preset_on_a_gpu(tmp_path, monkeypatch):
     """At toy numbers, in bfloat16, its base pretrained first, by worker processes."""
@@ -202,3 +241,9 @@ def test_the_small_preset_on_a_gpu(tmp_path, monkeypatch):
     found = json.loads((tmp_path / "run" / "eval.json").read_text())
     assert list(found["stages"]) == ["base", "sft", "ppo"] and found["device"] == "a pretended GPU"
     assert json.loads((tmp_path / "run" / "ppo" / "run.json").read_text())["config"]["dtype"] == "bfloat16"
+
+
+def test_without_a_gpu_the_checks_say_so(tmp_path):
+    with pytest.raises(UserError, match="PyTorch sees no GPU here"):
+        gpucheck.main(gpucheck.Config(out=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
