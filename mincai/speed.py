@@ -71,8 +71,8 @@ def measure(shape: GPTConfig, device: str, dtype: str) -> Rates:
 
 
 def stated(shape: GPTConfig, rows: int) -> Rates:
+    """Rates of CARD in bfloat16: 2 operations a parameter and token forward, 6 with backward
     (Kaplan et al. 2020); one token of `rows` answers at once reads all weights, 2 bytes each."""
-    (Kaplan et al. 2020); for one token of `rows` answers at once all weights are read, 2 bytes each."""
     numbers = memory.parameters(shape)
     forward, written = CARD["flops"] / (2 * numbers), rows * CARD["bytes"] / (2 * numbers)
     return Rates(forward, min(forward, written), forward / 3, CARD["name"])
