@@ -24,6 +24,7 @@ with length.
 import json
 import math
 import time
+from array import array
 from collections import Counter
 from dataclasses import dataclass
 
@@ -68,11 +69,11 @@ class Config:
         output.check_folder(self.out, checkpoint.FILES)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Pair:
     prompt: str    # the conversation up to "Assistant:"
-    a: list[int]   # token ids of conversation + answer (A), end-of-text included
-    b: list[int]
+    a: array       # token ids of conversation + answer (A), end-of-text included, as data.compact keeps them
+    b: array
     start: int     # how many of these tokens are the conversation
     p_a: float     # the judge's probability that (A) is better
     a_own: bool    # (A) is the SFT model's own answer
@@ -81,18 +82,18 @@ class Pair:
 
 
 def read_pairs(path, tokenizer, limit, file=0):
-    """(pairs, Counter of those left out, by reason)."""
-    rows, dropped = formats.read_pairs(path, tokenizer)
-    pairs, dropped = [], Counter(dropped)
-    for row in rows:
+    """(pairs, Counter of those left out, by reason). Of a row nothing is kept but what is learnt from."""
+    pairs, dropped, texts = [], Counter(), {}
+    for row in formats.read_pairs(path, tokenizer, dropped):
         text = dialogue(row["prompt"], row.get("setting"))
+        text = texts.setdefault(text, text)  # one string for all pairs of a prompt
         prompt = tokenizer.encode(text)
         if row["a_ids"] == row["b_ids"]:
             dropped["equal answers"] += 1  # the scores cancel: nothing to learn
         elif len(prompt) + max(len(row["a_ids"]), len(row["b_ids"])) > limit:
             dropped["too long"] += 1  # cutting the end would move the score off the token it is read at
         else:
-            a, b = prompt + row["a_ids"], prompt + row["b_ids"]
+            a, b = data.compact(prompt + row["a_ids"]), data.compact(prompt + row["b_ids"])
             own = [row.get(side, "sft") == "sft" for side in ("a_from", "b_from")]
             pairs.append(Pair(text, a, b, len(prompt), float(row["p_a"]), *own, file))
     return pairs, dropped

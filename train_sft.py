@@ -127,7 +127,7 @@ def main(cfg: Config) -> dict:
 
     # --- data ---
     rows = []
-    for where, row in (pair for path in cfg.data for pair in formats.numbered(path)):
+    for where, row in (pair for path in cfg.data for pair in data.each_row(path)):
         formats.need(row, ("prompt", "revision"), where, text=("prompt", "revision", "setting"))
         if row.get("revision_ids") is not None:
             formats.need_ids(row, ("revision_ids",), where, tokenizer.n_vocab)

@@ -12,6 +12,8 @@ import math
 import os
 import random
 import subprocess
+from array import array
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -23,9 +25,11 @@ from mincai.output import sidecar
 
 # --- files ------------------------------------------------------------------------------------------
 
-def _read_bytes(path):
+@contextmanager
+def _readable(path):
+    """Turn what opening or reading a file raises into a UserError."""
     try:
-        return Path(path).read_bytes()
+        yield
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; check the path, or run the stage that writes it") from None
     except OSError as error:
@@ -52,17 +56,27 @@ def _row(line, where, need):
     return row
 
 
-def read_jsonl(path, need=()):
-    """All rows of a JSONL file, each a dict with the keys of `need`. Blank lines do not count.
+def each_row(path, need=()):
+    """("<path> line <n>", row) of each row of a JSONL file, read as they are asked for.
 
-    Raises UserError, with path and line number, for a line that is no JSON object, lacks a key or is not
-    UTF-8; and for a file that is missing or holds no row.
+    A row is a dict with the keys of `need`. Blank lines are no rows, but count as lines. Raises UserError,
+    with path and line number, for a line that is no JSON object, lacks a key or is not UTF-8; and for a
+    file that is missing or holds no row.
     """
-    lines = _read_bytes(path).removeprefix(b"\xef\xbb\xbf").split(b"\n")  # some editors begin with this mark
-    rows = [_row(line, f"{path} line {n}", need) for n, line in enumerate(lines, 1) if line.strip()]
-    if not rows:
+    found = False
+    with _readable(path), open(path, "rb") as file:
+        for n, line in enumerate(file, 1):
+            line = line.removeprefix(b"\xef\xbb\xbf") if n == 1 else line  # some editors begin with this mark
+            if line.strip():
+                found, where = True, f"{path} line {n}"
+                yield where, _row(line, where, need)
+    if not found:
         raise UserError(f"{path}: holds no rows; write some, or remove it and run the stage that makes it")
-    return rows
+
+
+def read_jsonl(path, need=()):
+    """All rows of a JSONL file, as each_row gives them."""
+    return [row for _, row in each_row(path, need)]
 
 
 def write_jsonl(path, rows):
@@ -85,6 +99,11 @@ def right_pad(rows, device=None):
     ids = torch.zeros(valid.shape, dtype=torch.long)
     ids[valid] = torch.tensor([token for row in rows for token in row])  # both run row by row
     return ids.to(device), valid.to(device)
+
+
+def compact(ids) -> array:
+    """Token ids in four bytes each, where a list takes up to 36: for the many that wait for their turn."""
+    return array("I", ids)
 
 
 def sft_batch(rows, device=None):
@@ -175,7 +194,8 @@ def done(path, config, again=False):
     if not os.path.exists(settings):
         return False
     try:
-        old = json.loads(_read_bytes(settings))["config"].items()
+        with _readable(settings):
+            old = json.loads(settings.read_bytes())["config"].items()
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{settings}: does not record any settings; give another --out") from None
     new = json.loads(json.dumps(dataclasses.asdict(config)))  # as JSON gives it back: tuples become lists

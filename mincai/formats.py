@@ -52,23 +52,17 @@ def read_lines(path) -> list[bytes]:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give a readable file") from None
 
 
-def numbered(path) -> list[tuple[str, dict]]:
-    """("<path> line <n>", row) of each row of a JSONL file."""
-    rows = data.read_jsonl(path)
-    numbers = [n for n, line in enumerate(read_lines(path), 1) if line.strip()]  # blank lines count, but are no rows
-    return [(f"{path} line {n}", row) for n, row in zip(numbers, rows, strict=True)]
-
-
-def one_form(rows, form_of, known: str) -> str:
-    """The form that form_of(row) gives for all rows; UserError if a row has none or another than the first."""
-    first = form_of(rows[0][1])
-    for where, row in rows:
+def of_one_form(path, form_of, known: str):
+    """(where, row, form_of(row)) of each row; UserError if a row has no form, or another than the first."""
+    first = None
+    for where, row in data.each_row(path):
         form = form_of(row)
+        first = first or form
         if not form:
             raise UserError(f"{where}: keys {', '.join(row) or 'none'} make no row that is known here; give {known}")
         if form != first:
             raise UserError(f"{where}: a row of {form}, but the file began with {first}; keep to one format a file")
-    return first
+        yield where, row, form
 
 
 def need(row, keys, where, text=()) -> None:
@@ -122,16 +116,16 @@ def read_prompts(path, kind: str = "harmful") -> list[dict]:
     line number, for a row that cannot be read or is of another format than the first.
     """
     text = is_text(path)
-    rows = list(text_rows(path)) if text else numbered(path)
-    form = "" if text else one_form(rows, prompt_form, "id, prompt and kind; or prompt; or chosen and rejected")
-    if form == "mincai's prompts":
-        for where, row in rows:
+    rows = [(*row, "") for row in text_rows(path)] if text else list(
+        of_one_form(path, prompt_form, "id, prompt and kind; or prompt; or chosen and rejected"))
+    if rows and rows[0][2] == "mincai's prompts":
+        for where, row, _ in rows:
             need(row, ("id", "prompt", "kind"), where, text=("prompt", "kind", "setting", "category", "attack"))
             if row["kind"] not in ("harmful", "benign"):
                 raise UserError(f"{where}: kind is {row['kind']!r}; give harmful or benign")
-        return [row for _, row in rows]
+        return [row for _, row, _ in rows]
     kept = {}
-    for where, row in rows:
+    for where, row, _ in rows:
         found = row if text else prompt_of(row, where)  # a line of text is a question, whatever it says
         if found["prompt"]:
             name = f"{Path(path).stem}-{where.rpartition(' ')[2]}"
@@ -195,23 +189,21 @@ def read_side(row, key, where) -> tuple[dict, str]:
     return asked(turns[:-1], where), turns[-1][1].strip()
 
 
-def read_pairs(path, tokenizer) -> tuple[list[dict], dict[str, int]]:
-    """(rows, {reason: how many pairs were dropped for it}) of any file of pairs listed at the top.
+def read_pairs(path, tokenizer, dropped: Counter):
+    """Rows of any file of pairs listed at the top, read as they are asked for; `dropped` counts those left out.
 
     Rows have prompt, a_ids, b_ids (" " + answer and the end-of-text id), p_a, `from` (path and line), and setting if
     there is one; mincai's own also keep what else they hold, the others have a_from and b_from. Their sides are drawn
     by lot, seeded by the file's name. Dropped are pairs with an empty prompt or answer and, of HH-RLHF, those whose
     conversations part before the last turn. Raises UserError, with path and line number, for all other faults.
     """
-    rows, kept, dropped = numbered(path), [], Counter()
-    form = one_form(rows, pair_form, "chosen and rejected; or prompt, a_ids, b_ids and p_a")
-    if form == "mincai's comparisons":
-        for where, row in rows:
-            check_comparison(row, where, tokenizer.n_vocab)
-        return [{**row, "from": where} for where, row in rows], {}
-    origin = "human data" if form == "HH-RLHF's pairs" else "preference data"
     lot = random.Random(Path(path).name)
-    for where, row in rows:
+    for where, row, form in of_one_form(path, pair_form, "chosen and rejected; or prompt, a_ids, b_ids and p_a"):
+        if form == "mincai's comparisons":
+            check_comparison(row, where, tokenizer.n_vocab)
+            yield {**row, "from": where}
+            continue
+        origin = "human data" if form == "HH-RLHF's pairs" else "preference data"
         need(row, ("chosen", "rejected"), where)
         (question, chosen), (other, rejected) = (read_side(row, key, where) for key in ("chosen", "rejected"))
         first = lot.random() < 0.5  # else the better answer would always be (A)
@@ -219,13 +211,13 @@ def read_pairs(path, tokenizer) -> tuple[list[dict], dict[str, int]]:
             raise UserError(f"{where}: chosen and rejected differ before the last turn; make them one conversation")
         why = ("conversations differ" if question != other else "empty prompt" if not question["prompt"] else
                "" if chosen and rejected else "empty answer")
-        dropped[why] += 1
-        if not why:
+        if why:
+            dropped[why] += 1
+        else:
             sides = (chosen, rejected) if first else (rejected, chosen)
             a, b = (tokenizer.encode(f" {answer}") + [tokenizer.eot] for answer in sides)
-            kept.append({**question, "a_ids": a, "b_ids": b, "p_a": float(first), "a_from": origin, "b_from": origin,
-                         "from": where})
-    return kept, {why: count for why, count in dropped.items() if why}
+            yield {**question, "a_ids": a, "b_ids": b, "p_a": float(first), "a_from": origin, "b_from": origin,
+                   "from": where}
 
 
 # --- export -----------------------------------------------------------------------------------------
@@ -253,9 +245,8 @@ def main(cfg: Config) -> dict:
     cfg.check_out()
     if Path(cfg.out).exists() and (not cfg.again or Path(cfg.out).resolve() == Path(cfg.source).resolve()):
         raise UserError(f"{cfg.out}: is there already; give another --out, or add --again if it is not the source")
-    rows = numbered(cfg.source)
-    form = one_form(rows, export_form, "the rows of comparisons.jsonl or revisions.jsonl")
-    exported = [export_row(row, where) for where, row in rows]
+    rows = list(of_one_form(cfg.source, export_form, "the rows of comparisons.jsonl or revisions.jsonl"))
+    form, exported = rows[0][2], [export_row(row, where) for where, row, _ in rows]
     written, left = [row for row, why in exported if not why], Counter(why for _, why in exported if why)
     told = ", ".join(f"{count} {why}" for why, count in left.items()) or "none"
     if not written:

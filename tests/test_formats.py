@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,11 @@ def test_files_without_a_prompt(write, tmp_path):
 
 # --- pairs ---
 
+def read_pairs(path, tokenizer):
+    dropped = Counter()
+    return list(formats.read_pairs(path, tokenizer, dropped)), dropped
+
+
 @pytest.mark.parametrize("row, origin", [
     (HH, "human data"),
     ({"prompt": TALK, "chosen": " good", "rejected": "bad\n\n"}, "preference data"),
@@ -156,21 +162,21 @@ def test_files_without_a_prompt(write, tmp_path):
 ])
 def test_every_format_gives_the_same_pair(write, row, origin):
     path = write([None, row])
-    [pair], dropped = formats.read_pairs(path, BYTES)
+    [pair], dropped = read_pairs(path, BYTES)
     assert answers(pair) == (" good", " bad") and dialogue(pair["prompt"]) == SHOWN and not dropped
     assert pair["a_from"] == pair["b_from"] == origin and pair["from"] == f"{path} line 2" and "setting" not in pair
 
 
 def test_an_answer_keeps_what_is_inside_it_and_its_ids_are_ordinary_text(write):
     inside = "1.\n\n2. <|endoftext|> é"
-    [pair], _ = formats.read_pairs(write([{"prompt": "q", "chosen": inside, "rejected": "x"}]), BYTES)
+    [pair], _ = read_pairs(write([{"prompt": "q", "chosen": inside, "rejected": "x"}]), BYTES)
     assert answers(pair)[0] == f" {inside}" and BYTES.eot not in pair["a_ids"][:-1] + pair["b_ids"][:-1]
 
 
 def test_sides_are_drawn_by_lot_and_the_files_name_is_the_seed(write):
     """Guards against a preference model that learns a letter; 200 throws of a coin lie within 70 and 130."""
     rows = [{"prompt": f"q{i}", "chosen": "good", "rejected": "bad"} for i in range(200)]
-    one, again, other = (formats.read_pairs(write(rows, name), BYTES)[0] for name in ("a.jsonl", "a.jsonl", "b.jsonl"))
+    one, again, other = (read_pairs(write(rows, name), BYTES)[0] for name in ("a.jsonl", "a.jsonl", "b.jsonl"))
     assert one == again and [r["p_a"] for r in one] != [r["p_a"] for r in other]
     assert 70 < sum(row["p_a"] for row in one) < 130
     assert {answers(row) for row in one} == {(" good", " bad")}
@@ -180,15 +186,15 @@ def test_real_data_with_flaws_is_dropped_and_counted(write):
     """Whole data sets hold such pairs; a file is not refused for them."""
     rows = [HH, {**HH, "rejected": "\n\nHuman: first\n\nAssistant: bad"}, {**HH, "rejected": f"{TALK} "},
             {**HH, "chosen": TALK}, {"chosen": "\n\nHuman:\n\nAssistant: a", "rejected": "\n\nHuman: \n\nAssistant: b"}]
-    kept, dropped = formats.read_pairs(write(rows), BYTES)
+    kept, dropped = read_pairs(write(rows), BYTES)
     assert len(kept) == 1 and dropped == {"conversations differ": 1, "empty answer": 2, "empty prompt": 1}
-    kept, dropped = formats.read_pairs(write([{"prompt": "q", "chosen": " ", "rejected": "x"}]), BYTES)
+    kept, dropped = read_pairs(write([{"prompt": "q", "chosen": " ", "rejected": "x"}]), BYTES)
     assert kept == [] and dropped == {"empty answer": 1}
 
 
 def test_own_comparisons_pass_through(write):
     rows = [OWN_PAIR, {**OWN_PAIR, "p_a": 1, "setting": "a lesson"}]
-    kept, dropped = formats.read_pairs(path := write(rows), BYTES)
+    kept, dropped = read_pairs(path := write(rows), BYTES)
     assert kept == [{**row, "from": f"{path} line {n}"} for n, row in enumerate(rows, 1)] and not dropped
 
 
@@ -199,7 +205,7 @@ def test_own_comparisons_pass_through(write):
 ])
 def test_a_bad_comparison_is_named_by_its_line_and_key(write, key, value):
     path = write([OWN_PAIR, None, {**OWN_PAIR, key: value}])
-    message = complaint(formats.read_pairs, path, BYTES)
+    message = complaint(read_pairs, path, BYTES)
     assert message.startswith(f"{path} line 3: ") and key in message
 
 
@@ -216,18 +222,18 @@ def test_a_bad_comparison_is_named_by_its_line_and_key(write, key, value):
 ])
 def test_a_broken_pair_is_named_by_its_line(write, row):
     path = write([None, row])
-    assert complaint(formats.read_pairs, path, BYTES).startswith(f"{path} line 2")
+    assert complaint(read_pairs, path, BYTES).startswith(f"{path} line 2")
 
 
 def test_one_format_a_file(write):
     forms = [HH, {"prompt": TALK, "chosen": "good", "rejected": "bad"}, OWN_PAIR,
              {"chosen": [USER, GOOD], "rejected": [USER, BAD]}]
     for one in forms:
-        assert len(formats.read_pairs(write([one]), BYTES)[0]) == 1
+        assert len(read_pairs(write([one]), BYTES)[0]) == 1
         for other in forms:
             if other is not one:
-                assert "line 2: a row of" in complaint(formats.read_pairs, write([one, other]), BYTES)
-    assert "line 1: keys text" in complaint(formats.read_pairs, write([{"text": "x"}]), BYTES)
+                assert "line 2: a row of" in complaint(read_pairs, write([one, other]), BYTES)
+    assert "line 1: keys text" in complaint(read_pairs, write([{"text": "x"}]), BYTES)
 
 
 # --- export ---
@@ -245,7 +251,7 @@ def test_exported_comparisons_come_back_with_their_answers_and_hard_labels(write
         {"prompt": "Human: q0\nAssistant:", "chosen": " no .", "rejected": " yes .", "p_chosen": 0.75},
         {"prompt": "Setting: a lesson\nHuman: q2\nAssistant:", "chosen": " yes .", "rejected": " no .",
          "p_chosen": 0.75}]
-    back, dropped = formats.read_pairs(out, BYTES)
+    back, dropped = read_pairs(out, BYTES)
     assert [(row["prompt"], row.get("setting")) for row in back] == [("q0", None), ("q2", "a lesson"), ("q3", None)]
     assert [answers(row) for row in back] == [(" no .", " yes ."), (" yes .", " no ."), (" yes .", " no .")]
     assert not dropped
@@ -294,7 +300,7 @@ def test_a_sample_of_hh_rlhf_keeps_every_word(tmp_path):
     path = folder / "hh-sample" / "harmless-1800.jsonl"
     if not path.exists():
         pytest.skip("no sample of HH-RLHF here")
-    pairs, dropped = formats.read_pairs(path, BYTES)
+    pairs, dropped = read_pairs(path, BYTES)
     assert len(pairs) == 1793 and dropped == {"conversations differ": 5, "empty answer": 2}
     assert len(formats.read_prompts(path)) == 1800
     raw = path.read_text(encoding="utf-8").split("\n")

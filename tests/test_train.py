@@ -163,7 +163,7 @@ def test_pm_learns_the_planted_rule_and_is_normalised(base, pairs, tmp_path, cap
     pm, tokenizer = checkpoint.load(tmp_path / "pm", scalar=True), load_tokenizer(tmp_path / "pm")
     kept, _ = train_pm.read_pairs(pairs, tokenizer, 64)
     with torch.no_grad():  # each answer alone, unpadded
-        scores = torch.stack([pm(torch.tensor([ids]), start=p.start)[0, -1] for p in kept for ids in (p.a, p.b)])
+        scores = torch.stack([pm(torch.tensor([list(ids)]), start=p.start)[0, -1] for p in kept for ids in (p.a, p.b)])
     assert float(scores.mean()) == pytest.approx(0, abs=1e-4)
     assert float(scores.std(unbiased=False)) == pytest.approx(1, abs=1e-4)
 
@@ -179,7 +179,7 @@ def test_pm_trains_only_what_is_not_frozen(base, pairs, tmp_path):
 def test_pm_score_does_not_depend_on_the_batch(base, pairs):
     pm, tokenizer = checkpoint.load(base, scalar=True), load_tokenizer(base)
     kept, _ = train_pm.read_pairs(pairs, tokenizer, 64)
-    long = train_pm.Pair("p", kept[0].a + [65] * 20 + [EOT], kept[0].b, kept[0].start, 0.5, True, True)
+    long = train_pm.Pair("p", list(kept[0].a) + [65] * 20 + [EOT], kept[0].b, kept[0].start, 0.5, True, True)
     alone, _ = train_pm.scores_of(pm, kept[:1], "cpu")
     together, _ = train_pm.scores_of(pm, [kept[0], long], "cpu")
     torch.testing.assert_close(alone[0], together[0])
