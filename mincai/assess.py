@@ -70,6 +70,7 @@ def answers_of(stage, model, planner, rows, cfg) -> list[str]:
     """One answer to each row; the base is shown examples, for it has learnt no dialogue. "" where none fits."""
     tokenizer, kind = planner.tokenizer, "answer" if stage == "base" else "none"
     prompts = [planner.prompt(kind, constitution.dialogue(r["prompt"], r.get("setting")), cfg.max_new) for r in rows]
+    prompts = [prompt and data.compact(prompt) for prompt in prompts]
     fits = [i for i, prompt in enumerate(prompts) if prompt is not None]
     stop = {tokenizer.eot, tokenizer.newline} if stage == "base" else {tokenizer.eot}
     found = generate_batched(model, [prompts[i] for i in fits], cfg.max_new, stop, cfg.batch_size, cfg.temperature,

@@ -12,6 +12,7 @@ averaged, which the paper found steadier. A judge is any function (conversations
 import itertools
 import random
 import time
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,7 @@ from mincai.sample import generate_batched
 from mincai.weights import common_tokenizer, resolve
 
 
+PROMPTS = 512  # worked on together by each process: the memory that is needed is theirs, however many there are
 ORDINARY = ("help", "truth")  # what answers without a harm category are judged by: is it helpful, is it true
 
 
@@ -86,6 +88,7 @@ def judge_once(model, planner, conversations, a, b, principles, *, reasons=True,
     heads = [constitution.compare(*row) for row in zip(conversations, a, b, principles)]
     asks, room = (constitution.reasons, max_new + 8) if reasons else (constitution.choice, 1)  # + 8: CHOICE follows
     prompts = [planner.prompt("compare", asks(head), room) for head in heads]
+    prompts = [prompt and data.compact(prompt) for prompt in prompts]
     fits = [i for i, prompt in enumerate(prompts) if prompt is not None]
     prompts, written = [prompts[i] for i in fits], [""] * len(heads)
     letters = [tokenizer.encode(letter)[0] for letter in "AB"]
@@ -124,6 +127,11 @@ def label(p: float, labels: str, clamp: float) -> float:
 
 
 LEFT_OUT = ("answers cut off or empty", "prompts too long for sft", "prompts too long for base")
+
+
+def left_out(planner) -> str:
+    """One clause on what was left out; empty where there is nothing to say."""
+    return ", ".join(f"{planner.counts[why]} {why}" for why in LEFT_OUT if planner.counts[why])
 
 
 def make_pairs(answers: list[tuple[tuple[int, ...], str]], number: int, rng: random.Random):
@@ -206,6 +214,28 @@ def compare_rows(cfg, rows, principles, model, judging, planner, rng, generator)
     return out, sum(vote.same_slot for vote in votes) / max(1, len(votes))
 
 
+def comparisons(cfg, rows, principles, model, judging, planner, rng, generator, totals):
+    """The rows of the output one by one, of PROMPTS prompts after another; totals gets their sums.
+
+    All processes have to go through it together: each does its share of the prompts, all get all rows. UserError at
+    its end if there was no row, so that none of them writes an empty file.
+    """
+    size = PROMPTS * distributed.world()
+    for first in range(0, len(rows), size):
+        mine = distributed.share(rows[first:first + size])
+        some, same_slot = compare_rows(cfg, mine, principles, model, judging, planner, rng, generator)
+        totals["same_slot"] += distributed.total(same_slot * len(some))
+        for row in distributed.merge(some):
+            yield {"id": f"pair-{totals['pairs']:05d}", **row}
+            totals["pairs"] += 1
+            totals["contrast"] += abs(row["p_a"] - 0.5)
+    planner.counts = distributed.merge(planner.counts)
+    if not totals["pairs"]:
+        raise UserError(f"{cfg.model}: no prompt got two different answers that end and that the judge has room for, "
+                        f"so there is nothing to compare (models read at most {judging.config.block_size} tokens; "
+                        f"left out: {left_out(planner) or 'none'}); raise --samples, or change --max-new")
+
+
 def main(cfg: Config) -> dict:
     started = time.time()
     check_choice("labels", cfg.labels, ("soft", "hard", "clamped"))
@@ -235,27 +265,24 @@ def main(cfg: Config) -> dict:
     planner = Planner(tokenizer, judging.config.block_size, load_shots(cfg.fewshot, every, cfg.wording, cfg.reasons))
     if distributed.rank():
         rng.seed(seed)
+    totals = Counter()
     with precision(device, cfg.dtype):
-        mine = distributed.share(rows)
-        out, same_slot = compare_rows(cfg, mine, principles, model, judging, planner, rng, generator)
-    same_slot = distributed.total(same_slot * len(out)) / max(1, distributed.total(len(out)))
-    out, planner.counts = distributed.merge(out), distributed.merge(planner.counts)
-    left_out = ", ".join(f"{planner.counts[why]} {why}" for why in LEFT_OUT if planner.counts[why])
-    if not out:
-        raise UserError(f"{cfg.model}: no prompt got two different answers that end and that the judge has room for, "
-                        f"so there is nothing to compare (models read at most {config.block_size} tokens; left out: "
-                        f"{left_out or 'none'}); raise --samples, or change --max-new")
-    out = [{"id": f"pair-{n:05d}", **row} for n, row in enumerate(out)]
-    contrast = sum(abs(row["p_a"] - 0.5) for row in out) / len(out)
+        found = comparisons(cfg, rows, principles, model, judging, planner, rng, generator, totals)
+        if distributed.is_main():
+            data.write_jsonl(cfg.out, found)
+        else:
+            for _ in found:
+                pass
+    same_slot, contrast = (totals[name] / totals["pairs"] for name in ("same_slot", "contrast"))
     if distributed.is_main():
-        data.write_jsonl(cfg.out, out)
         data.write_json(data.sidecar(cfg.out), data.stamp(cfg, same_slot=same_slot, contrast=contrast,
                                                           planner=dict(planner.counts)))
-        told = "".join(f"; {some}" for some in (planner.summary(), left_out) if some)
-        print(f"feedback: {len(out)} comparisons of {len(rows)} prompts, mean |p - 1/2| {contrast:.2f}, same slot in "
-              f"both orders {same_slot:.1%}{told}; {time.time() - started:.0f} s on {threads} threads -> {cfg.out}")
+        told = "".join(f"; {some}" for some in (planner.summary(), left_out(planner)) if some)
+        print(f"feedback: {totals['pairs']} comparisons of {len(rows)} prompts, mean |p - 1/2| {contrast:.2f}, "
+              f"same slot in both orders {same_slot:.1%}{told}; {time.time() - started:.0f} s on {threads} threads -> "
+              f"{cfg.out}")
     distributed.barrier()
-    return {"pairs": len(out), "contrast": contrast, "same_slot": same_slot}
+    return {"pairs": totals["pairs"], "contrast": contrast, "same_slot": same_slot}
 
 
 if __name__ == "__main__":

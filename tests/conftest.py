@@ -56,7 +56,7 @@ def fake_judge(monkeypatch):
         def generate_batched(model, prompts, *_, then, of, **__):
             assert of == letters
             written = write(prompts)
-            return written, choose([tokenizer.decode(p + w[:-1] + then) for p, w in zip(prompts, written)])
+            return written, choose([tokenizer.decode([*p, *w[:-1], *then]) for p, w in zip(prompts, written)])
 
         def next_logp(model, prompts, ids, batch_size):
             assert ids == letters

@@ -74,7 +74,7 @@ def test_the_letter_is_read_as_if_all_had_been_read_anew(tiny_base, judge, monke
 
     def generate_batched(model, prompts, max_new, stop, *args, **more):
         written, logp = real(model, prompts, max_new, stop, *args, **more)
-        whole = [p + [i for i in w if i not in stop] + tokenizer.encode("\nChoice: (") for p, w in zip(prompts, written)]
+        whole = [list(p) + [i for i in w if i not in stop] + tokenizer.encode("\nChoice: (") for p, w in zip(prompts, written)]
         seen.append(next_logp(model, whole, [tokenizer.encode(letter)[0] for letter in "AB"]))
         return written, logp
     monkeypatch.setattr(feedback, "generate_batched", generate_batched)
