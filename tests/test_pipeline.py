@@ -226,7 +226,7 @@ def test_rows_that_cannot_be_read(fails, stage, tmp_path):
         path.write_text(content)
         assert words in fails(stage, ROWS[stage], path), content
     keys = "id prompt kind category attack action split revision a_ids b_ids p_a".split()
-    good = json.dumps(dict.fromkeys(keys, "x"))
+    good = json.dumps(dict.fromkeys(keys, "x") | {"p_a": 0.5, "a_ids": [1], "b_ids": [2]})
     path.write_text(good + "\n" + good[:40] + "\n")
     assert "rows.jsonl line 2: not JSON" in fails(stage, ROWS[stage], path)
     path.unlink()
