@@ -3,10 +3,10 @@
     python train_pm.py --init runs/tiny/sft --pairs runs/tiny/comparisons.jsonl --out runs/tiny/pm
     python train_pm.py --pairs runs/x/comparisons.jsonl,helpful.jsonl --weights 1,0.5     AI and human labels
 
-The transformer of the fine-tuned model gets a head of one number per token; the score, read at the last token of
-question and answer, is their mean up to there, and a learned weight times the answer's log-probability under the same
-transformer is added to it (model.ScalarModel says why). Two answers' scores make a probability,
-sigmoid(score_a - score_b) (Bradley & Terry 1952), and the loss is its cross-entropy with the judge's soft label p_a.
+The transformer of the fine-tuned model gets a linear read-out; an answer's score is the number at
+its last token, the end of text (Stiennon et al. 2020). Two answers' scores make a probability,
+sigmoid(score_a - score_b) (Bradley & Terry 1952), and the loss is its cross-entropy with the judge's
+soft label p_a.
 The answers are the token ids that were sampled; nothing is decoded and encoded again. People's labels (HH-RLHF's
 pairs, or TRL's) mix in as files of their own: the paper took harmlessness from the model and helpfulness from people.
 A pair that does not fit the context, or whose answers are the same, is dropped and counted.
@@ -51,7 +51,6 @@ class Config:
     contrast: float = arg(0.05, "leave out pairs whose label is nearer to 1/2: the judge was undecided; 0 keeps all")
     clamp: float = arg(0.0, "keep labels within clamp and 1 - clamp, e.g. 0.4 for a too sure judge; 0: off")
     hard: bool = arg(False, "round the labels to 0 and 1 (the paper found this much worse)")
-    likelihood: float = arg(0.1, "weight at the start of the answer's log-probability in the score; 0: no such part")
     weight_decay: float = arg(0.01, "AdamW's weight decay")
     clip: float = arg(1.0, "largest norm of the gradient")
     freeze: int = arg(2, "blocks from the bottom, embeddings with them, that stay as they are; 0 trains all")
@@ -116,8 +115,7 @@ def scores_of(pm, pairs, device):
     """Scores (B,) of the answers (A) and of the answers (B), from one forward over both."""
     ids, valid = data.right_pad([p.a for p in pairs] + [p.b for p in pairs], device)  # (2B, T)
     last = valid.sum(1) - 1  # found by the mask: an id cannot tell padding from text
-    start = torch.tensor([p.start for p in pairs] * 2, device=device)
-    scores = pm(ids, start=start).gather(1, last[:, None]).squeeze(1)  # (2B,): right padding needs no mask
+    scores = pm(ids).gather(1, last[:, None]).squeeze(1)  # (2B,): right padding needs no mask
     return scores[:len(pairs)], scores[len(pairs):]
 
 
@@ -129,7 +127,7 @@ def all_scores(pm, pairs, batch_size, device):
     for i in range(0, len(order), batch_size):
         rows = order[i:i + batch_size]
         score_a, score_b = scores_of(pm, [pairs[j] for j in rows], device)
-        a[rows], b[rows] = score_a.float().cpu(), score_b.float().cpu()
+        a[rows], b[rows] = score_a.cpu(), score_b.cpu()
     return a, b
 
 
@@ -192,7 +190,7 @@ def step(net, optimizer, batch, cfg, device) -> dict:
             p_a = torch.tensor([pair.p_a for pair in part], device=device).clamp(cfg.clamp, 1 - cfg.clamp)
             if cfg.hard:
                 p_a = torch.where(p_a == 0.5, p_a, (p_a > 0.5).float())  # an even label stays even
-            loss, found = preference_loss(score_a.float(), score_b.float(), p_a)
+            loss, found = preference_loss(score_a, score_b, p_a)
             (loss * share * distributed.scale()).backward()
         for name, value in found.items():
             metrics[name] += float(value) * share
@@ -235,9 +233,8 @@ def main(cfg: Config) -> dict:
                         f"more, or lower --holdout or --contrast")
     longest = max(max(len(p.a), len(p.b)) for p in train)
     memory.announce("pm", config, device, "--micro-batch", batch=cfg.batch_size, length=longest,
-                    micro_batch=cfg.micro_batch or cfg.batch_size, dtype_bytes=cli.number_bytes(cfg.dtype),
-                    likelihood=bool(cfg.likelihood))
-    pm = checkpoint.load(init, device, scalar=True, likelihood=cfg.likelihood or None)
+                    micro_batch=cfg.micro_batch or cfg.batch_size, dtype_bytes=cli.number_bytes(cfg.dtype))
+    pm = checkpoint.load(init, device, scalar=True)
     every = [max(len(p.a), len(p.b)) for p in train]
     per_epoch = math.ceil(len(epoch_rows(train, cfg.weights, torch.Generator())) / cfg.batch_size)
     steps = cfg.epochs * per_epoch
@@ -270,7 +267,6 @@ def main(cfg: Config) -> dict:
         mean, std = normalise(pm, pairs, size, device)
     result = {f"val_{k}": v for k, v in found.items()} | dict(
         train_loss=log[-1]["loss"] if log else None, score_mean=mean, score_std=std, pairs=len(train),
-        likelihood=0.0 if pm.likelihood is None else pm.likelihood.item(),
         held=len(held), dropped=dict(dropped), steps=steps, seconds=time.time() - start)
     if distributed.is_main():
         checkpoint.save(pm, cfg.out, extra={

@@ -17,6 +17,7 @@ approxkl below 0.02, explained rising above 0.3, kl rising slowly.
 import json
 import time
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 import torch
@@ -52,7 +53,7 @@ class Config:
     gamma: float = arg(1.0, "discount of later rewards")
     lam: float = arg(0.95, "GAE's lambda: 1 trusts the sampled rewards, 0 the critic")
     clip: float = arg(0.2, "how far from 1 the probability ratio is still rewarded")
-    value_clip: float = arg(0.2, "how far a value may move from the old one in one update")
+    value_clip: float = arg(0.2, "how far a value may move in one update, in deviations of the score")
     max_norm: float = arg(1.0, "largest norm of each gradient")
     approx_kl_stop: float = arg(0.0, "leave a batch when the policy moved 1.5 times this in k2; 0 never does")
     missing_eos_penalty: float = arg(1.0, "taken from the score of an answer that does not end by itself")
@@ -145,8 +146,7 @@ def main(cfg: Config) -> dict:
     memory.announce("ppo", configs[0], device, "--micro-batch, --batch or --max-new",
                     length=max(map(len, harmful + benign)) + cfg.max_new,
                     batch=cfg.batch // distributed.world(), answer=cfg.max_new, micro_batch=micro_batch,
-                    dtype_bytes=cli.number_bytes(cfg.dtype), cache_bytes=cli.number_bytes(cfg.dtype),
-                    likelihood=checkpoint.reads_likelihood(cfg.pm))
+                    dtype_bytes=cli.number_bytes(cfg.dtype), cache_bytes=cli.number_bytes(cfg.dtype))
     policy, ref = checkpoint.load(sft, device), checkpoint.load(sft, device).requires_grad_(False)
     pm, critic = (checkpoint.load(cfg.pm, device, scalar=True) for _ in range(2))
     pm.requires_grad_(False)
@@ -184,11 +184,15 @@ def main(cfg: Config) -> dict:
         for optimizer, lr in ((policy_optimizer, cfg.lr), (critic_optimizer, cfg.critic_lr)):
             for group in optimizer.param_groups:
                 group["lr"] = lr * left
-        with cli.precision(device, cfg.dtype):
-            metrics = ppo.update(policy_net, critic_net, policy_optimizer, critic_optimizer, batch, adv, returns,
-                                 epochs=cfg.epochs, minibatches=cfg.minibatches, micro_batch=micro_batch,
-                                 clip=cfg.clip, value_clip=cfg.value_clip, max_norm=cfg.max_norm, generator=order,
-                                 approx_kl_stop=cfg.approx_kl_stop, train_policy=u > cfg.critic_warmup)
+        try:
+            metrics = ppo.update(
+                policy_net, critic_net, policy_optimizer, critic_optimizer, batch, adv, returns,
+                epochs=cfg.epochs, minibatches=cfg.minibatches, micro_batch=micro_batch, clip=cfg.clip,
+                value_clip=cfg.value_clip, max_norm=cfg.max_norm, generator=order,
+                approx_kl_stop=cfg.approx_kl_stop, train_policy=u > cfg.critic_warmup,
+                precision=partial(cli.precision, device, cfg.dtype))
+        except UserError as error:
+            raise UserError(f"update {u} of {cfg.updates}, {error}") from None
         row = {"update": u, **ppo.diagnostics(batch, scores, ended, returns, beta=beta), **metrics,
                "lr": cfg.lr * left, "episodes": u * cfg.batch,
                "episodes_per_s": cfg.batch / (time.time() - tick)}

@@ -9,8 +9,8 @@ Each is made from RUN's files with RUN's settings in RUN/ablations/<name>/, chea
 - direct: revisions without a critique (their figure 7). The base model has read no such text, so it may fail.
 - principles-n: phase 1 under n principles, one a target in turn, harm and help first (their figure 6); 75 has the
   held-out ones too, and all training principles are what sft had.
-- hard: labels rounded to 0 and 1. values: a preference model without the likelihood. untrained: one with it that has
-  seen no label. share-p: p% of the comparisons are on ordinary requests, with equal totals.
+- hard: labels rounded to 0 and 1. untrained: a preference model that has seen no label. share-p: p%
+  of the comparisons are on ordinary requests, with equal totals.
 - best-of-n: no PPO, but the best of n SFT samples by the preference model; hot: sampled as the comparisons were.
 - rlhf-*: the same comparisons, labelled by simulated people (human.py) in the judge's place. HH-RLHF knows no phase 1:
   it starts from a model that helps with everything, so rlhf-base starts from the base model. But that never refuses,
@@ -207,7 +207,6 @@ def variants(work: Work) -> list[Variant]:
         add(f"revisions-{k}", f"phase 1 on {k} of {critic.rounds} rounds of revision", "sft", PHASE1, fewer_rounds, k)
     add("direct", "phase 1 on revisions without critiques", "sft", PHASE1, revised_anew, dict(direct=True))
     for name, what, changes in (("hard", "preference model on labels rounded to 0 and 1", dict(hard=True)),
-                                ("values", "preference model without the answer's likelihood", dict(likelihood=0.0)),
                                 ("untrained", "preference model that has seen no label", dict(epochs=0))):
         add(name, what, "full", PHASE2, reinforced, work.place("comparisons.jsonl"), "sft", changes)
     for p in SHARES:

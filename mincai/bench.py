@@ -11,6 +11,7 @@ Times are the median of several repetitions after a first one that is not counte
 import statistics
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -32,7 +33,6 @@ class Config:
     prompt: int = arg(64, "tokens of a prompt")
     max_new: int = arg(48, "tokens of an answer")
     repeat: int = arg(5, "repetitions of each measurement")
-    likelihood: float = arg(0.1, "weight of the answer's log-probability in the scores; 0: no such part, as for GPT-2")
     dtype: str = arg("float32", "float32, or bfloat16 for matrix products")
     compile: bool = arg(False, "compile the networks of the training steps first")
     out: str = arg("", "JSON file to write, none if empty")
@@ -79,7 +79,7 @@ def measure(config, cfg, device) -> dict[str, float]:
     """{what: tokens a second}, of sampled tokens for sampling, else of all real tokens that a step reads."""
     torch.manual_seed(0)
     model = GPT(config).to(device)
-    critic, pm = (ScalarModel(GPT(config), cfg.likelihood or None).to(device) for _ in range(2))
+    critic, pm = (ScalarModel(GPT(config)).to(device) for _ in range(2))
     ref = GPT(config).to(device).requires_grad_(False)
     ref.load_state_dict(model.state_dict())
     nets = [torch.compile(m) if cfg.compile else m for m in (model, critic)]
@@ -105,7 +105,7 @@ def measure(config, cfg, device) -> dict[str, float]:
     def pairs():
         ids, valid = data.right_pad([p + a for p, a in rows] * 2, device)
         with precision(device, cfg.dtype):
-            scores = pm(ids, start=cfg.prompt)[:, -1].float()
+            scores = pm(ids)[:, -1]
         n = len(rows)
         losses.preference_loss(scores[:n], scores[n:], torch.full((n,), 0.7, device=device))[0].backward()
         optimizers[2].step()
@@ -116,11 +116,20 @@ def measure(config, cfg, device) -> dict[str, float]:
             batch = ppo.rollout(nets[0], ref, nets[1], prompts, max_new=cfg.max_new, stop=set(),
                                 micro_batch=cfg.micro_batch, generator=generator)
             scores, _ = ppo.score(batch, ppo.preference_score(pm, cfg.micro_batch), stop=set(), missing_eos_penalty=0.0)
-            adv, returns = ppo.advantages(batch, scores, beta=0.1, gamma=1.0, lam=0.95)
-            ppo.update(*nets, *optimizers[:2], batch, adv, returns, epochs=1, minibatches=1, clip=0.2, value_clip=0.2,
-                       micro_batch=cfg.micro_batch, max_norm=1.0, generator=torch.Generator().manual_seed(0))
+        adv, returns = ppo.advantages(batch, scores, beta=0.1, gamma=1.0, lam=0.95)
+        ppo.update(*nets, *optimizers[:2], batch, adv, returns, epochs=1, minibatches=1, clip=0.2, value_clip=0.2,
+                   micro_batch=cfg.micro_batch, max_norm=1.0, generator=torch.Generator().manual_seed(0),
+                   precision=partial(precision, device, cfg.dtype))
+
+    hidden = torch.randn(len(rows), length, config.n_embd, device=device)
+
+    def logits():  # in float32 whatever --dtype says: what that costs of a step
+        with precision(device, cfg.dtype):
+            model.unembed(hidden).sum().backward()
+        model.zero_grad(set_to_none=True)
 
     for name, work, tokens in (("sampling", sampling, cfg.batch * cfg.max_new), ("SFT step", sft, len(rows) * length),
+                               ("logits, there and back", logits, len(rows) * length),
                                ("preference step", pairs, 2 * len(rows) * length),
                                ("PPO update", update, cfg.batch * length)):
         if device == "cuda":
@@ -139,7 +148,7 @@ def main(cfg: Config) -> dict:
     config = TINY if cfg.model == "tiny" else SHAPES[cfg.model]
     memory.announce("ppo", config, device, "--batch or --micro-batch", batch=cfg.batch, length=cfg.prompt + cfg.max_new,
                     micro_batch=cfg.micro_batch, answer=cfg.max_new, dtype_bytes=number_bytes(cfg.dtype),
-                    cache_bytes=number_bytes(cfg.dtype), likelihood=bool(cfg.likelihood))
+                    cache_bytes=number_bytes(cfg.dtype))
     found = check_gpu(TINY) if device == "cuda" else {}
     found |= measure(config, cfg, device)
     print(f"bench: {memory.parameters(config):,} parameters, {cfg.dtype}, {data.stamp(cfg)['device']}, {threads} "

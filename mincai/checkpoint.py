@@ -21,8 +21,7 @@ FILES = ("config.json", "model.safetensors", "run.json", "metrics.jsonl", "token
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # [in, out]
 BUFFERS = (".attn.bias", ".attn.masked_bias")  # the causal mask, which older files store with the weights
 UNTIED = "lm_head.weight"  # the output's own matrix, where it is not the token embedding
-HEAD = ("score.weight", "score.bias", "gain", "shift", "likelihood")  # of ScalarModel, which may lack the last; on
-# disk score.gain, score.shift and score.likelihood
+HEAD = ("score.weight", "score.bias", "gain", "shift")  # of ScalarModel; on disk score.gain and score.shift
 SPECIAL = ("bos_token_id", "eos_token_id")  # in config.json for other libraries to read
 NEEDED = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")  # positive integers in config.json
 FIXED = {"activation_function": "gelu_new", "scale_attn_weights": True,
@@ -90,11 +89,10 @@ def _hf_config(model):
 
 # --- loading ------------------------------------------------------------------------------------------------
 
-def load(folder, device="cpu", scalar=False, likelihood=None) -> GPT | ScalarModel:
+def load(folder, device="cpu", scalar=False) -> GPT | ScalarModel:
     """Open a checkpoint folder, in float32: a GPT, or with scalar=True a ScalarModel.
 
-    scalar=True on a language model's folder starts a fresh head, drawn from torch's global random numbers, with
-    `likelihood` as its weight for the answer's log-probability; a preference model's folder has its own or none.
+    scalar=True on a language model's folder starts a fresh head, drawn from torch's global random numbers.
     Raises UserError for anything that is not exactly a GPT-2 of the shape its config.json states.
     """
     folder = Path(folder)
@@ -102,6 +100,9 @@ def load(folder, device="cpu", scalar=False, likelihood=None) -> GPT | ScalarMod
         raise UserError(f"{folder}: no such folder; check the path, or run the stage that writes it")
     config = read_config(folder)
     tensors = _read_weights(folder)
+    if "score.likelihood" in tensors:
+        raise UserError(f"{folder}: a preference model of an earlier mincai, whose score was a mean over "
+                        f"tokens and a likelihood; train it anew (train_pm.py --again)")
     head = {k: tensors.pop("score." + k.removeprefix("score.")) for k in HEAD
             if "score." + k.removeprefix("score.") in tensors}
     if head and not scalar:
@@ -116,16 +117,11 @@ def load(folder, device="cpu", scalar=False, likelihood=None) -> GPT | ScalarMod
         model = GPT(config)
     _fill(model, tensors, CONV1D, folder)
     if scalar:
-        model = ScalarModel(model, head.get("likelihood") if head else likelihood)
+        model = ScalarModel(model)
         if head:
             trunk = {"gpt." + k: v for k, v in model.gpt.state_dict().items()}
             _fill(model, trunk | head, (), folder)
     return model.to(device)
-
-
-def reads_likelihood(folder) -> bool:
-    """Whether this preference model's score has the answer's likelihood in it."""
-    return "score.likelihood" in _read_weights(Path(folder))
 
 
 def _fill(model, tensors, transposed, folder):

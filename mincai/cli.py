@@ -29,7 +29,7 @@ LEAST = {**dict.fromkeys("batch batch_size max_new updates minibatches accumulat
                          "kl_horizon tests".split(), 1),
          **dict.fromkeys("epochs micro_batch harmful helpful forks base_samples pairs number budget judged trails "
                          "strips failures top_k temperature lr critic_lr weight_decay critic_warmup snapshots beta "
-                         "kl_target approx_kl_stop likelihood workers warmup contrast".split(), 0),
+                         "kl_target approx_kl_stop workers warmup contrast".split(), 0),
          **dict.fromkeys("scale clip max_norm value_clip fork_temperature".split(), 1e-6)}
 SHARES = "holdout aim focus lies noise benign_share average".split()
 
@@ -111,9 +111,16 @@ def check_choice(flag, value, choices):
 
 
 def precision(device, dtype):
-    """A context for the matrix products: float32 as they are, bfloat16 by autocast. Weights stay in float32, and so do
-    log-softmaxes (losses.py)."""
+    """A context for the matrix products: float32 as they are, bfloat16 by autocast. Weights stay in
+    float32, and so do logits (model.py) and log-softmaxes (losses.py). Let none outlive an optimiser
+    step: autocast makes its 16-bit copies of the weights once a context.
+
+    Beside bfloat16, a GPU may round what goes into float32 products to 11 bits (TF32), from here on:
+    they are several times faster, and the trunk's own rounding is the larger one.
+    """
     check_choice("dtype", dtype, ("float32", "bfloat16"))
+    if torch.device(device).type == "cuda":
+        torch.set_float32_matmul_precision("high" if dtype == "bfloat16" else "highest")
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 

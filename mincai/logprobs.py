@@ -24,7 +24,7 @@ def next_logp(model: GPT, prompts, ids: list[int], batch_size=32, desc=None) -> 
         tokens, valid = right_pad([prompts[i] for i in chunk], model.device)  # padding is last: no mask
         rows = torch.arange(len(chunk), device=model.device)
         last = model(tokens)[rows, valid.sum(1) - 1]  # (B, C)
-        logp = torch.log_softmax(model.unembed(last).float(), dim=-1)  # (B, V)
+        logp = torch.log_softmax(model.unembed(last), dim=-1)  # (B, V)
         out[chunk] = logp[:, ids].cpu()
     return out
 
@@ -55,6 +55,6 @@ def answer_scores(pm: ScalarModel, prompts, answers, batch_size=32) -> torch.Ten
     for i in range(0, len(prompts), batch_size):
         some = list(zip(prompts[i:i + batch_size], answers[i:i + batch_size]))
         ids, valid = right_pad([p + a for p, a in some], pm.gpt.device)
-        scores = pm(ids, start=torch.tensor([len(p) for p, _ in some], device=ids.device))  # (B, T)
+        scores = pm(ids)  # (B, T)
         out.append(scores[torch.arange(len(ids)), valid.sum(1) - 1].cpu())
     return torch.cat(out) if out else torch.zeros(0)

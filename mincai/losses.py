@@ -11,6 +11,10 @@ micro-batches' own means would weigh a token in a short micro-batch more than on
 import torch
 import torch.nn.functional as F
 
+# The largest exponent of a log-ratio, nats: e^20 is 5e8. Sums of such ratios stay finite in float32,
+# whose exp is inf from 89 on, and no policy that still learns comes near it.
+LIMIT = 20.0
+
 
 def gather_logp(logits, targets):
     """Log-probability of each target: logits (..., V), targets (...) long -> (...) float32.
@@ -115,9 +119,10 @@ def kl_k3(logp, ref_logp):
     """exp(-d) - 1 + d with d = logp - ref_logp: unbiased, never negative, small variance. For logs.
 
     With d the other way round it estimates something else: E[exp(d) - 1 - d] is not KL(policy || reference).
+    The exponent is held at LIMIT.
     """
     d = logp - ref_logp
-    return torch.expm1(-d) + d
+    return torch.expm1((-d).clamp(max=LIMIT)) + d
 
 
 def exact_kl(logits, ref_logits):
@@ -129,6 +134,16 @@ def exact_kl(logits, ref_logits):
 
 
 # ---- PPO -------------------------------------------------------------------------------------------------
+
+def beyond(logp, other_logp, mask):
+    """How many tokens in the mask have a log-ratio outside +-LIMIT, or none because it is NaN."""
+    return (mask & ~((logp - other_logp).abs() <= LIMIT)).sum()
+
+
+def ratios(logp, old_logp, mask):
+    """Probability ratios exp(logp - old_logp), the exponent held within +-LIMIT; 1 outside the mask."""
+    return torch.where(mask, logp - old_logp, 0.0).clamp(-LIMIT, LIMIT).exp()
+
 
 def token_rewards(score, logp, ref_logp, mask, beta):
     """Reward of each response token (B, R): -beta * k1, plus the row's score at its last real token.
@@ -165,16 +180,15 @@ def policy_loss(logp, old_logp, adv, mask, clip, total=None):
 
     Returns sum / total over the mask and {loss, ratio (mean), approx_kl (k2 between old and new policy),
     clipfrac (share of tokens whose gradient the clip cuts off)}. With unchanged weights: ratio 1, approx_kl
-    0, clipfrac 0, exactly.
+    0, clipfrac 0, exactly. A ratio beyond e^LIMIT counts as that and has no gradient.
     """
     total = mask.sum().clamp(min=1) if total is None else total
-    log_ratio = torch.where(mask, logp - old_logp, 0.0)
-    ratio = log_ratio.exp()
+    ratio = ratios(logp, old_logp, mask)
     plain, clipped = -adv * ratio, -adv * ratio.clamp(1 - clip, 1 + clip)
     loss = masked_sum(torch.maximum(plain, clipped), mask) / total
     with torch.no_grad():
         metrics = {"loss": loss.detach(), "ratio": masked_sum(ratio, mask) / total,
-                   "approx_kl": masked_sum(0.5 * log_ratio ** 2, mask) / total,
+                   "approx_kl": masked_sum(kl_k2(logp, old_logp), mask) / total,
                    "clipfrac": masked_sum((clipped > plain).float(), mask) / total}
     return loss, metrics
 

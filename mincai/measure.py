@@ -22,7 +22,7 @@ from mincai.table import rate
 from mincai.tokenizer import load_tokenizer
 
 STAGES = ("base", "sft", "ppo")
-BEFORE = {"pm": {"likelihood": 0.0}, "ppo": {"freeze": 0}}  # what runs did that are older than these settings
+BEFORE = {"ppo": {"freeze": 0}}  # what runs did that are older than these settings
 
 
 @dataclass

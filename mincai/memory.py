@@ -21,7 +21,7 @@ from mincai.model import GPTConfig
 
 TURNS = {"while sampling": ("KV cache", "KV cache, read on", "reading prompts", "drawing tokens"),
          "before learning": ("log-probs",),
-         "while learning": ("activations", "logits", "likelihoods"),
+         "while learning": ("activations", "logits"),
          "in the step": ("optimiser's scratch",)}
 FLOAT32 = 4
 # How many (rows, T, V) tensors in float32 are there at the worst moment
@@ -60,7 +60,7 @@ def _network(name, numbers, learns):
 
 
 def plan(stage: str, config: GPTConfig, *, batch: int, length: int, micro_batch=None, answer=None, dtype_bytes=4,
-         cache_bytes=4, logits=True, likelihood=False, models=1, reads_on=False) -> dict[str, int]:
+         cache_bytes=4, logits=True, models=1, reads_on=False) -> dict[str, int]:
     """What a stage puts into memory: {what: bytes}; `needed` says how much of it at once.
 
     stage: "sample" (answers, critiques, labels), "sft", "pm" or "ppo". batch: rows sampled at once (sample, ppo).
@@ -68,16 +68,15 @@ def plan(stage: str, config: GPTConfig, *, batch: int, length: int, micro_batch=
     the longest row, prompt and answer. answer: how many of them are the answer's at most (--max-new; length if None):
     only they meet the vocabulary in "ppo". dtype_bytes: 4, or 2 for bfloat16 by autocast, where weights, gradients and
     moments stay in float32 and 16-bit copies of the weights are added. cache_bytes: of a number in the KV cache.
-    logits=False: a loss that makes no tensor of (rows, T, V). likelihood: the preference model's score has the answer's
-    log-probability in it, and all its tokens meet the vocabulary; so do the critic's. models: of "sample", that are
-    there at once. reads_on: it goes on from the cache of what it has sampled, in a second one (`then` of generate).
+    logits=False: a loss that makes no tensor of (rows, T, V). models: of "sample", that are there at once. reads_on: it
+    goes on from the cache of what it has sampled, in a second one (`then` of generate).
 
     Too high rather than too low: all rows are as long as the longest, and frozen blocks are counted as if they learn.
     """
     assert stage in ("sample", "sft", "pm", "ppo"), stage
     assert min(batch, length, micro_batch or 1) > 0, (batch, length, micro_batch)
     C, V, L = config.n_embd, config.vocab_size, config.n_layer
-    gpt, scalar = parameters(config), parameters(config) + C + 1 + likelihood  # weight and bias
+    gpt, scalar = parameters(config), parameters(config) + C + 1  # weight and bias
     answer = length if answer is None else min(answer, length)
     rows = min(micro_batch or batch, batch) * (2 if stage == "pm" else 1)
     networks = {"sample": [("model", models * gpt, False)], "sft": [("model", gpt, True)],
@@ -88,8 +87,10 @@ def plan(stage: str, config: GPTConfig, *, batch: int, length: int, micro_batch=
     for network in networks:
         lines |= _network(*network)
     if dtype_bytes < FLOAT32:  # autocast keeps copies of weights that may learn; it makes those of frozen ones anew
+        embeddings = (V * (2 - config.tied) + config.block_size) * C  # looked up, and multiplied in float32
         lines["16-bit copies of weights"] = dtype_bytes * sum(
-            numbers for _, numbers, learns in networks if learns or stage == "sample")
+            numbers - (models if stage == "sample" else 1) * embeddings
+            for _, numbers, learns in networks if learns or stage == "sample")
     if stage in ("sample", "ppo"):
         lines["KV cache"] = 2 * L * batch * length * C * cache_bytes
         if reads_on:
@@ -105,8 +106,6 @@ def plan(stage: str, config: GPTConfig, *, batch: int, length: int, micro_batch=
         lines["activations"] = rows * length * ((L + 1) * block + 2 * C * FLOAT32)
         if logits and stage != "pm":
             lines["logits"] = LEARNING * rows * (answer if stage == "ppo" else length) * V * FLOAT32
-        if likelihood:
-            lines["likelihoods"] = LEARNING * rows * length * V * FLOAT32
         lines["optimiser's scratch"] = FLOAT32 * max(numbers for _, numbers, learns in networks if learns)
     return lines
 

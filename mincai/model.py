@@ -149,31 +149,34 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def unembed(self, hidden):
-        """Hidden states (..., C) to logits (..., V) by the token embedding, or the second matrix of an untied model."""
-        return hidden @ (self.lm_head or self.wte).weight.T
+        """Hidden states (..., C) to logits (..., V), by the token embedding, or by the second matrix
+        of an untied model.
+
+        In float32 whatever the trunk computes in: GPT-2's logits lie between -130 and -35, where
+        neighbours in bfloat16 are a quarter to one apart, and a log-prob is a difference of them.
+        """
+        with torch.autocast(hidden.device.type, enabled=False):
+            return hidden.float() @ (self.lm_head or self.wte).weight.float().T
 
 
 class ScalarModel(nn.Module):
-    """A transformer with one number per token: preference model (read at the last token), PPO's critic.
+    """A transformer with one number at every token: a linear read-out of its last hidden state there.
 
-    Every token has a value, and the number at a token is the mean of the values that it may look at.
-    What is wrong with an answer shows where it is said; a small network has no layer left to carry it from there to
-    the last token.
-
-    `likelihood`, if it is not None, is a learned weight; times the log-probability that the same transformer gives
-    to the answer so far, in nats, it is added to that mean. So the loss of pairs also reaches what the language
-    model has in its logits and a head on its hidden states would have to learn anew: which recipe is right, which
-    claim is true. Rafailov et al. 2023 (arXiv 2305.18290) make a reward of such a log-probability alone.
+    The preference model is read at an answer's last token (Stiennon et al. 2020, arXiv 2009.01325,
+    section 3.4), PPO's critic at every token, as what is expected before the next one is known
+    (Ziegler et al. 2019, arXiv 1909.08593, section 2.1). A critic that starts as a copy of a
+    preference model starts with its head as well.
 
     `gain` and `shift` are buffers, set once after training so that the scores of the SFT model's own
     answers have mean 0 and standard deviation 1, and then frozen (Ziegler et al. 2019, section 2.1).
+    A copy keeps them: the critic's values, too, are in deviations of that score.
     """
-    def __init__(self, gpt: GPT, likelihood: float | None = None):
+
+    def __init__(self, gpt: GPT):
         super().__init__()
         self.gpt = gpt
-        self.likelihood = None if likelihood is None else nn.Parameter(torch.tensor(float(likelihood)))
-        if likelihood is None and gpt.lm_head is not None:
-            gpt.lm_head.requires_grad_(False)  # nothing reads it then; several processes would wait for its gradient
+        if gpt.lm_head is not None:
+            gpt.lm_head.requires_grad_(False)  # nothing reads it; several processes would wait for its gradient
         self.score = nn.Linear(gpt.config.n_embd, 1)
         # Stiennon et al. 2020, their code
         nn.init.normal_(self.score.weight, std=(gpt.config.n_embd + 1) ** -0.5)
@@ -181,26 +184,12 @@ class ScalarModel(nn.Module):
         self.register_buffer("gain", torch.ones(()))
         self.register_buffer("shift", torch.zeros(()))
 
-    def forward(self, ids, positions=None, mask=None, start=None):
-        """(B, T) token ids to (B, T) scores. start: the column of the answer's first token, an int or (B,) long; only
-        a model with a weight for the likelihood looks at it, and needs it. Left padding needs the mask.
-        """
+    def forward(self, ids, positions=None, mask=None):
+        """Token ids (B, T) to numbers (B, T), float32; positions and mask as in GPT.forward."""
         hidden = self.gpt(ids, positions, mask)
-        values = self.score(hidden).squeeze(-1).float()  # (B, T)
-        if mask is None:  # causal
-            mean = values.cumsum(1) / torch.arange(1, ids.shape[1] + 1, device=ids.device)
-        else:
-            seen = mask.to(values.dtype)  # (B, T, T)
-            with torch.autocast(ids.device.type, enabled=False):  # a product, but of numbers that become scores
-                mean = (seen @ values[..., None]).squeeze(-1) / seen.sum(-1)
-        if self.likelihood is not None:
-            assert start is not None, "this model reads the answer's likelihood: say where the answer starts"
-            logits = self.gpt.unembed(hidden[:, :-1]).float()  # (B, T-1, V): token t is predicted at t - 1
-            logp = -F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
-            columns = torch.arange(1, ids.shape[1], device=ids.device)
-            said = columns >= torch.as_tensor(start, device=ids.device).view(-1, 1)  # of the prompt nothing counts
-            mean = mean + self.likelihood * F.pad(torch.where(said, logp, 0.0).cumsum(1), (1, 0))
-        return mean * self.gain + self.shift  # (B, T)
+        with torch.autocast(hidden.device.type, enabled=False):  # rewards and values are differences too
+            values = self.score(hidden.float()).squeeze(-1)
+        return values * self.gain + self.shift
 
 
 def freeze(gpt: GPT, blocks: int) -> None:

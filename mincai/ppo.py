@@ -21,15 +21,19 @@ computed in, because sums of other slices round differently: so the first miniba
 Rows are drawn at random anyway. Later epochs shuffle.
 """
 
+import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from mincai import distributed, losses
+from mincai import UserError, distributed, losses
 from mincai.losses import masked_mean
 from mincai.model import attention_mask, positions_of
 from mincai.sample import generate, left_pad
+
+MOST_BEYOND = 0.01  # of a minibatch's tokens; one in a hundred is no rare event, and nothing useful is learnt
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ def response_logits(model, ids, valid, start):
 def response_values(critic, ids, valid, start):
     """The critic's values (B, R) before each response token."""
     seen = valid[:, :-1]
-    return critic(ids[:, :-1], positions_of(seen), attention_mask(seen), start)[:, start - 1:]
+    return critic(ids[:, :-1], positions_of(seen), attention_mask(seen))[:, start - 1:]
 
 
 @torch.no_grad()
@@ -83,7 +87,7 @@ def rollout(policy, ref, critic, prompts, *, max_new, stop, micro_batch, generat
         logits, ref_logits = response_logits(policy, *mb), response_logits(ref, *mb)
         actions = mb[0][:, start:]
         parts.append((losses.gather_logp(logits, actions), losses.gather_logp(ref_logits, actions),
-                      response_values(critic, *mb).float(), losses.entropy(logits),
+                      response_values(critic, *mb), losses.entropy(logits),
                       losses.exact_kl(logits, ref_logits)))
     logp, ref_logp, values, entropy, kl = (torch.cat(part) for part in zip(*parts))  # (B, R) each
     gap = torch.where(mask, sampled_logp - logp, 0.0).abs().max()
@@ -97,7 +101,7 @@ def preference_score(pm, micro_batch):
     @torch.no_grad()
     def score_fn(ids, valid, start):
         last = valid.shape[1] - 1 - valid.flip(1).long().argmax(1)  # (B,) column of the last True
-        scores = [pm(mb_ids, positions_of(mb_valid), attention_mask(mb_valid), start)
+        scores = [pm(mb_ids, positions_of(mb_valid), attention_mask(mb_valid))
                   for mb_ids, mb_valid in zip(ids.split(micro_batch), valid.split(micro_batch))]
         return torch.cat(scores).gather(1, last[:, None]).squeeze(1)
     return score_fn
@@ -126,13 +130,20 @@ def advantages(batch: Rollout, scores, *, beta, gamma, lam):
 
 def update(policy, critic, policy_optimizer, critic_optimizer, batch: Rollout, adv, returns, *, epochs,
            minibatches, micro_batch, clip, value_clip, max_norm, generator, approx_kl_stop=0.0,
-           train_policy=True) -> dict:
+           train_policy=True, precision=nullcontext) -> dict:
     """Several epochs of clipped steps on one rollout, the two networks apart; returns metrics (floats).
 
     A minibatch is one optimiser step; it is cut into micro-batches whose losses are divided by the
     minibatch's count of real tokens, so they add up to it exactly. approx_kl_stop > 0: leave the
     rollout when old and new policy differ by more than 1.5 times that, in k2. train_policy=False trains
-    the critic only. Of several processes each does its own rows of every minibatch, and the gradients add up.
+    the critic only. precision: makes the context that forward passes run in. It is entered anew for
+    every one, because autocast keeps its 16-bit copies of the weights until its context ends, and an
+    optimiser step does not renew them. Of several processes each does its own rows of every minibatch,
+    and the gradients add up.
+
+    ratios_beyond counts the tokens, of all minibatches, whose log-ratio is outside +-losses.LIMIT.
+    UserError, and no step, where they are more than MOST_BEYOND of a minibatch, or where a loss or a
+    gradient is no finite number.
     """
     B, rank, world = len(batch.ids), distributed.rank(), distributed.world()
     assert B % minibatches == 0, (B, minibatches)
@@ -145,49 +156,70 @@ def update(policy, critic, policy_optimizer, critic_optimizer, batch: Rollout, a
             total = batch.mask[rows].sum()
             slices = rows[rank::world].split(micro_batch)
             parts = [_accumulate(policy, critic, batch, adv, returns, mb_rows, total, clip, value_clip,
-                                 train_policy, last=k == len(slices) - 1) for k, mb_rows in enumerate(slices)]
+                                 train_policy, k == len(slices) - 1, precision)
+                     for k, mb_rows in enumerate(slices)]
             parts = distributed.merge(parts)
             step = {k: (max if k.endswith("max") or k.endswith("error") else sum)(part[k] for part in parts)
                     for k in parts[0]}
             steps.append(step)
+            place = f"minibatch {len(steps)} of {epochs * minibatches}"
+            if step["ratios_beyond"] > MOST_BEYOND * total:
+                raise UserError(
+                    f"{place}: {step['ratios_beyond']} of its {int(total)} tokens are more than "
+                    f"e^{losses.LIMIT:g} times likelier, or less likely, than when they were sampled: the "
+                    f"policy has run away; lower --lr or --epochs, or raise --beta")
+            for name, flags in (("pg_loss", "--lr"), ("vf_loss", "--critic-lr")):
+                _check_finite(step[name], f"{place}: {name}", flags)
             if approx_kl_stop > 0 and step["approxkl"] > 1.5 * approx_kl_stop:
                 stopped = 1.0
                 break
             norms = {"critic_grad_norm": float(torch.nn.utils.clip_grad_norm_(critic.parameters(), max_norm))}
-            critic_optimizer.step()
+            _check_finite(norms["critic_grad_norm"], f"{place}: critic_grad_norm", "--critic-lr")
             if train_policy:
                 norms["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm))
+                _check_finite(norms["grad_norm"], f"{place}: grad_norm", "--lr")
                 policy_optimizer.step()
+            critic_optimizer.step()
         if stopped:
             break
     policy_optimizer.zero_grad(set_to_none=True)
     critic_optimizer.zero_grad(set_to_none=True)
     first = steps[0]
-    metrics = {k: max(s[k] for s in steps) if k == "ratio_max" else sum(s[k] for s in steps) / len(steps)
-               for k in first if k != "ratio_error"}
+    metrics = {k: sum(s[k] for s in steps) / len(steps) for k in first if k != "ratio_error"}
+    metrics |= {"ratio_max": max(s["ratio_max"] for s in steps),
+                "ratios_beyond": sum(s["ratios_beyond"] for s in steps)}
     return {**metrics, **{f"first_{k}": first[k] for k in ("ratio_error", "approxkl", "clipfrac")},
             "grad_norm": 0.0, "critic_grad_norm": 0.0, **norms, "minibatches": len(steps), "stopped": stopped}
 
 
-def _accumulate(policy, critic, batch, adv, returns, rows, total, clip, value_clip, train_policy, last):
+def _check_finite(number, name, flags):
+    """UserError for an infinity or a NaN, before a step carries it into the weights."""
+    if not math.isfinite(number):
+        raise UserError(f"{name} is {number}; look at the scores and lower {flags}")
+
+
+def _accumulate(policy, critic, batch, adv, returns, rows, total, clip, value_clip, train_policy, last, precision):
     """Add one micro-batch's gradients; its share of the minibatch's metrics. rows may be empty: then a row counts for
     nothing, because a process without one still takes part in summing gradients."""
     empty, rows = len(rows) == 0, rows if len(rows) else torch.zeros(1, dtype=torch.long)
     mb_ids, mb_valid, mb_mask = batch.ids[rows], batch.valid[rows], batch.mask[rows] & (not empty)
     with distributed.no_sync(critic, last):
-        mb_values = response_values(critic, mb_ids, mb_valid, batch.start).float()  # (b, R)
+        with precision():
+            mb_values = response_values(critic, mb_ids, mb_valid, batch.start)  # (b, R)
         vf_loss, vf = losses.value_loss(mb_values, batch.values[rows], returns[rows], mb_mask, value_clip, total)
         (vf_loss * distributed.scale()).backward()
     with torch.set_grad_enabled(train_policy), distributed.no_sync(policy, last):
-        logits = response_logits(policy, mb_ids, mb_valid, batch.start)  # (b, R, V)
+        with precision():
+            logits = response_logits(policy, mb_ids, mb_valid, batch.start)  # (b, R, V)
         mb_logp = losses.gather_logp(logits, mb_ids[:, batch.start:])  # (b, R)
         pg_loss, pg = losses.policy_loss(mb_logp, batch.logp[rows], adv[rows], mb_mask, clip, total)
         if train_policy:
             (pg_loss * distributed.scale()).backward()
-    ratio = torch.where(mb_mask, mb_logp.detach() - batch.logp[rows], 0.0).exp()  # 1 outside the mask
+    ratio = losses.ratios(mb_logp.detach(), batch.logp[rows], mb_mask)
     return {"pg_loss": float(pg["loss"]), "vf_loss": float(vf["loss"]), "approxkl": float(pg["approx_kl"]),
             "clipfrac": float(pg["clipfrac"]), "vf_clipfrac": float(vf["clipfrac"]),
             "ratio_mean": float(pg["ratio"]), "ratio_max": float(ratio.max()),
+            "ratios_beyond": int(losses.beyond(mb_logp, batch.logp[rows], mb_mask)),
             "ratio_error": float((ratio - 1).abs().max())}
 
 
@@ -196,7 +228,8 @@ def diagnostics(batch: Rollout, scores, ended, returns, *, beta) -> dict:
 
     kl is the sum over an answer of k1, what the reward is charged; kl_k3 and kl_exact are the same quantity
     estimated with less noise, and summed over the whole vocabulary at each token. All are 0 while policy and
-    reference are the same.
+    reference are the same. kl_beyond counts the tokens whose log-ratio to the reference is outside
+    +-losses.LIMIT, where kl_k3 is held.
     """
     mask = batch.mask
     k1 = torch.where(mask, losses.kl_k1(batch.logp, batch.ref_logp), 0.0).sum(1)  # (B,)
@@ -207,6 +240,7 @@ def diagnostics(batch: Rollout, scores, ended, returns, *, beta) -> dict:
     error = masked_mean((returns - batch.values) ** 2, mask)
     numbers = {"score": scores.mean(), "score_std": scores.std(unbiased=False), "kl": k1.mean(),
                "kl_k3": k3.mean(), "kl_exact": exact.mean(),
+               "kl_beyond": losses.beyond(batch.logp, batch.ref_logp, mask),
                "kl_token": masked_mean(batch.kl, mask), "beta": beta,
                "non_score_reward": -beta * k1.mean(), "total": (scores - beta * k1).mean(),
                "entropy": masked_mean(batch.entropy, mask), "length": mask.sum(1).float().mean(),

@@ -42,7 +42,7 @@ def _gpt2(name: str, memory: str, rows: int, micro: int) -> Preset:
         sft=dict(epochs=2, batch_size=micro, accumulate=max(1, 32 // micro), lr=1e-5, **fast),
         feedback=dict(harmful=0, helpful=600, samples=16, forks=0, base_samples=2, pairs=24,
                       max_new=96, reasons=False, labels="clamped", ensemble=4, **shots),
-        pm=dict(epochs=1, batch_size=32, micro_batch=micro, lr=1e-5, contrast=0.0, freeze=0, likelihood=0.0, **fast),
+        pm=dict(epochs=1, batch_size=32, micro_batch=micro, lr=1e-5, contrast=0.0, freeze=0, **fast),
         ppo=dict(updates=300, batch=256, max_new=96, epochs=2, minibatches=4, micro_batch=micro, lr=1e-6,
                  freeze=0, critic_lr=5e-6, critic_warmup=10, beta=0.05, kl_target=6.0, print_every=10, snapshots=0,
                  **fast),

@@ -64,13 +64,12 @@ def _cache_dtype(model):
 # --- one token ----------------------------------------------------------------------------------------------
 
 def pick(logits, uniform, temperature, top_k):
-    """One token per row: logits (B, V), uniform (B,) in [0, 1) -> ids (B,) long, logp (B,) float32.
+    """One token per row: logits (B, V) float32, uniform (B,) in [0, 1) -> ids (B,) long, logp (B,) float32.
 
     temperature 0 takes the likeliest token, with its log-prob in the plain softmax. Otherwise the log-prob
     is of the distribution sampled, so temperature and top_k count: another would bias PPO's ratio and every
     KL estimate.
     """
-    logits = logits.float()
     if temperature == 0:
         ids = logits.argmax(-1)
         return ids, gather_logp(logits, ids)
@@ -142,7 +141,7 @@ def _read_on(model, cache, rows, valid, then):
     more.k[:, :, :, :S], more.v[:, :, :, :S] = cache.k[:, rows, :, :S], cache.v[:, rows, :, :S]
     more.seen = S
     positions = valid.sum(1, keepdim=True) + torch.arange(K, device=valid.device)
-    return model.unembed(model(then.expand(B, K), positions, mask, more)[:, -1]).float()
+    return model.unembed(model(then.expand(B, K), positions, mask, more)[:, -1])
 
 
 def _decode_eager(model, cache, logits, valid, uniforms, stop, temperature, top_k, progress, then):

@@ -176,10 +176,11 @@ class Graph:
                 for t in tensors(given.get(a.name))]
 
     def replay(self):
-        for func, args, kwargs, out, fresh in self.steps:
-            for was, new, now in zip(out, fresh, tensors(func(*args, **kwargs))):
-                if new:
-                    was.copy_(now)
+        with torch.autocast("cpu", enabled=False):  # what was recorded has its casts in it
+            for func, args, kwargs, out, fresh in self.steps:
+                for was, new, now in zip(out, fresh, tensors(func(*args, **kwargs))):
+                    if new:
+                        was.copy_(now)
 
 
 @contextlib.contextmanager
@@ -193,6 +194,9 @@ def graph(recorded, pool=None, stream=None, capture_error_mode="global"):
         Graph.now = None
         for whole, values in recorded.before.values():
             whole.copy_(values)
+
+
+PRODUCTS = []  # how exact float32 products were asked to be, one entry a time
 
 
 class Stream:
@@ -209,10 +213,17 @@ def pretend(monkeypatch):
         def __init__(self, device_type, *args, **kwargs):
             super().__init__(on_cpu(device_type), *args, **kwargs)
 
+        def __enter__(self):
+            was = enabled("cpu")
+            entered = super().__enter__()
+            self.prev = was  # torch asked for the CPU's, which the pretence calls off
+            return entered
+
     for module, name, value in (
             (torch, "autocast", Autocast), (torch, "Generator", Generator),
             (torch, "is_autocast_enabled", lambda kind: on_gpu(kind) and enabled("cpu")),
             (torch, "get_autocast_dtype", lambda kind: dtype("cpu")),
+            (torch, "set_float32_matmul_precision", PRODUCTS.append),  # the CPU's must stay as they are
             (torch.__future__, "_overwrite_module_params_on_conversion", True),
             *((torch.cuda, name, value) for name, value in dict(
                 is_available=lambda: True, device_count=lambda: 1, current_device=lambda: 0,
@@ -223,5 +234,6 @@ def pretend(monkeypatch):
                 reset_peak_memory_stats=lambda *_: None).items())):
         monkeypatch.setattr(module, name, value)
     Graph.modes.clear()
+    PRODUCTS.clear()
     with Device():
         yield

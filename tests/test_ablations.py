@@ -80,7 +80,7 @@ def result(cfg):
 def test_every_variant_is_made_and_measured_on_the_same_prompts(cfg, opened, result):
     rows = {r["name"]: r for r in result["rows"]}
     assert list(rows) == ["base", "full", "sft", "greedy", "rlhf-careful", "rlhf-base", "revisions-1", "direct", "hard",
-                          "values", "untrained", "share-50", "principles-75", "best-of-2-hot", "best-of-2"]
+                          "untrained", "share-50", "principles-75", "best-of-2-hot", "best-of-2"]
     assert "no row is left" in rows["revisions-1"]["failed"]  # its first round revised nothing
     n = Counter(r["split"] for r in opened.rows)
     for name, row in rows.items():
@@ -108,9 +108,8 @@ def test_one_thing_is_changed_and_nothing_else(opened, result):
 
     own, root = {s: settings(s, "run.json") for s in ("pm", "ppo")}, opened.out / "ablations"
     assert settings(root / "hard", "pm", "run.json") == {**own["pm"], "hard": True}
-    assert settings(root / "values", "pm", "run.json") == {**own["pm"], "likelihood": 0.0}
     assert settings(root / "untrained", "pm", "run.json") == {**own["pm"], "epochs": 0}
-    for name in ("hard", "values", "untrained", "rlhf-careful", "rlhf-base", "share-50"):
+    for name in ("hard", "untrained", "rlhf-careful", "rlhf-base", "share-50"):
         assert settings(root / name, "ppo", "run.json") == own["ppo"]
     assert settings(root / "direct", "revisions.run.json") == {**settings("revisions.run.json"), "direct": True}
     start = json.loads((root / "rlhf-base" / "ppo" / "run.json").read_text())["config"]["sft"]
@@ -161,7 +160,7 @@ def test_the_variants_of_a_whole_run_have_their_settings(opened, monkeypatch):
     for module, name, value in WHOLE:
         monkeypatch.setattr(module, name, value)
     found = {v.name: v for v in ablations.variants(ablations.Work(opened, ablations.recorded(opened, 1.0), [], 1.0))}
-    assert len(found) == 23 and {"share-0", "share-100", "principles-19", "rlhf-hurried", "best-of-16"} <= set(found)
+    assert len(found) == 22 and {"share-0", "share-100", "principles-19", "rlhf-hurried", "best-of-16"} <= set(found)
     assert found["principles-1"].make.args[1] == {"only": "harm-1", "without": ""}
     assert len(found["principles-19"].make.args[1]["only"].split(",")) == 19
     assert found["rlhf-hurried"].make.args[1:] == (human.SETTINGS["hurried"], "sft")

@@ -113,12 +113,13 @@ def test_scores_do_not_depend_on_gain_and_shift(tiny_base, rows):
     pm.shift.fill_(-2.0)
     assert measure.pm_scores(pm, tokenizer, rows, answers, 7) == pytest.approx(before, abs=1e-5)
     assert len(set(before)) > 1
-    reads = ScalarModel(pm.gpt, likelihood=0.5)  # and from the answer's first token on, each row's own
+    pm.gain.fill_(1.0)
+    pm.shift.fill_(0.0)
     ids = [[tokenizer.encode(text) for text in (constitution.dialogue(r["prompt"], r.get("setting")), " " + a)]
            for r, a in zip(rows, answers)]
     with torch.no_grad():
-        alone = [float(reads(torch.tensor([p + a + [tokenizer.eot]]), start=len(p))[0, -1]) for p, a in ids]
-    assert measure.pm_scores(reads, tokenizer, rows, answers, 7) == pytest.approx(alone, abs=1e-4)
+        alone = [float(pm(torch.tensor([p + a + [tokenizer.eot]]))[0, -1]) for p, a in ids]
+    assert before == pytest.approx(alone, abs=1e-4)  # at each row's own last token
 
 
 def test_compliance_is_the_log_prob_of_the_complying_answer(tiny_base, rows):

@@ -239,6 +239,18 @@ def test_policy_loss_clips_only_what_has_gone_too_far():
     assert_close(logp.grad, torch.tensor([[0.0, 1.5, -0.5, 0.0]]) / 4)  # ratio * -adv, or nothing where cut
 
 
+def test_exponents_of_log_ratios_are_held():
+    """exp is inf beyond 88 in float32; one such token would make a loss, or the log, inf."""
+    logp, old = torch.tensor([[100.0, -100.0, 0.5, 30.0]]), torch.zeros(1, 4)
+    mask = torch.tensor([[True, True, True, False]])
+    assert_close(losses.ratios(logp, old, mask), torch.tensor([[5e8, 0.0, math.exp(0.5), 1.0]]), rtol=0.04, atol=1e-8)
+    assert losses.beyond(logp, old, mask) == 2 and losses.beyond(logp * math.nan, old, mask) == 3
+    loss, metrics = losses.policy_loss(logp, old, torch.ones(1, 4), mask, 0.2)
+    assert loss.isfinite() and all(value.isfinite() for value in metrics.values())
+    k3 = losses.kl_k3(torch.tensor([-100.0, -2.0, 100.0]), torch.zeros(3))
+    assert_close(k3, torch.tensor([math.exp(20) - 101, math.exp(2) - 3, 99.0]))
+
+
 def test_value_loss_by_hand():
     """Old value 0, clip 0.2, return 1: a value of 0.5 counts as 0.2; one of -1 is worse than its clip."""
     values, zero, one = torch.tensor([[0.5, -1.0, 0.1]]), torch.zeros(1, 3), torch.ones(1, 3)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from mincai import UserError, checkpoint, losses
+from mincai import UserError, checkpoint
 from mincai.model import GPT, GPTConfig, KVCache, ScalarModel, attention_mask, freeze, positions_of
 from mincai.sample import generate, left_pad
 
@@ -132,49 +132,38 @@ def test_score_does_not_depend_on_padding_and_is_scaled_last(tiny_gpt):
 
 
 @torch.no_grad()
-def test_a_score_is_the_mean_of_the_values_in_sight(tiny_gpt):
+def test_a_score_is_read_out_of_its_tokens_hidden_state(tiny_gpt):
     model = ScalarModel(tiny_gpt)
-    values = model.score(tiny_gpt(IDS)).squeeze(-1)
-    found = model(IDS)
+    model.gain.fill_(2.0)
+    model.shift.fill_(-1.0)
+    hidden = tiny_gpt(IDS)
     for t in range(IDS.shape[1]):
-        assert_close(found[:, t], values[:, :t + 1].mean(1), atol=1e-5, rtol=1e-5)
+        read = hidden[:, t] @ model.score.weight[0] + model.score.bias
+        assert_close(model(IDS)[:, t], 2 * read - 1, atol=1e-5, rtol=1e-5)
 
 
-@torch.no_grad()
-def test_likelihood_is_added_from_the_answers_first_token_on(tiny_gpt):
-    """Against a sum by hand; an int or a start of its own for each row; padding on either side changes nothing."""
+@pytest.mark.parametrize("prompt", [8, 64, 256])
+def test_a_critic_holds_a_planted_value_function_however_long_the_prompt(prompt):
+    """The value at each of 8 answer tokens is that token's own number: a mean over prompt and answer
+    cannot follow it once the prompt is long."""
     torch.manual_seed(0)
-    plain, model = ScalarModel(tiny_gpt), ScalarModel(tiny_gpt, likelihood=0.25)
-    model.score = plain.score
-    logp = torch.log_softmax(tiny_gpt.unembed(tiny_gpt(IDS)), -1)  # (2, T, V)
-    starts, T = (2, 5), IDS.shape[1]
-    found = model(IDS, start=torch.tensor(starts))
-    for row, start in enumerate(starts):
-        said = [float(logp[row, t - 1, IDS[row, t]]) if t >= start else 0.0 for t in range(T)]
-        for t in range(T):
-            assert float(found[row, t] - plain(IDS)[row, t]) == pytest.approx(0.25 * sum(said[:t + 1]), abs=1e-4)
-        assert_close(model(IDS[row:row + 1], start=start)[0], found[row], atol=1e-5, rtol=1e-5)
-    ids, valid = left_pad([IDS[0].tolist(), [1] * (T + 3)])
-    padded = model(ids, positions_of(valid), attention_mask(valid), start=starts[0] + 3)
-    assert_close(padded[0, 3:], found[0], atol=1e-4, rtol=1e-4)
-    ids = torch.cat([IDS, torch.zeros(2, 3, dtype=torch.long)], 1)
-    assert_close(model(ids, start=torch.tensor(starts))[:, :T], found, atol=1e-5, rtol=1e-5)
-    assert_close(plain(IDS, start=3), plain(IDS), atol=0, rtol=0)  # without the weight nobody looks at it
-    with pytest.raises(AssertionError, match="where the answer starts"):
-        model(IDS)
+    T, V = prompt + 8, 12
+    critic = ScalarModel(GPT(GPTConfig(vocab_size=V, block_size=T, n_layer=1, n_head=2, n_embd=32)))
+    planted = torch.randn(V)
+    optimizer = torch.optim.Adam(critic.parameters(), lr=0.01)
 
-
-def test_the_loss_of_pairs_reaches_the_logits(tiny_gpt):
-    """With no value at all, raising one answer over another raises its likelihood."""
-    model = ScalarModel(tiny_gpt, likelihood=1.0)
-    model.score.weight.data.zero_()
-    before = model(IDS, start=4)[:, -1].detach()
-    losses.preference_loss(*model(IDS, start=4)[:, -1:], torch.ones(1))[0].backward()
+    def missed():
+        """(squared error, what it is of, both a token) on new rows."""
+        ids = torch.randint(V, (16, T))
+        target = planted[ids[:, prompt:]]
+        return (critic(ids)[:, prompt:] - target).square().mean(), target.var(unbiased=False)
+    for _ in range(100):
+        optimizer.zero_grad()
+        missed()[0].backward()
+        optimizer.step()
     with torch.no_grad():
-        for p in tiny_gpt.parameters():
-            p -= 0.01 * p.grad
-    after = model(IDS, start=4)[:, -1].detach()
-    assert after[0] - after[1] > before[0] - before[1] and model.likelihood.grad is not None
+        error, variance = missed()
+    assert 1 - error / variance > 0.99
 
 
 def test_freeze_keeps_blocks_and_embeddings(tiny_gpt):
@@ -190,14 +179,32 @@ def test_freeze_keeps_blocks_and_embeddings(tiny_gpt):
 
 
 @torch.no_grad()
-def test_the_mean_is_not_rounded_to_16_bits(tiny_gpt):
+def test_scores_are_not_rounded_to_16_bits(tiny_gpt):
     model = ScalarModel(tiny_gpt)
     model.score.weight.zero_()
-    model.score.bias.fill_(1 + 2 ** -7)  # bfloat16 holds it, but not three times it
-    valid = torch.ones_like(IDS, dtype=torch.bool)
+    model.score.bias.fill_(1 + 2 ** -12)  # which bfloat16 does not hold
     with torch.autocast("cpu", torch.bfloat16):
-        found = model(IDS, positions_of(valid), attention_mask(valid))
-    assert_close(found, torch.full_like(found, 1 + 2 ** -7), atol=1e-6, rtol=0)
+        found = model(IDS)
+    assert_close(found, torch.full_like(found, 1 + 2 ** -12), atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+def test_logits_far_from_zero_keep_their_log_probs_in_bfloat16(tiny_gpt):
+    """All logits of a token moved by one number, to where GPT-2's lie: no log-prob changes, but 16-bit
+    logits would be half a unit apart there."""
+    tiny_gpt.ln_f.weight[0], tiny_gpt.ln_f.bias[0] = 0.0, -11.0  # the hidden states' first number is -11
+    tiny_gpt.wte.weight[:, 0] = 10.0
+    ids = torch.randint(64, (8, 40), generator=torch.Generator().manual_seed(0))
+    exact = tiny_gpt.unembed(tiny_gpt(ids))
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = tiny_gpt(ids)
+        logits = tiny_gpt.unembed(hidden)
+        low = hidden @ tiny_gpt.wte.weight.T
+    assert -112 < exact.mean() < -108 and logits.dtype == torch.float32 and low.dtype == torch.bfloat16
+
+    def error(found):
+        return float((found.float().log_softmax(-1) - exact.log_softmax(-1)).abs().mean())
+    assert error(logits) < 0.02 < 0.1 < error(low)
 
 
 def test_fresh_residual_layers_start_smaller(tiny_config):

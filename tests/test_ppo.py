@@ -1,11 +1,12 @@
 """PPO's four functions, on models so small that every answer can be listed."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
 
-from mincai import losses, ppo
+from mincai import UserError, losses, ppo
 from mincai.model import GPT, GPTConfig, ScalarModel, attention_mask, positions_of
 
 STOP = 4  # of a vocabulary of five
@@ -221,34 +222,90 @@ def test_preference_score_reads_the_last_real_token():
     """Left-padded prompts and right-padded answers in one row: compared with each row alone, unpadded; the critic too."""
     nets = networks()
     batch = collect(nets, ragged(), max_new=8)
-    for pm in (nets[2], ScalarModel(nets[2].gpt, likelihood=0.7)):
-        got = ppo.preference_score(pm, 7)(batch.ids, batch.valid, batch.start)
-        with torch.no_grad():
-            alone = torch.stack([pm(row[keep][None], start=int(keep[:batch.start].sum()))[0, -1]
-                                 for row, keep in zip(batch.ids, batch.valid)])
-        torch.testing.assert_close(got, alone)
-        scores, _ = ppo.score(batch, ppo.preference_score(pm, 7), stop={STOP}, missing_eos_penalty=0.0)
-        torch.testing.assert_close(scores, alone)
-        values = ppo.response_values(pm, batch.ids, batch.valid, batch.start)
-        for i, (row, keep) in enumerate(zip(batch.ids, batch.valid)):
-            first = int(keep[:batch.start].sum())
-            with torch.no_grad():
-                whole = pm(row[keep][None], start=first)[0, first - 1:-1]  # before each token of the answer
-            torch.testing.assert_close(values[i][batch.mask[i]], whole)
+    pm = nets[2]
+    with torch.no_grad():
+        alone = [pm(row[keep][None])[0] for row, keep in zip(batch.ids, batch.valid)]
+    last = torch.stack([scores[-1] for scores in alone])
+    torch.testing.assert_close(ppo.preference_score(pm, 7)(batch.ids, batch.valid, batch.start), last)
+    scores, _ = ppo.score(batch, ppo.preference_score(pm, 7), stop={STOP}, missing_eos_penalty=0.0)
+    torch.testing.assert_close(scores, last)
+    values = ppo.response_values(pm, batch.ids, batch.valid, batch.start)
+    for i, keep in enumerate(batch.valid):
+        first = int(keep[:batch.start].sum())
+        torch.testing.assert_close(values[i][batch.mask[i]], alone[i][first - 1:-1])  # before each token
 
 
-def test_a_critic_that_reads_likelihoods_knows_only_what_was_said_before():
+def test_the_critic_knows_only_what_was_said_before():
     """The value beside an act must not move with the act itself, or the baseline would bias the gradient."""
     nets = networks()
-    critic = ScalarModel(nets[2].gpt, likelihood=0.7)
     batch = collect(nets, ragged(), max_new=8)
     with torch.no_grad():
-        before = ppo.response_values(critic, batch.ids, batch.valid, batch.start)
+        before = ppo.response_values(nets[2], batch.ids, batch.valid, batch.start)
         other = batch.ids.clone()
         other[:, batch.start + 3] = (other[:, batch.start + 3] + 1) % CONFIG.vocab_size
-        after = ppo.response_values(critic, other, batch.valid, batch.start)
+        after = ppo.response_values(nets[2], other, batch.valid, batch.start)
     torch.testing.assert_close(after[:, :4], before[:, :4], atol=0, rtol=0)
     assert (after[:, 4:] - before[:, 4:]).abs().max() > 0.01
+
+
+def learn(nets, batch, returns=None, adv=None, lr=0.003, **settings):
+    """One call of `update` on this rollout, with random scores where no others are given."""
+    found = ppo.advantages(batch, torch.randn(len(batch.ids), generator=torch.Generator().manual_seed(0)),
+                           beta=0.1, gamma=1.0, lam=0.95)
+    adv, returns = (mine if given is None else given for mine, given in zip(found, (adv, returns)))
+    return ppo.update(nets[0], nets[2], *optimizers(nets[0], nets[2], lr, lr), batch, adv, returns,
+                      generator=torch.Generator().manual_seed(0), **UPDATE | settings)
+
+
+def shifted(batch, rows, by):
+    """The rollout with old log-probs that are off by so many nats in these many rows."""
+    return dataclasses.replace(batch, logp=batch.logp + by * (torch.arange(len(batch.ids)) < rows)[:, None])
+
+
+def test_a_policy_that_has_run_away_is_told_and_takes_no_step():
+    nets = networks()
+    before = {k: v.clone() for net in nets for k, v in net.state_dict().items()}
+    batch = collect(nets, ragged(), max_new=6)
+    for by in (-100.0, 100.0, float("nan")):  # exp(100) is inf in float32
+        with pytest.raises(UserError, match="minibatch 1 of 2: .* of its .* run away; lower --lr"):
+            learn(nets, shifted(batch, 24, by))
+    after = {k: v for net in nets for k, v in net.state_dict().items()}
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_a_rare_runaway_is_counted_and_stays_finite():
+    nets = networks()
+    batch = collect(nets, ragged(240), max_new=8, micro_batch=240)
+    row = int((batch.mask.sum(1) == 1).nonzero()[0])  # an answer of one token
+    logp = batch.logp.clone()
+    logp[row, 0] -= 200
+    metrics = learn(nets, dataclasses.replace(batch, logp=logp), micro_batch=240)
+    assert metrics["ratios_beyond"] == 2  # once in each of two minibatches
+    assert all(math.isfinite(number) for number in metrics.values())
+    assert metrics["ratio_max"] == pytest.approx(math.exp(losses.LIMIT), rel=1e-4)
+    off = dataclasses.replace(batch, ref_logp=logp)
+    found = ppo.diagnostics(off, torch.zeros(240), torch.ones(240), torch.zeros_like(logp), beta=0.1)
+    assert found["kl_beyond"] == 1 and all(math.isfinite(number) for number in found.values())
+    assert learn(nets, batch, micro_batch=240)["ratios_beyond"] == 0
+
+
+@pytest.mark.parametrize("name, told", [("adv", "pg_loss is nan.*lower --lr"),
+                                        ("returns", "vf_loss is nan.*lower --critic-lr")])
+def test_a_loss_that_is_no_number_is_told(name, told):
+    nets = networks()
+    batch = collect(nets, ragged(), max_new=6)
+    with pytest.raises(UserError, match="minibatch 1 of 2: " + told):
+        learn(nets, batch, **{name: torch.full_like(batch.logp, float("nan"))})
+
+
+@pytest.mark.parametrize("net, told", [(0, " grad_norm is nan.*--lr"), (2, "critic_grad_norm is nan.*--critic-lr")])
+def test_a_gradient_that_is_no_number_is_told(net, told):
+    """Clipping by an infinite norm would write NaN into every weight."""
+    nets = networks()
+    batch = collect(nets, ragged(), max_new=6)
+    next(nets[net].parameters()).register_hook(lambda grad: grad * float("nan"))
+    with pytest.raises(UserError, match="minibatch 1 of 2:.*" + told):
+        learn(nets, batch)
 
 
 def test_raises_a_planted_token_and_beta_holds_it_back():

@@ -85,10 +85,9 @@ def test_a_preset_needs_no_more_memory_than_it_says(name):
     sft, pm, ppo = stages["fine-tune on revisions"], stages["preference model"], stages["PPO"]
     assert memory.needed(memory.plan("sft", shape, batch=sft.batch_size, length=longest, dtype_bytes=2)) < said
     assert memory.needed(memory.plan("pm", shape, batch=pm.batch_size, micro_batch=pm.micro_batch or None, length=longest,
-                                     dtype_bytes=2, likelihood=bool(pm.likelihood))) < said
+                                     dtype_bytes=2)) < said
     assert memory.needed(memory.plan("ppo", shape, batch=ppo.batch, micro_batch=ppo.micro_batch, length=longest,
-                                     answer=ppo.max_new, dtype_bytes=2, cache_bytes=2,
-                                     likelihood=bool(pm.likelihood))) < said
+                                     answer=ppo.max_new, dtype_bytes=2, cache_bytes=2)) < said
 
 
 def test_scale_makes_every_count_smaller_but_none_zero():

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from pretend_gpu import Graph, PretendTensor, graph, pretend
+from pretend_gpu import PRODUCTS, Graph, PretendTensor, graph, pretend
 from test_pipeline import LESS, make_it_end
 from torch.testing import assert_close
 
@@ -116,6 +116,16 @@ def test_in_bfloat16_replays_do_what_steps_do(tiny_gpt, seeded, monkeypatch):
     with pretend(monkeypatch), precision("cuda", "bfloat16"):
         gpu = sample.generate(tiny_gpt.cuda(), PROMPTS, 20, {1}, generator=seeded(5), n=2)
         assert gpu.lists() == cpu.lists() and torch.equal(gpu.logp.cpu(), cpu.logp)
+
+
+def test_float32_products_beside_bfloat16_may_be_fast(monkeypatch):
+    precision("cpu", "bfloat16")
+    assert torch.get_float32_matmul_precision() == "highest"  # a CPU's would be rounded to 16 bits
+    with pretend(monkeypatch):
+        for dtype in ("bfloat16", "float32"):
+            precision("cuda", dtype)
+        precision("cuda:0", "bfloat16")
+        assert PRODUCTS == ["high", "highest", "high"]
 
 
 # --- all of it ------------------------------------------------------------------------------------------------

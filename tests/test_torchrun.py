@@ -31,7 +31,7 @@ def prepare(folder):
     ranks = b"".join(base64.b64encode(bytes([b])) + b" %d\n" % b for b in range(256))
     config = GPTConfig(vocab_size=257, block_size=256, n_layer=2, n_head=2, n_embd=32)
     checkpoint.save(GPT(config), folder / "base", extra={"tokenizer.tiktoken": ranks})
-    checkpoint.save(ScalarModel(GPT(config), likelihood=0.1), folder / "pm", extra={"tokenizer.tiktoken": ranks})
+    checkpoint.save(ScalarModel(GPT(config)), folder / "pm", extra={"tokenizer.tiktoken": ranks})
     data.write_jsonl(folder / "revisions.jsonl", [
         {"prompt": f"q{i} ?", "revision": "no " * (1 + i % 4)} for i in range(7)])
     data.write_jsonl(folder / "comparisons.jsonl", [
