@@ -154,7 +154,7 @@ def main(cfg: Config) -> dict:
     print(f"bench: {memory.parameters(config):,} parameters, {cfg.dtype}, {data.stamp(cfg)['device']}, {threads} "
           f"threads, torch {torch.__version__}")
     for name, number in found.items():
-        shown = f"{number:12,.3f}" if "GB" in name or "log" in name else f"{number:12,.0f} tokens/s"
+        shown = f"{number:12,.3f}" if "GB" in name or "log-probs" in name else f"{number:12,.0f} tokens/s"
         print(f"  {name:42} {shown}")
     if cfg.out:
         data.write_json(cfg.out, data.stamp(cfg, found=found))

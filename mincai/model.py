@@ -188,7 +188,7 @@ class ScalarModel(nn.Module):
         """Token ids (B, T) to numbers (B, T), float32; positions and mask as in GPT.forward."""
         hidden = self.gpt(ids, positions, mask)
         with torch.autocast(hidden.device.type, enabled=False):  # rewards and values are differences too
-            values = self.score(hidden.float()).squeeze(-1)
+            values = self.score(hidden.to(self.score.weight.dtype)).squeeze(-1)
         return values * self.gain + self.shift
 
 

@@ -185,7 +185,7 @@ def test_scores_are_not_rounded_to_16_bits(tiny_gpt):
     model.score.bias.fill_(1 + 2 ** -12)  # which bfloat16 does not hold
     with torch.autocast("cpu", torch.bfloat16):
         found = model(IDS)
-    assert_close(found, torch.full_like(found, 1 + 2 ** -12), atol=1e-6, rtol=0)
+    assert_close(found, torch.full(IDS.shape, 1 + 2 ** -12), atol=1e-6, rtol=0)
 
 
 @torch.no_grad()
