@@ -12,6 +12,16 @@ Prints a line of key numbers and three sampled answers every --print-every updat
 seen. Writes the policy's checkpoint folder with metrics.jsonl (one row an update), samples.jsonl (the printed answers)
 and run.json beside the weights. A healthy run: first_ratio_error 0, ratio_mean 1 +- 0.05, clipfrac below 0.2,
 approxkl below 0.02, explained rising above 0.3, kl rising slowly.
+
+What was gained is measured apart, because two updates answer different prompts: before the first
+update and after the last, the policy answers the same prompts with the same random numbers (`look`).
+The last line and run.json (score_before, score_after) hold these.
+
+The score is what PPO is after, so it cannot tell whether answers get better. A caller who has
+something that can gives it as main(cfg, watch): watch(policy) -> {name: number}, called before the
+first update, every --print-every updates and after the last. The numbers are printed, and stand in
+metrics.jsonl as dev_<name>; those from before the first update in a row of their own, update 0.
+Nothing is learnt from them. One named quality (higher is better) is held against the score.
 """
 
 import json
@@ -26,8 +36,10 @@ from tqdm import tqdm
 from mincai import UserError, checkpoint, cli, data, distributed, formats, memory, model, output, ppo
 from mincai.cli import arg
 from mincai.constitution import dialogue
-from mincai.table import show_samples, warnings
+from mincai.table import nothing_learnt, show_samples, warnings
 from mincai.weights import common_tokenizer, resolve
+
+LOOKED_AT = 128  # answers in a look at the policy, every other one to a harmful prompt
 
 
 @dataclass(frozen=True)
@@ -47,6 +59,7 @@ class Config:
     critic_lr: float = arg(3e-4, "learning rate of the critic, falling likewise")
     freeze: int = arg(2, "blocks of the policy from the bottom, embeddings with them, that stay as they are; 0: none")
     critic_warmup: int = arg(1, "updates at the start in which only the critic learns")
+    warmup: int = arg(1, "updates, a network's first ones, in which its learning rate rises")
     beta: float = arg(0.03, "price of a nat of KL to the fine-tuned model, in deviations of its score")
     kl_target: float = arg(0.0, "KL in nats an answer to steer to by changing beta; 0 leaves beta alone")
     kl_horizon: int = arg(10000, "answers over which beta is steered; longer is gentler")
@@ -124,7 +137,38 @@ def shuffled(rows, generator):
             yield rows[i]
 
 
-def main(cfg: Config) -> dict:
+def learning_rate(cfg, top, u, first):
+    """The rate at update u, counted from 1, of a network that learns from update `first` on.
+
+    It rises in a line over --warmup updates: Adam's first steps are as long as any, but go by a scale
+    of the gradient that is known from a few minibatches only. And it falls in a line to 0 at the end.
+    """
+    rise = min(1.0, max(0, u - first + 1) / (cfg.warmup + 1))
+    return top * rise * (1 - (u - 1) / cfg.updates)
+
+
+def same_prompts(cfg, harmful, benign):
+    """What `look` asks: the same prompts in every run, as many as fill batches of --batch or LOOKED_AT."""
+    turns = [shuffled(some, torch.Generator().manual_seed(0)) for some in (harmful, benign) if some]
+    size = min(cfg.batch, LOOKED_AT)
+    return [next(turns[i % len(turns)]) for i in range(LOOKED_AT // size * size)]
+
+
+def look(cfg, policy, ref, critic, prompts, score_fn, **settings) -> dict:
+    """What the policy answers to these prompts, with the same random numbers in every call: mean and
+    deviation of the score, KL to the reference (nats an answer), and the share that ended by itself."""
+    generator, parts = torch.Generator(ref.device).manual_seed(0), []
+    for i in range(0, len(prompts), cfg.batch):
+        batch = ppo.rollout(policy, ref, critic, prompts[i:i + cfg.batch], max_new=cfg.max_new,
+                            generator=generator, **settings)
+        scores, ended = ppo.score(batch, score_fn, stop=settings["stop"], missing_eos_penalty=0.0)
+        parts.append((scores, torch.where(batch.mask, batch.kl, 0.0).sum(1), ended.float()))
+    scores, kl, ended = (torch.cat(part) for part in zip(*parts))
+    return {"score": float(scores.mean()), "score_std": float(scores.std(unbiased=False)),
+            "kl": float(kl.mean()), "eos": float(ended.mean())}
+
+
+def main(cfg: Config, watch=None) -> dict:
     if data.done(cfg.out, cfg, cfg.again):
         print(f"train_ppo: {cfg.out} is there already, made with these settings (--again to redo)")
         return {"skipped": True}
@@ -167,7 +211,28 @@ def main(cfg: Config) -> dict:
     distributed.barrier()  # all have looked at the place before it changes
     if distributed.is_main():
         work = output.begin(cfg.out, cfg.outputs())  # where snapshots wait until all is made
-    beta, log, shown, negative = cfg.beta, [], [], 0
+    beta, log, shown, same = cfg.beta, [], [], same_prompts(cfg, harmful, benign)
+    precision = partial(cli.precision, device, cfg.dtype)
+
+    def measured():
+        """Where the policy stands: its answers to the same prompts."""
+        with precision():
+            return look(cfg, policy_net, ref, critic_net, same, score_fn, stop=stop, micro_batch=micro_batch)
+
+    def watched():
+        """What the caller's watch says; on one process, which the others wait for."""
+        if watch is None or not distributed.is_main():
+            return {}
+        with torch.no_grad(), precision():
+            return {f"dev_{name}": float(number) for name, number in watch(policy).items()}
+
+    def in_words(row, *names):
+        return "  ".join(f"{name} {row[name]:.3f}" for name in (*names, *(k for k in row if k.startswith("dev_"))))
+
+    before, dev = measured(), watched()
+    if dev:
+        log.append({"update": 0, **dev})
+        say(f"update 0: {in_words(dev)}")
 
     # --- the loop ---
     bar = tqdm(range(1, cfg.updates + 1), desc="ppo", unit="update", disable=distributed.disable_bar())
@@ -175,33 +240,39 @@ def main(cfg: Config) -> dict:
         tick = time.time()
         prompts = [*islice(draw_harmful, cfg.batch - n_benign), *islice(draw_benign, n_benign)]
         prompts = [prompts[i] for i in torch.randperm(cfg.batch, generator=order).tolist()]  # mix minibatches
-        with cli.precision(device, cfg.dtype):
+        with precision():
             batch = ppo.rollout(policy_net, ref, critic_net, prompts, max_new=cfg.max_new, stop=stop,
                                 micro_batch=micro_batch, generator=sampling)
             scores, ended = ppo.score(batch, score_fn, stop=stop, missing_eos_penalty=cfg.missing_eos_penalty)
         adv, returns = ppo.advantages(batch, scores, beta=beta, gamma=cfg.gamma, lam=cfg.lam)
-        left = 1 - (u - 1) / cfg.updates
-        for optimizer, lr in ((policy_optimizer, cfg.lr), (critic_optimizer, cfg.critic_lr)):
+        if u == 1:
+            raw = scores + cfg.missing_eos_penalty * ~ended
+            say(f"update 1: fresh answers score {raw.mean():+.2f}, deviation {raw.std(unbiased=False):.2f}; "
+                f"the preference model was scaled to 0 and 1 on such answers")
+        lr = learning_rate(cfg, cfg.lr, u, first=cfg.critic_warmup + 1)
+        critic_lr = learning_rate(cfg, cfg.critic_lr, u, first=1)
+        for optimizer, rate in ((policy_optimizer, lr), (critic_optimizer, critic_lr)):
             for group in optimizer.param_groups:
-                group["lr"] = lr * left
+                group["lr"] = rate
         try:
             metrics = ppo.update(
                 policy_net, critic_net, policy_optimizer, critic_optimizer, batch, adv, returns,
                 epochs=cfg.epochs, minibatches=cfg.minibatches, micro_batch=micro_batch, clip=cfg.clip,
                 value_clip=cfg.value_clip, max_norm=cfg.max_norm, generator=order,
                 approx_kl_stop=cfg.approx_kl_stop, train_policy=u > cfg.critic_warmup,
-                precision=partial(cli.precision, device, cfg.dtype))
+                precision=precision)
         except UserError as error:
             raise UserError(f"update {u} of {cfg.updates}, {error}") from None
         row = {"update": u, **ppo.diagnostics(batch, scores, ended, returns, beta=beta), **metrics,
-               "lr": cfg.lr * left, "episodes": u * cfg.batch,
+               "lr": lr, "critic_lr": critic_lr, "episodes": u * cfg.batch,
                "episodes_per_s": cfg.batch / (time.time() - tick)}
-        log.append(row)
+        due = u % cfg.print_every == 0 or u == cfg.updates
+        log.append(row | watched() if due else row)
         bar.set_postfix(score=f"{row['score']:+.2f}", kl=f"{row['kl_exact']:.2f}", eos=f"{row['eos']:.2f}")
-        lines, negative = warnings(row, negative, gap=1e-3 if cfg.dtype == "float32" else 0.3)
-        if u % cfg.print_every == 0 or u == cfg.updates:
-            lines.append(f"update {u}: " + "  ".join(f"{name} {row[name]:.3f}" for name in (
-                "score", "kl_exact", "beta", "entropy", "length", "eos", "explained", "clipfrac")))
+        lines = warnings(log, gap=1e-3 if cfg.dtype == "float32" else 0.3)
+        if due:
+            lines.append(f"update {u}: " + in_words(log[-1], "score", "kl_exact", "beta", "entropy", "length", "eos",
+                                                    "explained", "clipfrac"))
             shown += [{"update": u, **row} for row in ppo.examples(batch, scores, beta, tokenizer.decode)]
             lines += show_samples(shown[-3:])
         say("\n".join(lines)) if lines else None
@@ -212,16 +283,22 @@ def main(cfg: Config) -> dict:
             checkpoint.write(policy, work / "snapshots" / f"u{u:03d}", files)
 
     # --- what came of it ---
-    first, last = log[0], log[-1]
-    result = {**last, "score_first": first["score"], "updates": cfg.updates, "seconds": time.time() - start}
+    after = measured()
+    gain = (after["score"] - before["score"]) / max(before["score_std"], 1e-8)
+    result = {**log[-1], "score_before": before["score"], "score_after": after["score"], "score_gain": gain,
+              "kl_after": after["kl"], "eos_before": before["eos"], "eos_after": after["eos"],
+              "updates": cfg.updates, "seconds": time.time() - start}
     if distributed.is_main():
         checkpoint.save(policy, cfg.out, extra={
             **files, "run.json": data.stamp(cfg, metrics=result),
             "metrics.jsonl": "".join(json.dumps(r) + "\n" for r in log),
             "samples.jsonl": "".join(json.dumps(r) + "\n" for r in shown)}, work=work)
-        print(f"train_ppo: wrote {cfg.out} in {result['seconds']:.0f} s: {cfg.updates} updates, score "
-              f"{first['score']:+.3f} -> {last['score']:+.3f}, KL to the fine-tuned model "
-              f"{last['kl_exact']:.2f} nats an answer, {last['eos']:.0%} ended by themselves")
+        print(f"train_ppo: wrote {cfg.out} in {result['seconds']:.0f} s: {cfg.updates} updates; score of "
+              f"fresh samples on the same {len(same)} prompts: {before['score']:+.3f} -> {after['score']:+.3f} "
+              f"({gain:+.2f} deviations), KL to the fine-tuned model {after['kl']:.2f} nats an answer, ended by "
+              f"themselves {before['eos']:.0%} -> {after['eos']:.0%}")
+        for line in nothing_learnt(gain):
+            print(line)
     distributed.barrier()
     return result
 

@@ -201,7 +201,7 @@ def value_loss(values, old_values, returns, mask, clip, total=None):
     """
     total = mask.sum().clamp(min=1) if total is None else total
     values, old_values, returns = (torch.where(mask, x, 0.0) for x in (values, old_values, returns))
-    held = old_values + (values - old_values).clamp(-clip, clip)
+    held = values.clamp(old_values - clip, old_values + clip)  # the value itself, to the bit, where it is near
     plain, clipped = (values - returns) ** 2, (held - returns) ** 2
     loss = 0.5 * masked_sum(torch.maximum(plain, clipped), mask) / total
     with torch.no_grad():

@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import train_ppo
 from mincai import UserError, constitution, english, formats, memory, pretrain, speed, world
 from mincai.checkpoint import read_config
 from mincai.cli import number_bytes
@@ -179,14 +180,17 @@ def pm(cfg, shape, loop, pairs: int, max_new: int) -> Stage:
 
 
 def ppo(cfg, shape, loop) -> Stage:
-    """Policy, reference, critic and preference model read all answers; policy and critic learn."""
+    """Policy, reference, critic and preference model read all answers; policy and critic learn.
+    Two looks at the policy, before and after, have answers of their own."""
     rows, size, (each, longest) = (cfg.updates * cfg.batch, number_bytes(cfg.dtype),
                                    dialogues(shape, loop, cfg.max_new))
+    batch = min(cfg.batch, train_ppo.LOOKED_AT)
+    answers = rows + 2 * (train_ppo.LOOKED_AT // batch * batch)
     kept = 1 + (cfg.updates // cfg.snapshots if cfg.snapshots else 0)
     found = memory.plan("ppo", shape, batch=cfg.batch, answer=cfg.max_new, length=longest,
                         micro_batch=min(cfg.micro_batch, cfg.batch // cfg.minibatches),
                         dtype_bytes=size, cache_bytes=size)
-    return Stage("PPO", rows, rows * (5 * each - cfg.max_new), rows * cfg.max_new,
+    return Stage("PPO", rows, answers * (5 * each - cfg.max_new), answers * cfg.max_new,
                  2 * cfg.epochs * rows * each, cfg.updates * cfg.epochs * cfg.minibatches,
                  memory.needed(found), disk=4 * kept * memory.parameters(shape))
 

@@ -235,6 +235,8 @@ def test_policy_loss_clips_only_what_has_gone_too_far():
     loss, metrics = losses.policy_loss(logp, torch.zeros(1, 4), adv, mask, 0.2)
     assert_close(loss, torch.tensor((-1.2 + 1.5 - 0.5 + 0.8) / 4))
     assert metrics["clipfrac"] == 0.5
+    k2 = (math.log(1.5) ** 2 + math.log(0.5) ** 2) / 4  # each twice; k1 would be -0.14, and often 0
+    assert_close(metrics["approx_kl"], torch.tensor(k2))
     loss.backward()
     assert_close(logp.grad, torch.tensor([[0.0, 1.5, -0.5, 0.0]]) / 4)  # ratio * -adv, or nothing where cut
 

@@ -218,6 +218,18 @@ def test_an_answer_that_is_cut_off_is_fined():
     torch.testing.assert_close(fined, torch.where(stops, 0.5, -1.5))
 
 
+def test_a_stop_token_in_the_padding_ends_nothing():
+    nets = networks()
+    batch = collect(nets, [[0]] * 64, max_new=2)
+    ids = torch.where(batch.valid, batch.ids, STOP)
+    ids = torch.cat([ids, torch.full_like(ids[:, :1], STOP)], 1)  # a column that is padding in every row
+    batch = dataclasses.replace(batch, ids=ids, valid=torch.nn.functional.pad(batch.valid, (0, 1)),
+                                mask=torch.nn.functional.pad(batch.mask, (0, 1)))
+    _, ended = ppo.score(batch, lambda ids, valid, start: torch.zeros(len(ids)), stop={STOP},
+                         missing_eos_penalty=1.0)
+    assert torch.equal(ended, (ids[:, 1:3] == STOP).any(1)) and not ended.all()
+
+
 def test_preference_score_reads_the_last_real_token():
     """Left-padded prompts and right-padded answers in one row: compared with each row alone, unpadded; the critic too."""
     nets = networks()
@@ -255,6 +267,56 @@ def learn(nets, batch, returns=None, adv=None, lr=0.003, **settings):
     adv, returns = (mine if given is None else given for mine, given in zip(found, (adv, returns)))
     return ppo.update(nets[0], nets[2], *optimizers(nets[0], nets[2], lr, lr), batch, adv, returns,
                       generator=torch.Generator().manual_seed(0), **UPDATE | settings)
+
+
+def one_step(max_norm):
+    """How far one step of gradient descent at rate 1 moves policy and critic: two lists of tensors."""
+    nets = networks()
+    batch = collect(nets, ragged(), max_new=6)
+    adv, returns = ppo.advantages(batch, 5 * torch.randn(24, generator=torch.Generator().manual_seed(0)),
+                                  beta=0.1, gamma=1.0, lam=0.95)
+    was = [[p.detach().clone() for p in nets[i].parameters()] for i in (0, 2)]
+    opts = [torch.optim.SGD(nets[i].parameters(), lr=1.0) for i in (0, 2)]
+    metrics = ppo.update(nets[0], nets[2], *opts, batch, adv, returns, generator=None,
+                         **UPDATE | dict(epochs=1, max_norm=max_norm))
+    moved = [[b - a.detach() for a, b in zip(nets[i].parameters(), old)] for i, old in zip((0, 2), was)]
+    return batch, adv, returns, moved, metrics
+
+
+def test_a_step_goes_down_the_gradient_of_the_two_losses():
+    """By its full length, too: Adam would hide a loss that is divided by too much."""
+    batch, adv, returns, moved, _ = one_step(max_norm=1e9)
+    policy, _, critic = networks()
+    logits = ppo.response_logits(policy, batch.ids, batch.valid, batch.start)
+    logp = losses.gather_logp(logits, batch.ids[:, batch.start:])
+    ratio = (logp - batch.logp).exp()  # 1, where nothing is clipped
+    (-(adv * ratio)[batch.mask].mean()).backward()
+    values = ppo.response_values(critic, batch.ids, batch.valid, batch.start)
+    (0.5 * (values - returns)[batch.mask].square().mean()).backward()
+    for net, found in zip((policy, critic), moved):
+        for p, step in zip(net.parameters(), found):
+            torch.testing.assert_close(step, p.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_each_networks_gradient_is_clipped_by_itself():
+    _, _, _, moved, metrics = one_step(max_norm=1e-3)
+    for found, name in zip(moved, ("grad_norm", "critic_grad_norm")):
+        length = float(torch.cat([step.flatten() for step in found]).norm())
+        assert metrics[name] > 0.01 and length == pytest.approx(1e-3, rel=0.01)
+
+
+def test_values_are_held_near_the_old_ones():
+    """A critic that has gone past the clip has no gradient: a small value_clip lets it go less far."""
+    found = {}
+    for value_clip in (0.01, 1e9):
+        nets = networks()
+        batch = collect(nets, ragged(), max_new=6)
+        metrics = learn(nets, batch, lr=0.01, epochs=8, value_clip=value_clip)
+        with torch.no_grad():
+            values = ppo.response_values(nets[2], batch.ids, batch.valid, batch.start)
+        found[value_clip] = float((values - batch.values)[batch.mask].abs().mean()), metrics["vf_clipfrac"]
+    assert found[0.01][0] < 0.7 * found[1e9][0]
+    assert found[0.01][1] > 0.1 and found[1e9][1] == 0.0
 
 
 def shifted(batch, rows, by):

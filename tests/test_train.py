@@ -104,6 +104,24 @@ def test_sft_overfits_one_batch(base, revisions, tmp_path):
     assert tokenizer.decode(ids).endswith("Assistant: no 3 .") and ids[-1] == EOT  # it learned to stop
 
 
+def test_sft_begins_to_learn_with_its_first_step(base, revisions, tmp_path):
+    """The rate rises from the first step on, which is none of nothing; and the loss is a mean over tokens."""
+    out = tmp_path / "sft"
+    train_sft.main(sft(base, revisions, out, epochs=5, batch_size=2, holdout=0.0, lr=0.01, warmup=0.2))
+    rates = [row["lr"] for row in rows_of(out / "metrics.jsonl")]
+    assert len(rates) == 25 and rates[:6] == pytest.approx([0.002, 0.004, 0.006, 0.008, 0.01, 0.01])
+    train_sft.main(sft(base, revisions, tmp_path / "one", batch_size=16, holdout=0.0, lr=0.0))
+    first, = rows_of(tmp_path / "one" / "metrics.jsonl")
+    model, tokenizer, nats = checkpoint.load(base), load_tokenizer(base), []
+    for row in rows_of(revisions):
+        prompt, answer = (tokenizer.encode(t) for t in (dialogue(row["prompt"]), " " + row["revision"]))
+        ids = torch.tensor([[*prompt, *answer, EOT]])
+        with torch.no_grad():
+            logp = model.unembed(model(ids))[0].log_softmax(-1)[:-1].gather(1, ids[0, 1:, None])[:, 0]
+        nats += (-logp[len(prompt) - 1:]).tolist()
+    assert first["loss"] == pytest.approx(sum(nats) / len(nats), rel=1e-4) and first["tokens"] == len(nats)
+
+
 def test_sft_trains_the_answer_and_its_end_only(base):
     """A row's targets are its answer and end-of-text; revision_ids, where given, are taken as they are."""
     tokenizer = load_tokenizer(base)
@@ -202,7 +220,8 @@ def test_ppo_runs_and_writes_what_it_says(base, prompts, tmp_path):
     for row in rows:
         assert row["first_ratio_error"] == row["first_approxkl"] == row["first_clipfrac"] == 0.0
     assert rows[1]["kl_exact"] == 0.0  # the first update was the critic's
-    assert rows[1]["lr"] == pytest.approx(rows[0]["lr"] / 2) and rows[1]["beta"] < rows[0]["beta"]
+    assert rows[0]["beta"] == 0.03  # a KL of 0 is far below 1; a fifth is the most that counts
+    assert rows[1]["beta"] == pytest.approx(0.03 * (1 - 0.2 * 8 / 10_000), abs=1e-9)
     assert len(rows_of(tmp_path / "ppo" / "samples.jsonl")) == 3
     assert weights(tmp_path / "ppo") == weights(tmp_path / "ppo" / "snapshots" / "u002") != weights(base)
     assert not (tmp_path / "ppo.partial").exists()
@@ -242,6 +261,119 @@ def test_ppo_learns_in_bfloat16_from_the_weights_of_the_last_step(base, prompts,
     train_ppo.main(ppo(base, pm, prompts, tmp_path / "ppo", dtype="bfloat16", critic_warmup=0, updates=1,
                        minibatches=2, lr=0.01))
     assert found == [(torch.float32, 0.0)] * 4  # two minibatches, twice
+
+
+def seen_by_update(monkeypatch):
+    """A list that fills with what every call of ppo.update is given, and its networks' weights then."""
+    seen, update = [], train_ppo.ppo.update
+
+    def watched(policy, critic, policy_optimizer, critic_optimizer, *more, **settings):
+        seen.append({"settings": settings, "policy": copy.deepcopy(policy), "critic": copy.deepcopy(critic),
+                     "groups": [dict(o.param_groups[0]) for o in (policy_optimizer, critic_optimizer)]})
+        return update(policy, critic, policy_optimizer, critic_optimizer, *more, **settings)
+    monkeypatch.setattr(train_ppo.ppo, "update", watched)
+    return seen
+
+
+def test_ppo_rates_rise_from_a_networks_first_update_and_fall_to_the_end(base, prompts, tmp_path, monkeypatch):
+    pm, seen = planted_pm(tmp_path / "pm", base), seen_by_update(monkeypatch)
+    train_ppo.main(ppo(base, pm, prompts, tmp_path / "ppo", updates=6, critic_warmup=2, warmup=2, lr=1e-3,
+                       critic_lr=1e-2))
+    policy = [0, 0, 1 / 3 * 4 / 6, 2 / 3 * 3 / 6, 2 / 6, 1 / 6]
+    critic = [1 / 3, 2 / 3 * 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]
+    assert [call["groups"][0]["lr"] for call in seen] == pytest.approx([1e-3 * rate for rate in policy])
+    assert [call["groups"][1]["lr"] for call in seen] == pytest.approx([1e-2 * rate for rate in critic])
+    rows = rows_of(tmp_path / "ppo" / "metrics.jsonl")
+    assert [row["lr"] for row in rows] == [call["groups"][0]["lr"] for call in seen]
+    assert [call["settings"]["train_policy"] for call in seen] == [False] * 2 + [True] * 4
+    assert train_ppo.learning_rate(train_ppo.Config(warmup=0, updates=4), 1.0, u=1, first=1) == 1.0
+
+
+def test_ppo_hands_its_settings_and_the_preference_models_head_on(base, prompts, tmp_path, monkeypatch):
+    pm, seen = planted_pm(tmp_path / "pm", base), seen_by_update(monkeypatch)
+    train_ppo.main(ppo(base, pm, prompts, tmp_path / "ppo", updates=1, value_clip=0.07, clip=0.13, max_norm=0.5,
+                       epochs=3))
+    expected = dict(value_clip=0.07, clip=0.13, max_norm=0.5, epochs=3, minibatches=2, micro_batch=4,
+                    approx_kl_stop=0.0)
+    assert expected.items() <= seen[0]["settings"].items()
+    assert [group["eps"] for group in seen[0]["groups"]] == [1e-5, 1e-5]  # Adam's default is 1e-8
+    scored = checkpoint.load(pm, scalar=True).state_dict()
+    assert all(torch.equal(tensor, scored[name]) for name, tensor in seen[0]["critic"].state_dict().items())
+
+
+def test_ppo_tells_what_was_gained_on_the_same_prompts(base, prompts, tmp_path, capsys):
+    """A policy that does not move gives the same answers before and after; two updates do not."""
+    pm = planted_pm(tmp_path / "pm", base)
+    still = train_ppo.main(ppo(base, pm, prompts, tmp_path / "still", critic_warmup=2, missing_eos_penalty=2.0))
+    told = capsys.readouterr().out
+    rows = rows_of(tmp_path / "still" / "metrics.jsonl")
+    assert still["score_before"] == still["score_after"] and still["score_gain"] == still["kl_after"] == 0.0
+    assert rows[0]["score"] != rows[1]["score"]
+    a = f"{still['score_before']:+.3f}"
+    assert f"score of fresh samples on the same 128 prompts: {a} -> {a} (+0.00 deviations), KL" in told
+    assert "WARNING: the score moved by +0.00 deviations in the whole run: nothing was learnt" in told
+    first = rows[0]["score"] + 2.0 * (1 - rows[0]["eos"])  # the fine is none of the score's own
+    assert f"update 1: fresh answers score {first:+.2f}, deviation " in told and "scaled to 0 and 1" in told
+    moved = train_ppo.main(ppo(base, pm, prompts, tmp_path / "moved", updates=6, critic_warmup=0, lr=0.01,
+                               beta=0.0))
+    assert moved["score_before"] == still["score_before"] and moved["score_after"] != moved["score_before"]
+    assert moved["kl_after"] > 0 and f"{moved['score_gain']:+.2f} deviations" in capsys.readouterr().out
+    kept = json.loads((tmp_path / "moved" / "run.json").read_text())["metrics"]
+    assert (kept["score_before"], kept["score_after"]) == (moved["score_before"], moved["score_after"])
+
+
+def test_a_look_asks_both_kinds_and_fills_its_batches():
+    harmful, benign = [[n] for n in range(200)], [[n] for n in range(200, 205)]
+    cfg = train_ppo.Config(batch=48)
+    same = train_ppo.same_prompts(cfg, harmful, benign)
+    assert len(same) == 96 and sum(prompt[0] < 200 for prompt in same) == 48
+    assert len({prompt[0] for prompt in same}) == 48 + 5 and same == train_ppo.same_prompts(cfg, harmful, benign)
+    alone = train_ppo.same_prompts(train_ppo.Config(batch=500), harmful, [])
+    assert len(alone) == len({prompt[0] for prompt in alone}) == 128
+
+
+def test_a_look_goes_by_the_policy_and_not_by_the_size_of_its_batches(base, prompts, tmp_path):
+    """The planted score counts an answer's tokens; the mean KL is that of the answers, against one by hand."""
+    policy, ref = checkpoint.load(base), checkpoint.load(base)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        policy.ln_f.bias.add_(torch.randn(32))
+    critic, found = ScalarModel(checkpoint.load(base)), []
+    asked = [[65 + i] for i in range(8)]
+    for batch in (8, 4):
+        cfg = train_ppo.Config(batch=batch, max_new=5)
+        found.append(train_ppo.look(cfg, policy, ref, critic, asked,
+                                    lambda ids, valid, start: valid[:, start:].sum(1).float(), stop={EOT, 97},
+                                    micro_batch=4))
+    assert found[0] == pytest.approx(found[1], abs=1e-4)
+    answers = train_ppo.ppo.generate(policy, asked, 5, {EOT, 97}, generator=torch.Generator().manual_seed(0))
+    lengths = answers.mask.sum(1).float()
+    assert found[0]["score"] == pytest.approx(float(lengths.mean()))
+    assert found[0]["score_std"] == pytest.approx(float(lengths.std(unbiased=False)), abs=1e-5)
+    assert found[0]["kl"] > 0.1 and 0 <= found[0]["eos"] <= 1
+
+
+def test_ppo_is_watched_and_learns_nothing_from_it(base, prompts, tmp_path, capsys):
+    pm, seen = planted_pm(tmp_path / "pm", base), []
+
+    def watch(policy):
+        assert not torch.is_grad_enabled()
+        seen.append({k: v.clone() for k, v in policy.state_dict().items()})
+        return {"quality": 1 - 0.3 * len(seen), "help": torch.tensor(0.5)}
+    cfg = ppo(base, pm, prompts, tmp_path / "ppo", updates=5, print_every=2, critic_warmup=0)
+    train_ppo.main(cfg, watch=watch)
+    rows = rows_of(tmp_path / "ppo" / "metrics.jsonl")
+    assert rows[0] == {"update": 0, "dev_quality": pytest.approx(0.7), "dev_help": 0.5}
+    assert [row["update"] for row in rows if "dev_quality" in row] == [0, 2, 4, 5]
+    assert [row["update"] for row in rows] == list(range(6)) and len(seen) == 4
+    for when, weights_then in ((base, seen[0]), (cfg.out, seen[-1])):
+        then = checkpoint.load(when).state_dict()
+        assert all(torch.equal(then[name], weights_then[name]) for name in then)
+    told = capsys.readouterr().out
+    assert "update 0: dev_quality 0.700  dev_help 0.500" in told and "dev_quality 0.400" in told
+    train_ppo.main(ppo(base, pm, prompts, tmp_path / "alone", updates=5, print_every=2, critic_warmup=0))
+    assert weights(tmp_path / "alone") == weights(tmp_path / "ppo")
+    assert [row["update"] for row in rows_of(tmp_path / "alone" / "metrics.jsonl")] == [1, 2, 3, 4, 5]
 
 
 def test_ppo_says_where_it_ran_away(base, prompts, tmp_path):
