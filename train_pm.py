@@ -3,17 +3,16 @@
     python train_pm.py --init runs/tiny/sft --pairs runs/tiny/comparisons.jsonl --out runs/tiny/pm
     python train_pm.py --pairs runs/x/comparisons.jsonl,helpful.jsonl --weights 1,0.5     AI and human labels
 
-The transformer of the fine-tuned model gets a linear read-out; an answer's score is the number at
-its last token, the end of text (Stiennon et al. 2020). Two answers' scores make a probability,
-sigmoid(score_a - score_b) (Bradley & Terry 1952), and the loss is its cross-entropy with the judge's
-soft label p_a.
+The transformer of the fine-tuned model gets a linear read-out; the score of an answer is the number at its last
+token, the end of text (Stiennon et al. 2020). Two answers' scores make a probability, sigmoid(score_a - score_b)
+(Bradley & Terry 1952), and the loss is its cross-entropy with the judge's soft label p_a.
 The answers are the token ids that were sampled; nothing is decoded and encoded again. People's labels (HH-RLHF's
 pairs, or TRL's) mix in as files of their own: the paper took harmlessness from the model and helpfulness from people.
 A pair that does not fit the context, or whose answers are the same, is dropped and counted.
 
-At the end the scores are shifted and scaled so that the fine-tuned model's own answers have mean 0 and
-standard deviation 1, and frozen so (Ziegler et al. 2019, section 2.1): beta and the penalties of PPO then
-mean the same in every run. No answer moves above another, but the difference of two scores is then no
+At the end the scores are shifted and scaled so that fresh answers of the fine-tuned model, to prompts that PPO will
+use, have mean 0 and standard deviation 1, and frozen so (Ziegler et al. 2019, section 2.1): beta and the penalties
+of PPO then mean the same in every run. No answer moves above another, but the difference of two scores is then no
 log-odds any more.
 
 Prints, for pairs of prompts it was not trained on: how often it prefers the answer that the judge prefers,
@@ -23,6 +22,7 @@ with length.
 
 import json
 import math
+import random
 import time
 from array import array
 from collections import Counter
@@ -31,11 +31,15 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from mincai import UserError, checkpoint, cli, data, distributed, formats, memory, model, output
+from mincai import UserError, checkpoint, cli, data, distributed, formats, memory, model, optim, output
 from mincai.cli import arg
 from mincai.constitution import dialogue
+from mincai.logprobs import answer_scores
 from mincai.losses import calibration_error, preference_loss
+from mincai.sample import generate_batched
 from mincai.weights import common_tokenizer, resolve
+
+NORMALISED, ANSWER = 256, 96  # fresh answers that the scores are scaled on, and tokens of each at most
 
 
 @dataclass(frozen=True)
@@ -43,15 +47,17 @@ class Config:
     init: str = arg("runs/tiny/sft", "checkpoint folder of the fine-tuned model, whose answers are compared")
     pairs: tuple[str, ...] = arg(("runs/tiny/comparisons.jsonl",), "files of pairs: comparisons, HH-RLHF's, or TRL's")
     weights: tuple[float, ...] = arg((), "how often each file is read in an epoch, 0.5 for half; none: once")
+    prompts: str = arg("data/tiny/prompts.jsonl", "prompts to scale scores on, PPO's; none: those of the pairs")
     out: str = arg("runs/tiny/pm", "folder to write the preference model to")
     epochs: int = arg(8, "how often every pair is seen")
-    lr: float = arg(1e-3, "learning rate of AdamW, falling in a line to 0")
+    lr: float = arg(1e-3, "highest learning rate of AdamW")
+    warmup: float = arg(0.05, "part of the steps in which the learning rate rises, before a line to 0")
     batch_size: int = arg(16, "pairs in one optimiser step")
     micro_batch: int = arg(0, "pairs in one forward pass; lower it when memory is short, 0 takes the whole batch")
     contrast: float = arg(0.05, "leave out pairs whose label is nearer to 1/2: the judge was undecided; 0 keeps all")
     clamp: float = arg(0.0, "keep labels within clamp and 1 - clamp, e.g. 0.4 for a too sure judge; 0: off")
     hard: bool = arg(False, "round the labels to 0 and 1 (the paper found this much worse)")
-    weight_decay: float = arg(0.01, "AdamW's weight decay")
+    weight_decay: float = arg(0.01, "AdamW's weight decay, on matrices only")
     clip: float = arg(1.0, "largest norm of the gradient")
     freeze: int = arg(2, "blocks from the bottom, embeddings with them, that stay as they are; 0 trains all")
     holdout: float = arg(0.1, "part of the prompts kept out of training to measure on")
@@ -75,8 +81,6 @@ class Pair:
     b: array
     start: int     # how many of these tokens are the conversation
     p_a: float     # the judge's probability that (A) is better
-    a_own: bool    # (A) is the SFT model's own answer
-    b_own: bool
     file: int = 0  # which of --pairs it comes from
 
 
@@ -93,8 +97,7 @@ def read_pairs(path, tokenizer, limit, file=0):
             dropped["too long"] += 1  # cutting the end would move the score off the token it is read at
         else:
             a, b = data.compact(prompt + row["a_ids"]), data.compact(prompt + row["b_ids"])
-            own = [row.get(side, "sft") == "sft" for side in ("a_from", "b_from")]
-            pairs.append(Pair(text, a, b, len(prompt), float(row["p_a"]), *own, file))
+            pairs.append(Pair(text, a, b, len(prompt), float(row["p_a"]), file))
     return pairs, dropped
 
 
@@ -149,26 +152,42 @@ def measure(pm, pairs, batch_size, device):
     shorter = torch.where(gap == 0, 0.5, ((gap < 0) == (p_a > 0.5)).float())[sure]
     entropy = -(torch.xlogy(p_a, p_a) + torch.xlogy(1 - p_a, 1 - p_a)).mean()
     return {"loss": float(loss), "loss_floor": float(entropy),  # no score can do better on soft labels
-            "accuracy": float(((a > b) == (p_a > 0.5))[sure].float().mean()) if sure.any() else 0.5,
+            # equal scores are half right
+            "accuracy": float((1 + (a - b).sign() * (p_a - 0.5).sign())[sure].mean() / 2) if sure.any() else 0.5,
             "shorter": float(shorter.mean()) if sure.any() else 0.5,
             "longer": float(1 - shorter.mean()) if sure.any() else 0.5,
             "calibration_error": calibration_error(torch.sigmoid(a - b), p_a),
             "length_correlation": correlation(torch.stack([a, b], 1).flatten(), lengths)}
 
 
-def normalise(pm, pairs, batch_size, device):
-    """Set gain and shift so that the scores of the SFT model's own answers have mean 0 and standard deviation 1.
+def some_prompts(cfg, pairs, tokenizer, limit):
+    """Token lists of NORMALISED prompts that PPO will draw from, as many harmful ones as others; without a file of
+    prompts, those of the pairs."""
+    if not cfg.prompts:
+        texts = list(dict.fromkeys(pair.prompt for pair in pairs))[:NORMALISED]
+    else:
+        rows, rng = formats.loop_prompts(cfg.prompts), random.Random(cfg.seed)
+        rows = [row for kind in ("harmful", "benign") for row in data.choose(rows, kind, NORMALISED // 2, rng)]
+        texts = [dialogue(row["prompt"], row.get("setting")) for row in rows]
+    room = min(ANSWER, limit // 2)
+    prompts = [prompt for prompt in map(tokenizer.encode, texts) if len(prompt) + room <= limit]
+    if not prompts:
+        raise UserError(f"{cfg.prompts or ', '.join(cfg.pairs)}: no prompt leaves room for an answer of {room} tokens "
+                        f"in the model's {limit}, so scores cannot be scaled; give shorter ones (--prompts)")
+    return prompts
 
-    Rows may say whose answer a side is (a_from, b_from); those of other models are left out of the sum.
-    """
+
+def normalise(pm, sampler, prompts, eot, batch_size, generator):
+    """Set gain and shift so that fresh answers of `sampler`, one to each prompt at temperature 1 as PPO will draw them,
+    score 0 on average with standard deviation 1. Returns both as they were."""
     pm.gain.fill_(1.0)
     pm.shift.fill_(0.0)
-    own = torch.tensor([own for p in pairs for own in (p.a_own, p.b_own)]).view(-1, 2).T.flatten()
-    scores = torch.cat(all_scores(pm, pairs, batch_size, device))
-    scores = scores[own] if own.sum() > 1 else scores
+    room = min(ANSWER, sampler.config.block_size // 2)
+    found = generate_batched(sampler, prompts, room, {eot}, batch_size, generator=generator, desc="fresh answers")
+    scores = answer_scores(pm, prompts, found, batch_size)
     std = scores.std(unbiased=False)
     if not std > 0:
-        raise UserError("every answer has the same score; look at the labels p_a, or raise --lr")
+        raise UserError(f"{len(found)} fresh answers all have the same score; look at the labels p_a, or raise --lr")
     pm.gain.fill_(1 / std)
     pm.shift.fill_(-scores.mean() / std)
     return float(scores.mean()), float(std)
@@ -231,6 +250,7 @@ def main(cfg: Config) -> dict:
     if not train:
         raise UserError(f"{', '.join(cfg.pairs)}: no pair is left to train on ({told}, {len(held)} held out); judge "
                         f"more, or lower --holdout or --contrast")
+    prompts = some_prompts(cfg, pairs, tokenizer, config.block_size)
     longest = max(max(len(p.a), len(p.b)) for p in train)
     memory.announce("pm", config, device, "--micro-batch", batch=cfg.batch_size, length=longest,
                     micro_batch=cfg.micro_batch or cfg.batch_size, dtype_bytes=cli.number_bytes(cfg.dtype))
@@ -241,8 +261,7 @@ def main(cfg: Config) -> dict:
     if distributed.is_main():
         print(f"train_pm: {len(train)} pairs to train on, {len(held)} held out, {told}; {steps} steps on {device}")
     model.freeze(pm.gpt, cfg.freeze)  # what it knows sits low; with few pairs, reading it beats learning it anew
-    learning = [p for p in pm.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learning, cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay,
+    optimizer = torch.optim.AdamW(optim.decaying(pm, cfg.weight_decay), cfg.lr, betas=(0.9, 0.95),
                                   fused=pm.gpt.device.type == "cuda")
     net = distributed.wrap(torch.compile(pm) if cfg.compile else pm)
     log = []
@@ -253,7 +272,7 @@ def main(cfg: Config) -> dict:
         rows = epoch_rows(train, cfg.weights, shuffle)
         for batch in data.length_batches([every[i] for i in rows], batch_size=cfg.batch_size, generator=shuffle):
             for group in optimizer.param_groups:
-                group["lr"] = cfg.lr * (1 - len(log) / steps)
+                group["lr"] = optim.learning_rate(cfg.lr, cfg.warmup, len(log), steps, fall="line")
             metrics = step(net, optimizer, [train[rows[i]] for i in batch], cfg, device)
             log.append({"step": len(log) + 1, "epoch": epoch + 1, **metrics, "lr": optimizer.param_groups[0]["lr"]})
             bar.update()
@@ -264,7 +283,8 @@ def main(cfg: Config) -> dict:
     size = 2 * (cfg.micro_batch or cfg.batch_size)
     with cli.precision(device, cfg.dtype):
         found = measure(pm, held, size, device) if held else {}
-        mean, std = normalise(pm, pairs, size, device)
+        sampler = checkpoint.load(init, device)
+        mean, std = normalise(pm, sampler, prompts, tokenizer.eot, size, torch.Generator().manual_seed(cfg.seed + 1))
     result = {f"val_{k}": v for k, v in found.items()} | dict(
         train_loss=log[-1]["loss"] if log else None, score_mean=mean, score_std=std, pairs=len(train),
         held=len(held), dropped=dict(dropped), steps=steps, seconds=time.time() - start)

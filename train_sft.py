@@ -3,10 +3,9 @@
     python train_sft.py --base data/tiny --data runs/tiny/revisions.jsonl --out runs/tiny/sft
 
 The question is read, not trained: the loss falls on the tokens of the answer and on the end-of-text that
-closes it. Optionally a share of every batch is plain pretraining text, so that the model does not forget
-what it read (Ouyang et al. 2022 do the same beside PPO, their equation 2). Rows are padded, never packed: a
-packed row would see its neighbour. A row that does not fit the model's context is dropped and counted,
-never cut.
+closes it. The paper learns the revisions of all rounds and answers to ordinary requests beside them (--rounds all
+--unchanged). Rows are padded, never packed: a packed row would see its neighbour. A row that does not fit the
+model's context is dropped and counted, never cut.
 
 Prints the loss on held-out prompts before and after, and how long it took. Writes a checkpoint folder with
 metrics.jsonl (a row for every optimiser step) and run.json (the settings) beside the weights.
@@ -14,15 +13,13 @@ metrics.jsonl (a row for every optimiser step) and run.json (the settings) besid
 
 import json
 import math
-import random
 import time
 from dataclasses import dataclass
-from itertools import cycle
 
 import torch
 from tqdm import tqdm
 
-from mincai import UserError, checkpoint, cli, data, distributed, formats, memory, output
+from mincai import UserError, checkpoint, cli, data, distributed, formats, memory, optim, output
 from mincai.cli import arg
 from mincai.constitution import dialogue
 from mincai.losses import sft_loss
@@ -33,8 +30,8 @@ from mincai.weights import common_tokenizer, resolve
 class Config:
     base: str = arg("data/tiny", "pretrained model to start from: a checkpoint folder, or gpt2 and its sizes")
     data: tuple[str, ...] = arg(("runs/tiny/revisions.jsonl",), "files of revisions, one or more")
-    replay: str = arg("", "file of pretraining documents, rows of {text}, to train on as well")
-    replay_share: float = arg(0.2, "part of the trained tokens that comes from --replay, 0 to 1")
+    rounds: str = arg("last", "which revisions of an answer are learnt: the last, or all that stood after some round")
+    unchanged: bool = arg(False, "learn answers to ordinary requests that no round changed, too")
     out: str = arg("runs/tiny/sft", "folder to write the fine-tuned model to")
     epochs: int = arg(3, "how often every row is seen")
     lr: float = arg(3e-4, "highest learning rate of AdamW")
@@ -57,46 +54,31 @@ class Config:
         output.check_folder(self.out, checkpoint.FILES)
 
 
-def examples(rows, tokenizer, limit):
-    """Rows to [(prompt's text, prompt tokens, answer tokens)], how many did not fit in `limit`, and how many were
-    left out because no round had revised the answer (`changed` is false): they teach nothing new."""
-    kept, dropped, unchanged = [], 0, 0
+def answers_of(row, rounds, unchanged):
+    """The answers that a row of revisions teaches, as texts: its last revision, or with rounds "all" every one that
+    took an answer's place. One that no round changed is taken (unchanged) where the request is an ordinary one: critics
+    looked at it and let it stand. To a harmful request such an answer is what has to go."""
+    if not row.get("changed", True):
+        return [row["revision"]] if unchanged and row.get("kind") == "benign" else []
+    stood = [r["revision"] for r in row.get("rounds", ()) if r["outcome"] == "revised"] if rounds == "all" else []
+    return list(dict.fromkeys([*stood, row["revision"]]))
+
+
+def examples(rows, tokenizer, limit, rounds="last", unchanged=False):
+    """Rows to [(prompt's text, prompt tokens, answer tokens)], how many answers did not fit in `limit`, and how many
+    rows were left out because no round had revised the answer."""
+    kept, dropped, left = [], 0, 0
     for row in rows:
-        if not row.get("changed", True):
-            unchanged += 1
-            continue
         text = dialogue(row["prompt"], row.get("setting"))
-        answer = row.get("revision_ids") or tokenizer.encode(" " + row["revision"])
-        if answer[-1] != tokenizer.eot:  # a model that never sees an answer end never learns to stop
-            answer = answer + [tokenizer.eot]
-        prompt = tokenizer.encode(text)
-        if len(prompt) + len(answer) > limit + 1:  # + 1: the last token is a target and never an input
-            dropped += 1
-        else:
-            kept.append((text, prompt, answer))
-    return kept, dropped, unchanged
-
-
-def documents(path, tokenizer, length, seed):
-    """An endless stream of (first token, the others) from documents cut into pieces of `length` tokens.
-
-    The pieces are as long as the longest dialogue, so that they do not fill its batch with padding.
-    """
-    pieces = []
-    for row in data.read_jsonl(path, need=("text",)):
-        ids = tokenizer.encode(row["text"]) + [tokenizer.eot]
-        pieces += [ids[i:i + length] for i in range(0, len(ids), length)]
-    pieces = [piece for piece in pieces if len(piece) > 1]  # the first token of a piece is only read
-    random.Random(seed).shuffle(pieces)
-    return cycle([(piece[:1], piece[1:]) for piece in pieces])
-
-
-def learning_rate(cfg, step, steps):
-    """Linear up over the first `warmup` of the steps, then half a cosine down to 0. step counts from 0."""
-    rising = max(1, round(cfg.warmup * steps))
-    if step < rising:
-        return cfg.lr * (step + 1) / rising
-    return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+        prompt, answers = tokenizer.encode(text), answers_of(row, rounds, unchanged)
+        left += not answers
+        for said in answers:
+            answer = tokenizer.encode(" " + said) + [tokenizer.eot]  # who never sees an end never learns to stop
+            if len(prompt) + len(answer) > limit + 1:  # + 1: the last token is a target and never an input
+                dropped += 1
+            else:
+                kept.append((text, prompt, answer))
+    return kept, dropped, left
 
 
 @torch.no_grad()
@@ -115,8 +97,7 @@ def main(cfg: Config) -> dict:
         print(f"train_sft: {cfg.out} is there already, made with these settings (--again to redo)")
         return {"skipped": True}
     cfg.check_out()
-    if not 0 <= cfg.replay_share < 1:
-        raise UserError(f"--replay-share {cfg.replay_share}: give a number from 0 up to, not including, 1")
+    cli.check_choice("rounds", cfg.rounds, ("last", "all"))
     start = time.time()
     cli.set_threads(cfg.threads)
     device = distributed.start(cli.pick_device(cfg.device))
@@ -129,18 +110,15 @@ def main(cfg: Config) -> dict:
     rows = []
     for where, row in (pair for path in cfg.data for pair in data.each_row(path)):
         formats.need(row, ("prompt", "revision"), where, text=("prompt", "revision", "setting"))
-        if row.get("revision_ids") is not None:
-            formats.need_ids(row, ("revision_ids",), where, tokenizer.n_vocab)
-        elif not row["revision"].strip():
+        if not row["revision"].strip():
             raise UserError(f"{where}: the revision is empty; write an answer, or leave the row out")
         rows.append(row)
-    rows, dropped, unchanged = examples(rows, tokenizer, config.block_size)
+    rows, dropped, unchanged = examples(rows, tokenizer, config.block_size, cfg.rounds, cfg.unchanged)
     train, held = data.split(rows, [row[0] for row in rows], cfg.holdout, cfg.seed)
     if not train:
         raise UserError(f"{', '.join(cfg.data)}: no row is left to train on ({unchanged} never revised, {dropped} too "
                         f"long for the model, {len(held)} held out); revise more prompts or lower --holdout")
     lengths = [len(prompt) + len(answer) for _, prompt, answer in train]
-    replay = documents(cfg.replay, tokenizer, max(lengths), cfg.seed) if cfg.replay else None
     per_epoch = math.ceil(math.ceil(len(train) / cfg.batch_size) / cfg.accumulate)
     steps = cfg.epochs * per_epoch
     if distributed.is_main():
@@ -150,17 +128,12 @@ def main(cfg: Config) -> dict:
     memory.announce("sft", config, device, "--batch-size (and raise --accumulate)", length=max(lengths),
                     batch=-(-cfg.batch_size // distributed.world()), dtype_bytes=cli.number_bytes(cfg.dtype))
     model = checkpoint.load(folder, device)
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() < 2]  # biases and gains are not pulled to zero
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": cfg.weight_decay},
-                                   {"params": others, "weight_decay": 0.0}], lr=cfg.lr, betas=(0.9, 0.95),
+    optimizer = torch.optim.AdamW(optim.decaying(model, cfg.weight_decay), lr=cfg.lr, betas=(0.9, 0.95),
                                   fused=model.device.type == "cuda")
     with cli.precision(device, cfg.dtype):
         before = mean_loss(model, held, cfg.batch_size, device) if held else None
     net = distributed.wrap(torch.compile(model) if cfg.compile else model)
     log, step = [], 0
-    odds = cfg.replay_share / (1 - cfg.replay_share)  # replay tokens for each answer token
-    owed = 0.0  # replay tokens still due, carried over so that the share is right on average
 
     # --- the loop ---
     bar = tqdm(total=steps, desc="sft", unit="step", disable=distributed.disable_bar())
@@ -170,11 +143,6 @@ def main(cfg: Config) -> dict:
             parts = []
             for batch in batches[first:first + cfg.accumulate]:
                 pairs = [train[i][1:] for i in batch]
-                if replay:
-                    owed += sum(len(answer) for _, answer in pairs) * odds
-                    while owed > 0:
-                        pairs.append(next(replay))
-                        owed -= len(pairs[-1][1])
                 ids, targets, loss_mask = data.sft_batch(distributed.share(pairs) or pairs[:1], device)
                 # a process without a row of its own still takes part in summing gradients, with a loss of nothing
                 parts.append((ids, targets, loss_mask & (len(pairs) > distributed.rank())))
@@ -191,7 +159,7 @@ def main(cfg: Config) -> dict:
             loss_sum = distributed.total(loss_sum)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(cfg, step, steps)
+                group["lr"] = optim.learning_rate(cfg.lr, cfg.warmup, step, steps)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1

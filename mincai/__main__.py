@@ -91,8 +91,8 @@ def stages(cfg: Config) -> list[tuple[str, object, object]]:
             model=str(out / "sft"), judge=base, out=str(out / "comparisons.jsonl"), **drawn,
             **scaled(feedback.Config, "feedback", "harmful", "helpful"))),
         ("preference model", train_pm.main, train_pm.Config(
-            init=str(out / "sft"), pairs=(str(out / "comparisons.jsonl"),), out=str(out / "pm"), **common,
-            **preset.pm)),
+            init=str(out / "sft"), pairs=(str(out / "comparisons.jsonl"),), prompts=drawn["prompts"],
+            out=str(out / "pm"), **common, **preset.pm)),
         ("PPO", train_ppo.main, train_ppo.Config(
             sft=str(out / "sft"), pm=str(out / "pm"), prompts=drawn["prompts"], out=str(out / "ppo"), **common,
             **scaled(train_ppo.Config, "ppo", "updates"))),

@@ -149,10 +149,6 @@ def with_people(work: Work, settings: dict, start: str, folder: Path) -> list[di
     cfg, out = work.opened.cfg, folder / "human.jsonl"
     human.main(human.Config(source=str(work.place("comparisons.jsonl")), out=str(out), world=cfg.world, size=cfg.size,
                             seed=cfg.seed, **settings))
-    if start == "base":  # train_pm.py scales scores by the starting model's own answers, which it knows as "sft"
-        rows, out = data.read_jsonl(out), folder / "pairs.jsonl"
-        data.write_jsonl(out, [{**r, **{s: "sft" if r[s] == "base" else "another" for s in ("a_from", "b_from")}}
-                               for r in rows])
     return reinforced(work, out, start, {}, folder)
 
 

@@ -110,7 +110,8 @@ def mean_score(pm, tokenizer, rows, answers, cfg) -> float:
 
 
 def wins(model, planner, rows, ours, theirs, principles, cfg, desc) -> dict:
-    """How often the judge prefers `ours` to `theirs`: {k, n, rate, low, high, mean p}; equal answers are left out."""
+    """How often the judge prefers `ours` to `theirs`: {k, n, rate, low, high, mean p}. Of an even label either side has
+    half; equal answers are left out."""
     rng = random.Random(cfg.seed + 11)
     by_target = {}
     for p in principles:
@@ -121,7 +122,7 @@ def wins(model, planner, rows, ours, theirs, principles, cfg, desc) -> dict:
                      [ours[i] for i in some], [theirs[i] for i in some], [p.asks("compare", "full") for p in drawn],
                      max_new=cfg.max_new, batch_size=cfg.batch_size, desc=desc) if some else None
     p = [x for x in verdicts.p_a if x is not None] if verdicts else []
-    return {**rate(x > 0.5 for x in p), "mean_p": sum(p) / max(1, len(p)),
+    return {**rate((x > 0.5) + (x == 0.5) / 2 for x in p), "mean_p": sum(p) / max(1, len(p)),
             "same_slot": verdicts.same_slot if verdicts else 0.0}
 
 

@@ -39,7 +39,8 @@ def _gpt2(name: str, memory: str, rows: int, micro: int) -> Preset:
     return Preset(
         base=name, prompts=str(DATA / "english"), memory=memory, english=True,
         critique=dict(harmful=0, helpful=600, responses=4, rounds=4, temperature=0.7, max_new=96, **shots),
-        sft=dict(epochs=2, batch_size=micro, accumulate=max(1, 32 // micro), lr=1e-5, **fast),
+        sft=dict(rounds="all", unchanged=True,  # as in the paper
+                 epochs=2, batch_size=micro, accumulate=max(1, 32 // micro), lr=1e-5, **fast),
         feedback=dict(harmful=0, helpful=600, samples=16, forks=0, base_samples=2, pairs=24,
                       max_new=96, reasons=False, labels="clamped", ensemble=4, **shots),
         pm=dict(epochs=1, batch_size=32, micro_batch=micro, lr=1e-5, contrast=0.0, freeze=0, **fast),

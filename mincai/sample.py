@@ -245,17 +245,21 @@ def generate_batched(model: GPT, prompts, max_new: int, stop, batch_size=64, tem
                      generator=None, n=1, desc=None, then=(), of=()):
     """`generate` for any number of prompts, batch_size rows at a time -> token lists, prompt-major as there.
 
-    Prompts of similar length share a batch, so little is padded; the batches decide which random numbers a
-    row gets, so another batch_size gives other samples. desc: the name of a progress bar, None for none. With `then`,
-    returns (token lists, log-probs (rows, len(of)) float32 on the CPU of `of` as the token after answer and `then`).
+    Prompts of similar length share a batch, so little is padded. A row's random numbers are drawn in the order of the
+    prompts, whatever the batches, so batch_size does not change what is sampled. desc: the name of a progress bar, None
+    for none. With `then`, returns (token lists, log-probs (rows, len(of)) float32 on the CPU of `of` as the token after
+    answer and `then`).
     """
     answers = [None] * (len(prompts) * n)
     after = torch.empty(len(answers), len(of))
+    where = model.device if generator is None else generator.device
+    uniforms = torch.zeros(len(answers), max_new) if temperature == 0 else torch.rand(
+        len(answers), max_new, generator=generator, device=where)
     with tqdm(total=len(answers), desc=desc, disable=desc is None, unit="sample") as bar:
         for chunk in chunks([len(p) for p in prompts], max(1, batch_size // n)):
-            samples = generate(model, [prompts[i] for i in chunk], max_new, stop, temperature, top_k,
-                               generator, n, bar.update, then=then)
             places = [i * n + k for i in chunk for k in range(n)]
+            samples = generate(model, [prompts[i] for i in chunk], max_new, stop, temperature, top_k, n=n,
+                               progress=bar.update, uniforms=uniforms[places], then=then)
             for place, answer in zip(places, samples.lists()):
                 answers[place] = answer
             if len(then):

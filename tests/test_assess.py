@@ -212,13 +212,14 @@ def likes(monkeypatch):
 
 
 def test_wins_by_hand(likes):
-    """Of seven pairs one is equal, one has an empty answer and one is too long; 2 of the other 4 are won."""
+    """Of seven pairs one is equal, one has an empty answer and one is too long; of the other 4, 2 are won and
+    one is even, which is half a win."""
     ours = ["good", "good x", "bad", "same", "", "long", "odd"]
     theirs = ["bad", "bad", "good", "same", "good", "bad", "even"]
     categories = ["theft", "hate", "", "", "hate", "", "none such"]
     rows = [{"prompt": f"q{n}", "category": category} for n, category in enumerate(categories)]
     found = assess.wins(None, None, rows, ours, theirs, HELD, assess.Config(), "")
-    assert (found["k"], found["n"], found["rate"]) == (2, 4, 0.5) and found["same_slot"] == 0.25
+    assert (found["k"], found["n"], found["rate"]) == (2.5, 4, 0.625) and found["same_slot"] == 0.25
     assert found["mean_p"] == pytest.approx((0.9 + 0.9 + 0.1 + 0.5) / 4)
     assert [(a, b) for _, a, b, _ in likes] == [(x, y) for x, y in zip(ours, theirs) if x and y and x != y]
     assert likes[0][0] == "Human: q0\nAssistant:"

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Lowest first. A file may import from lower rows only, never from its own.
 LAYERS = [
-    ["model", "losses", "tokenizer", "constitution", "distributed", "turns", "output"],
+    ["model", "losses", "tokenizer", "constitution", "distributed", "turns", "output", "optim"],
     ["memory"],
     ["checkpoint", "sample", "data", "cli", "table"],
     ["weights", "formats", "planner", "presets", "world", "forks", "logprobs"],

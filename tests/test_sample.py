@@ -181,6 +181,15 @@ def test_progress_counts_every_row_once(tiny_gpt, seeded, monkeypatch, decode):
         assert sum(counts) == 15 and min(counts) >= 0
 
 
+@pytest.mark.parametrize("n", [1, 3])
+def test_what_is_sampled_does_not_depend_on_the_batch(tiny_gpt, n):
+    """Nor on which prompts share one: each row has its own random numbers."""
+    prompts = [[5] * length for length in (3, 9, 1, 4, 4, 7, 2)]
+    found = [generate_batched(tiny_gpt, prompts, 8, STOP, batch_size=size, n=n,
+                              generator=torch.Generator().manual_seed(3)) for size in (1, 4, 64)]
+    assert found[0] == found[1] == found[2] and len({tuple(row) for row in found[0]}) > 1
+
+
 def test_batched_answers_come_in_the_order_of_the_prompts(tiny_gpt):
     prompts = [[k + 1] * (1 + k % 5) for k in range(11)]
     answers = generate_batched(tiny_gpt, prompts, 8, STOP, batch_size=6, temperature=0.0, n=2)

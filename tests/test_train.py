@@ -14,9 +14,11 @@ import torch
 import train_pm
 import train_ppo
 import train_sft
-from mincai import UserError, checkpoint, cli, data, output
+from mincai import UserError, checkpoint, cli, data, model, optim, output
 from mincai.constitution import dialogue
+from mincai.logprobs import answer_scores
 from mincai.model import GPT, GPTConfig, ScalarModel
+from mincai.sample import generate_batched
 from mincai.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -123,13 +125,13 @@ def test_sft_begins_to_learn_with_its_first_step(base, revisions, tmp_path):
 
 
 def test_sft_trains_the_answer_and_its_end_only(base):
-    """A row's targets are its answer and end-of-text; revision_ids, where given, are taken as they are."""
+    """A row's targets are its answer and end-of-text."""
     tokenizer = load_tokenizer(base)
-    rows = [{"prompt": "q", "revision": "ab"}, {"prompt": "q", "revision": "ab", "revision_ids": [7, 8, EOT]},
+    rows = [{"prompt": "q", "revision": "ab"}, {"prompt": "qq", "revision": "c"},
             {"prompt": "q" * 60, "revision": "ab"}, {"prompt": "q", "revision": "ab", "changed": False}]
     kept, dropped, unchanged = train_sft.examples(rows, tokenizer, 64)
     assert unchanged == 1  # no round revised it: nothing to learn
-    assert [answer for _, _, answer in kept] == [list(b" ab") + [EOT], [7, 8, EOT]] and dropped == 1
+    assert [answer for _, _, answer in kept] == [list(b" ab") + [EOT], list(b" c") + [EOT]] and dropped == 1
     ids, targets, loss_mask = data.sft_batch([row[1:] for row in kept])
     assert targets[0][loss_mask[0]].tolist() == kept[0][2]
 
@@ -151,16 +153,30 @@ def test_sft_accumulation_equals_the_big_batch(base, tmp_path):
     assert parts["grad_norm"] == pytest.approx(big["grad_norm"], rel=1e-4)
 
 
-def test_sft_replays_its_share(base, revisions, tmp_path):
-    data.write_jsonl(tmp_path / "documents.jsonl", [{"text": "the sky is blue . " * n} for n in range(1, 6)])
-    plain = train_sft.main(sft(base, revisions, tmp_path / "plain", holdout=0.0))
-    mixed = train_sft.main(sft(base, revisions, tmp_path / "mixed", holdout=0.0, replay_share=0.2,
-                               replay=str(tmp_path / "documents.jsonl")))
-    answers, both = (sum(row["tokens"] for row in rows_of(tmp_path / name / "metrics.jsonl"))
-                     for name in ("plain", "mixed"))
-    assert plain["steps"] == mixed["steps"]
-    # never less than the share, and over it by less than one piece (as long as the longest row)
-    assert 0.25 * answers <= both - answers < 0.25 * answers + len(dialogue("q0 ?") + " no 0 ." + "!")
+ROUNDS = [{"outcome": "revised", "revision": "one"}, {"outcome": "keep", "revision": "keep the answer ."},
+          {"outcome": "revised", "revision": "two"}, {"outcome": "revised", "revision": "one"}]
+
+
+@pytest.mark.parametrize("row, rounds, unchanged, want", [
+    ({"revision": "one", "changed": True, "rounds": ROUNDS}, "last", False, ["one"]),
+    ({"revision": "one", "changed": True, "rounds": ROUNDS}, "all", False, ["one", "two"]),  # each once
+    ({"revision": "mine"}, "all", False, ["mine"]),  # a row of one's own knows no rounds
+    ({"revision": "x", "changed": False, "kind": "benign", "rounds": ROUNDS[1:2]}, "all", False, []),
+    ({"revision": "x", "changed": False, "kind": "benign", "rounds": ROUNDS[1:2]}, "all", True, ["x"]),
+    ({"revision": "x", "changed": False, "kind": "harmful", "rounds": ROUNDS[1:2]}, "all", True, [])])
+def test_sft_learns_the_revisions_that_stood(row, rounds, unchanged, want):
+    assert train_sft.answers_of(row, rounds, unchanged) == want
+
+
+def test_sft_rounds_and_unchanged_reach_the_rows(base, tmp_path):
+    rows = [{"prompt": f"q{i}", "kind": "benign", "revision": "one", "changed": i > 0, "rounds": ROUNDS}
+            for i in range(3)]
+    data.write_jsonl(tmp_path / "rows.jsonl", rows)
+    counts = [train_sft.main(sft(base, str(tmp_path / "rows.jsonl"), tmp_path / f"{k}", holdout=0.0, **more))["rows"]
+              for k, more in enumerate(({}, {"rounds": "all"}, {"rounds": "all", "unchanged": True}))]
+    assert counts == [2, 4, 5]
+    with pytest.raises(UserError, match="--rounds every: choose last or all"):
+        train_sft.main(sft(base, str(tmp_path / "rows.jsonl"), tmp_path / "bad", rounds="every"))
 
 
 def test_sft_holds_prompts_out_whole():
@@ -172,7 +188,7 @@ def test_sft_holds_prompts_out_whole():
 # --- preference model -------------------------------------------------------------------------------------
 
 def test_pm_learns_the_planted_rule_and_is_normalised(base, pairs, tmp_path, capsys):
-    cfg = train_pm.Config(init=base, pairs=(pairs,), out=str(tmp_path / "pm"), epochs=30, lr=0.003, freeze=0,
+    cfg = train_pm.Config(init=base, pairs=(pairs,), prompts="", out=str(tmp_path / "pm"), epochs=30, lr=0.003, freeze=0,
                           batch_size=16, **QUIET)
     metrics = train_pm.main(cfg)
     assert metrics["val_accuracy"] == 1.0 and metrics["dropped"] == {"too long": 1, "equal answers": 1, "undecided": 0}
@@ -180,15 +196,60 @@ def test_pm_learns_the_planted_rule_and_is_normalised(base, pairs, tmp_path, cap
     assert metrics["val_loss_floor"] <= metrics["val_loss"] < 0.4 and metrics["val_calibration_error"] < 0.15
     assert "NO better" not in capsys.readouterr().out
     pm, tokenizer = checkpoint.load(tmp_path / "pm", scalar=True), load_tokenizer(tmp_path / "pm")
-    kept, _ = train_pm.read_pairs(pairs, tokenizer, 64)
-    with torch.no_grad():  # each answer alone, unpadded
-        scores = torch.stack([pm(torch.tensor([list(ids)]))[0, -1] for p in kept for ids in (p.a, p.b)])
+    language = checkpoint.load(base)
+    asked = [tokenizer.encode(dialogue(f"q{i}")) for i in range(20)]
+    fresh = generate_batched(language, asked * 20, 32, {EOT}, generator=torch.Generator().manual_seed(9))
+    scores = answer_scores(pm, asked * 20, fresh)  # drawn anew, so near 0 and 1 and not at them
+    assert abs(float(scores.mean())) < 0.5 and 0.6 < float(scores.std(unbiased=False)) < 1.5
+
+
+def test_scores_are_scaled_on_fresh_answers_to_the_prompts_of_ppo(base, pairs, prompts, tmp_path, monkeypatch):
+    """One answer at temperature 1 to each prompt of the loop, as many harmful as others; mean 0 and deviation 1 on
+    exactly these, whatever the pairs hold."""
+    asked, kept = [], train_pm.generate_batched
+    monkeypatch.setattr(train_pm, "generate_batched", lambda model, some, *a, **k: asked.append(
+        (model, some, found := kept(model, some, *a, **k))) or found)
+    cfg = train_pm.Config(init=base, pairs=(pairs,), prompts=prompts, out=str(tmp_path / "pm"), epochs=1, **QUIET)
+    train_pm.main(cfg)
+    (model, some, found), tokenizer = asked[0], load_tokenizer(base)
+    assert sorted(map(tokenizer.decode, some)) == [dialogue(f"q{i}") for i in range(8)]  # the split loop
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), checkpoint.load(base).parameters()))
+    scores = answer_scores(checkpoint.load(cfg.out, scalar=True), some, found)
     assert float(scores.mean()) == pytest.approx(0, abs=1e-4)
     assert float(scores.std(unbiased=False)) == pytest.approx(1, abs=1e-4)
 
 
+def test_prompts_that_leave_no_room_to_scale_on_are_told(base, pairs, tmp_path):
+    (tmp_path / "long.txt").write_text("why " * 30 + "\n")
+    with pytest.raises(UserError, match="long.txt: no prompt leaves room for an answer of 32 tokens"):
+        train_pm.main(train_pm.Config(init=base, pairs=(pairs,), prompts=str(tmp_path / "long.txt"),
+                                      out=str(tmp_path / "pm"), **QUIET))
+
+
+def test_labels_are_clamped_and_rounded_before_they_are_learnt(base, pairs, tmp_path, monkeypatch):
+    """Of labels 0.9 and 0.1: within 0.4 and 0.6 with --clamp 0.4, at 1 and 0 with --hard."""
+    seen, kept = set(), train_pm.preference_loss
+    monkeypatch.setattr(train_pm, "preference_loss", lambda a, b, p: seen.update(
+        round(x, 4) for x in p.tolist()) or kept(a, b, p))
+    for more, want in (({"clamp": 0.4}, {0.4, 0.6}), ({"hard": True}, {0.0, 1.0}), ({}, {0.1, 0.9})):
+        seen.clear()
+        train_pm.main(train_pm.Config(init=base, pairs=(pairs,), prompts="", out=str(tmp_path / str(more)), epochs=1,
+                                      holdout=0.0, **more, **QUIET))
+        seen.discard(0.5)
+        assert seen == want, more
+
+
+def test_equal_scores_are_half_right(base, pairs):
+    class Even(torch.nn.Module):
+        def forward(self, ids):
+            return torch.zeros(ids.shape)
+
+    kept, _ = train_pm.read_pairs(pairs, load_tokenizer(base), 64)
+    assert train_pm.measure(Even(), kept, 8, "cpu")["accuracy"] == 0.5
+
+
 def test_pm_trains_only_what_is_not_frozen(base, pairs, tmp_path):
-    cfg = train_pm.Config(init=base, pairs=(pairs,), out=str(tmp_path / "pm"), epochs=1, freeze=1, **QUIET)
+    cfg = train_pm.Config(init=base, pairs=(pairs,), prompts="", out=str(tmp_path / "pm"), epochs=1, freeze=1, **QUIET)
     train_pm.main(cfg)
     before, after = checkpoint.load(base).state_dict(), checkpoint.load(cfg.out, scalar=True).gpt.state_dict()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
@@ -198,10 +259,41 @@ def test_pm_trains_only_what_is_not_frozen(base, pairs, tmp_path):
 def test_pm_score_does_not_depend_on_the_batch(base, pairs):
     pm, tokenizer = checkpoint.load(base, scalar=True), load_tokenizer(base)
     kept, _ = train_pm.read_pairs(pairs, tokenizer, 64)
-    long = train_pm.Pair("p", list(kept[0].a) + [65] * 20 + [EOT], kept[0].b, kept[0].start, 0.5, True, True)
+    long = train_pm.Pair("p", list(kept[0].a) + [65] * 20 + [EOT], kept[0].b, kept[0].start, 0.5)
     alone, _ = train_pm.scores_of(pm, kept[:1], "cpu")
     together, _ = train_pm.scores_of(pm, [kept[0], long], "cpu")
     torch.testing.assert_close(alone[0], together[0])
+
+
+def test_vectors_do_not_decay_and_what_is_frozen_does_not_learn(base):
+    pm = checkpoint.load(base, scalar=True)
+    model.freeze(pm.gpt, 1)
+    matrices, others = optim.decaying(pm, 0.1)
+    assert matrices["weight_decay"] == 0.1 and others["weight_decay"] == 0.0
+    assert {p.dim() for p in matrices["params"]} == {2} and {p.dim() for p in others["params"]} == {1}
+    assert len(matrices["params"]) + len(others["params"]) == sum(p.requires_grad for p in pm.parameters()) < len(
+        list(pm.parameters()))
+
+
+def test_the_learning_rate_rises_and_falls_by_hand():
+    def rates(fall):
+        return [optim.learning_rate(1.0, 0.2, step, 10, fall) for step in range(10)]
+
+    assert rates("line") == pytest.approx([1 / 2, 1, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
+    assert rates("cosine")[:3] == pytest.approx([1 / 2, 1, 1]) and rates("cosine")[6] == pytest.approx(0.5)
+    assert optim.learning_rate(1.0, 0.0, 0, 4) == 1.0
+
+
+def test_the_preference_model_warms_up_and_its_gains_do_not_decay(base, pairs, tmp_path, monkeypatch):
+    made, kept = [], torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *a, **k: made.append(kept(*a, **k)) or made[-1])
+    cfg = train_pm.Config(init=base, pairs=(pairs,), prompts="", out=str(tmp_path / "pm"), epochs=10, lr=1e-3,
+                          warmup=0.2, **QUIET)
+    train_pm.main(cfg)
+    rates = [row["lr"] for row in rows_of(tmp_path / "pm" / "metrics.jsonl")]
+    assert rates == pytest.approx([optim.learning_rate(1e-3, 0.2, k, len(rates), "line") for k in range(len(rates))])
+    assert rates[0] < max(rates) == pytest.approx(1e-3)
+    assert [group["weight_decay"] for group in made[0].param_groups] == [cfg.weight_decay, 0.0]
 
 
 def test_length_correlation_by_hand():
@@ -410,7 +502,7 @@ def test_same_seed_same_bits(base, revisions, pairs, prompts, tmp_path):
     pm = planted_pm(tmp_path / "start", base)
     for name in "ab":
         train_sft.main(sft(base, revisions, tmp_path / f"sft-{name}"))
-        train_pm.main(train_pm.Config(init=base, pairs=(pairs,), out=str(tmp_path / f"pm-{name}"), epochs=1, freeze=0,
+        train_pm.main(train_pm.Config(init=base, pairs=(pairs,), prompts="", out=str(tmp_path / f"pm-{name}"), epochs=1, freeze=0,
                                       **QUIET))
         train_ppo.main(ppo(base, pm, prompts, tmp_path / f"ppo-{name}", critic_warmup=0))
     for stage in ("sft", "pm", "ppo"):
@@ -459,7 +551,7 @@ def test_compiled_networks_learn_the_same(base, revisions, pairs, prompts, tmp_p
 
     def curves(name, compiled):
         out, more = tmp_path / f"{name}-{compiled}", dict(compile=compiled)
-        scored = train_pm.Config(init=base, pairs=(pairs,), out=str(out), epochs=1, **more, **QUIET)
+        scored = train_pm.Config(init=base, pairs=(pairs,), prompts="", out=str(out), epochs=1, **more, **QUIET)
         {"sft": lambda: train_sft.main(sft(base, revisions, out, **more)), "pm": lambda: train_pm.main(scored),
          "ppo": lambda: train_ppo.main(ppo(base, str(pm), prompts, out, freeze=1, critic_warmup=0, **more))}[name]()
         return [{k: v for k, v in row.items() if k not in ("episodes_per_s", "tokens_per_s", "sampling_gap")}
@@ -483,7 +575,7 @@ def test_a_place_that_cannot_be_written_is_told_before_training(stage, base, rev
     monkeypatch.setattr(torch.optim.Optimizer, "zero_grad", never)
     for out in (tmp_path / "mine", tmp_path / "file", tmp_path / "file" / "under"):
         main, cfg = {"sft": (train_sft.main, lambda: sft(base, revisions, out)),
-                     "pm": (train_pm.main, lambda: train_pm.Config(init=base, pairs=(pairs,), out=str(out), **QUIET)),
+                     "pm": (train_pm.main, lambda: train_pm.Config(init=base, pairs=(pairs,), prompts="", out=str(out), **QUIET)),
                      "ppo": (train_ppo.main, lambda: ppo(base, str(tmp_path / "start"), prompts, out))}[stage]
         with pytest.raises(UserError, match="give a new folder|does not record any settings|cannot be written"):
             main(cfg())
@@ -531,14 +623,13 @@ def test_another_vocabulary_is_told(base, pairs, prompts, tmp_path):
 def test_a_preference_model_that_is_no_better_than_length_says_so(base, pairs, tmp_path, capsys):
     rows = data.read_jsonl(pairs)[:40]
     data.write_jsonl(pairs, [row | {"a_ids": [97, EOT], "b_ids": [98, 98, EOT], "p_a": 1.0} for row in rows])
-    train_pm.main(train_pm.Config(init=base, pairs=(pairs,), out=str(tmp_path / "pm"), epochs=0, **QUIET))
+    train_pm.main(train_pm.Config(init=base, pairs=(pairs,), prompts="", out=str(tmp_path / "pm"), epochs=0, **QUIET))
     assert "always the shorter 1.000" in (told := capsys.readouterr().out) and "NO better than choosing by length" in told
 
 
 @pytest.mark.parametrize("change, told", [
     ({"revision": 3}, "line 2: revision is a int; write text"), ({"prompt": None}, "line 2: this row lacks prompt"),
-    ({"revision": " "}, "line 2: the revision is empty"),
-    ({"revision_ids": [5, 999]}, "line 2: revision_ids is no list of token ids below 257")])
+    ({"revision": " "}, "line 2: the revision is empty")])
 def test_a_revision_that_is_none_is_told(base, revisions, tmp_path, change, told):
     rows = data.read_jsonl(revisions)
     data.write_jsonl(revisions, [rows[0], rows[1] | change, *rows[2:]])
