@@ -45,8 +45,8 @@ def _gpt2(name: str, memory: str, rows: int, micro: int) -> Preset:
                       max_new=96, reasons=False, labels="clamped", ensemble=4, **shots),
         pm=dict(epochs=1, batch_size=32, micro_batch=micro, lr=1e-5, contrast=0.0, freeze=0, **fast),
         ppo=dict(updates=300, batch=256, max_new=96, epochs=2, minibatches=4, micro_batch=micro, lr=1e-6,
-                 freeze=0, critic_lr=5e-6, critic_warmup=10, warmup=10, beta=0.05, kl_target=6.0, print_every=10, snapshots=0,
-                 **fast),
+                 freeze=0, critic_lr=5e-6, critic_warmup=10, warmup=10, beta=0.05, kl_target=6.0, print_every=10,
+                 snapshots=0, **fast),
         evaluate=dict(fewshot=shots["fewshot"], dtype="bfloat16", batch_size=rows, max_new=96))
 
 
