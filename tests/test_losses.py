@@ -268,3 +268,18 @@ def test_calibration_error_by_hand():
     assert losses.calibration_error(prob, label) == pytest.approx(0.15, abs=1e-6)
     prob, label = torch.tensor([0.25, 0.25, 0.9, 1.0]), torch.tensor([0, 1, 1, 0])
     assert losses.calibration_error(prob, label) == pytest.approx(0.35, abs=1e-6)
+
+
+def test_the_clips_by_hand():
+    """Old log-probs 0, ratios 1.5, 1.5, 0.5, 0.5 and 1.1 with advantages +, -, +, -, +: the clip at 0.2 cuts off the
+    gradient where the policy moved in the advantage's own direction and beyond it, the first and the fourth."""
+    logp = torch.tensor([[1.5, 1.5, 0.5, 0.5, 1.1]]).log()
+    adv = torch.tensor([[1.0, -1.0, 1.0, -1.0, 1.0]])
+    mask = torch.ones(1, 5, dtype=torch.bool)
+    loss, metrics = losses.policy_loss(logp, torch.zeros(1, 5), adv, mask, 0.2)
+    assert float(metrics["clipfrac"]) == pytest.approx(2 / 5)
+    assert float(loss) == pytest.approx((-1.2 + 1.5 - 0.5 + 0.8 - 1.1) / 5)
+    # values 1 above and 1 below the old ones, held within 0.2 of them; returns on the far side of either
+    values, old, returns = (torch.tensor([row]) for row in ([1.0, -1.0], [0.0, 0.0], [2.0, -3.0]))
+    loss, metrics = losses.value_loss(values, old, returns, torch.ones(1, 2, dtype=torch.bool), 0.2)
+    assert float(loss) == pytest.approx(0.5 * (1.8 ** 2 + 2.8 ** 2) / 2) and float(metrics["clipfrac"]) == 1.0

@@ -46,8 +46,8 @@ def run_all(folder, out):
     base, here = str(folder / "base"), folder / out
     train_sft.main(train_sft.Config(base=base, data=(str(folder / "revisions.jsonl"),), out=str(here / "sft"), epochs=2,
                                     batch_size=3, accumulate=2, holdout=0.0, **QUIET))
-    train_pm.main(train_pm.Config(init=base, pairs=(str(folder / "comparisons.jsonl"),), out=str(here / "pm"), epochs=2,
-                                  batch_size=4, micro_batch=1, freeze=1, holdout=0.0, **QUIET))
+    train_pm.main(train_pm.Config(init=base, pairs=(str(folder / "comparisons.jsonl"),), prompts="", epochs=2,
+                                  out=str(here / "pm"), batch_size=4, micro_batch=1, freeze=1, holdout=0.0, **QUIET))
     train_ppo.main(train_ppo.Config(sft=base, pm=str(folder / "pm"), prompts=str(folder / "prompts.jsonl"), updates=3,
                                     out=str(here / "ppo"), batch=8, minibatches=2, micro_batch=2, max_new=5, lr=1e-3,
                                     critic_warmup=1, print_every=1, freeze=0, **QUIET))
