@@ -283,3 +283,9 @@ def test_the_clips_by_hand():
     values, old, returns = (torch.tensor([row]) for row in ([1.0, -1.0], [0.0, 0.0], [2.0, -3.0]))
     loss, metrics = losses.value_loss(values, old, returns, torch.ones(1, 2, dtype=torch.bool), 0.2)
     assert float(loss) == pytest.approx(0.5 * (1.8 ** 2 + 2.8 ** 2) / 2) and float(metrics["clipfrac"]) == 1.0
+
+
+def test_a_small_weight_counts_for_what_it_is():
+    logits = torch.zeros(1, 3, 4)  # every target costs ln 4
+    loss, metrics = losses.sft_loss(logits, torch.zeros(1, 3, dtype=torch.long), torch.tensor([[0.1, 0.4, 0.0]]), total=1)
+    assert float(loss) == pytest.approx(0.5 * math.log(4)) and float(metrics["tokens"]) == pytest.approx(0.5)
