@@ -438,3 +438,38 @@ def test_mask_and_positions_serve_both_kinds_of_padding():
     assert positions_of(valid)[0, 1:3].tolist() == [0, 1]
     assert attention_mask(valid)[0, 2].tolist() == [False, True, True, False]
     assert attention_mask(valid).any(-1).all()  # an empty row of the softmax would be NaN
+
+
+def test_each_minibatch_is_a_mean_over_its_own_tokens():
+    """Two small steps of gradient descent go as far as the two minibatches' own gradients together."""
+    nets = networks()
+    batch = collect(nets, ragged(), max_new=6)
+    adv, returns = ppo.advantages(batch, torch.randn(24, generator=torch.Generator().manual_seed(0)), beta=0.1,
+                                  gamma=1.0, lam=0.95)
+    was = [p.detach().clone() for p in nets[0].parameters()]
+    opts = [torch.optim.SGD(nets[i].parameters(), lr=1e-4) for i in (0, 2)]
+    ppo.update(nets[0], nets[2], *opts, batch, adv, returns, generator=None,
+               **UPDATE | dict(epochs=1, minibatches=2, max_norm=1e9))
+    policy = networks()[0]
+    logits = ppo.response_logits(policy, batch.ids, batch.valid, batch.start)
+    ratio = (losses.gather_logp(logits, batch.ids[:, batch.start:]) - batch.logp).exp()
+    (-sum((adv * ratio)[rows][batch.mask[rows]].mean() for rows in (slice(0, 12), slice(12, 24)))).backward()
+    want = torch.cat([p.grad.flatten() for p in policy.parameters()])
+    found = torch.cat([((a - b.detach()) / 1e-4).flatten() for a, b in zip(was, nets[0].parameters())])
+    assert float((found - want).norm() / want.norm()) < 0.1
+
+
+def test_later_epochs_go_through_the_rows_in_another_order(monkeypatch):
+    nets, seen, kept = networks(), [], ppo._accumulate
+    batch = collect(nets, ragged(), max_new=6)
+    monkeypatch.setattr(ppo, "_accumulate", lambda *a, **k: seen.append(next(
+        x.tolist() for x in (*a, *k.values()) if torch.is_tensor(x) and x.dtype == torch.long and x.dim() == 1)) or kept(
+            *a, **k))
+    adv, returns = ppo.advantages(batch, torch.randn(24), beta=0.1, gamma=1.0, lam=0.95)
+    opts = [torch.optim.SGD(nets[i].parameters(), lr=1e-4) for i in (0, 2)]
+    ppo.update(nets[0], nets[2], *opts, batch, adv, returns, generator=torch.Generator().manual_seed(0),
+               **UPDATE | dict(epochs=3))
+    rows = [row for some in seen for row in some]
+    epochs = [rows[:24], rows[24:48], rows[48:]]
+    assert epochs[0] == list(range(24)) and all(sorted(some) == epochs[0] for some in epochs)
+    assert epochs[1] != epochs[0] != epochs[2] != epochs[1]
