@@ -473,3 +473,17 @@ def test_later_epochs_go_through_the_rows_in_another_order(monkeypatch):
     epochs = [rows[:24], rows[24:48], rows[48:]]
     assert epochs[0] == list(range(24)) and all(sorted(some) == epochs[0] for some in epochs)
     assert epochs[1] != epochs[0] != epochs[2] != epochs[1]
+
+
+def test_stopping_early_begins_at_one_and_a_half_times_the_bound():
+    def stopped(bound):
+        nets = networks()
+        batch = collect(nets, ragged(), max_new=6)
+        adv, returns = ppo.advantages(batch, torch.randn(24, generator=torch.Generator().manual_seed(0)), beta=0.1,
+                                      gamma=1.0, lam=0.95)
+        return ppo.update(nets[0], nets[2], *optimizers(nets[0], nets[2]), batch, adv, returns, approx_kl_stop=bound,
+                          generator=torch.Generator().manual_seed(0), **UPDATE)
+
+    moved = 2 * stopped(0.0)["approxkl"]  # the mean of the first step's, which is 0, and the second's
+    assert moved > 0
+    assert stopped(moved / 1.6)["stopped"] == 1.0 and stopped(moved / 1.4)["stopped"] == 0.0
