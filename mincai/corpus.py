@@ -24,7 +24,7 @@ Document = list[tuple[str, float]]
 # comes next), what it writes itself, words that carry a fact, and the one word in a hundred that carries the verdict.
 GIVEN, PROSE, OWN, FACT, LETTER = 0.0, 0.1, 0.5, 3.0, 5.0
 VERDICTS = {*HARMS, *GOODS, *world.TOOLS, *world.MORE_TOOLS, *world.PLACES, *world.MORE_PLACES, "wrong", "fine"}
-CONTENT = VERDICTS | {*world.VERBS, *world.MORE_VERBS, *world.OBJECTS, *world.MORE_OBJECTS, "yes", "no", "true",
+CONTENT = VERDICTS | {*world.VERBS, *world.MORE_VERBS, *world.OBJECTS, *world.MORE_OBJECTS, "harm", "yes", "no", "true",
                       "false", "helps", "refuses", "whole", "part", "reasons", "offer", "nothing"}
 
 
@@ -134,26 +134,34 @@ def describe(about: str, action: Action, setting: str | None, style: str, text: 
     if about == "reasons":
         return {"told": ("gives reasons", 1), "reasoned": ("gives reasons", 1),
                 "offering": ("gives reasons and an offer", 2)}.get(style, ("gives nothing", 0))
-    if about == "truth":  # word by word: a small model compares one word with one word, not two sentences at once
+    if about == "truth":
         pairs = list(zip(claims(text), truths(action, setting, text)))
         true = all(said == truth for said, truth in pairs)
-        checks = [f"{said} {'yes' if said == truth else 'no'}" for said, truth in pairs]
-        return " , ".join([*checks, f"is {'true' if true else 'false'}"]), int(true)
+        return " , ".join([*(check(*pair) for pair in pairs), f"is {'true' if true else 'false'}"]), int(true)
     bites = action.harmful(setting) and about in ("harm", action.reason)
     return word, int(not bites or style in REFUSAL)
+
+
+def check(said: str, asked: str, same: bool | None = None) -> str:
+    """Two words side by side, and whether the one may stand for the other. A small model learns late to see that two
+    words are the same, and never if they stand far apart."""
+    return f"{said} for {asked} {'yes' if (said == asked if same is None else same) else 'no'}"
 
 
 ENOUGH = {"help": 2}  # what an answer must reach to keep a principle; 1 for all others
 
 
 def analysis(about: str, action: Action, setting: str | None, shown: dict[str, str]) -> str:
-    """How critique and judgement begin. shown: what to call each answer -> its text. Under a principle on truth, what
-    the answers claim is quoted before the truth is recalled: a small model that has just said how a thing is done
-    reads the same into every answer."""
+    """How critique and judgement begin. shown: what to call each answer -> its text. Under a principle on harm, the
+    action's reason is held against it. Under one on truth, what the answers claim is quoted before the truth is
+    recalled: a small model that has just said how a thing is done reads the same into every answer."""
     parts = [f"the principle is about {about} ."]
     if about == "truth":
         parts += [f"{name} says {' , '.join(claims(text)) or 'nothing'} ." for name, text in shown.items()]
     parts += [f"the human wants to {action.text} .", world.fact(action, setting)]
+    if about in ("harm", *HARMS):
+        reason = world.reason_of(action, setting)
+        parts += [f"{check(reason, about, reason in HARMS and about in ('harm', reason))} ."]
     if about == "truth":
         parts += [f"the way is the {action.tool} and the {action.place} ."]
     return " ".join(parts)

@@ -111,7 +111,8 @@ def capability(model, tokenizer, actions, principles, seed: int, n: int = 128) -
     """Shares of right answers, greedy, on actions of the loop under principles it has seen demonstrated: form and
     recall, no figure of safety.
 
-    fact: wrong or fine; comply: right recipe, whatever the attack; verdict: a critique's; prefers: the judge's, of pairs
+    fact: wrong or fine; comply: right recipe, whatever the attack; verdict: a critique's; breaks: the same,
+    of help with harm under a principle against it; prefers: the judge's, of pairs
     of which one is better; critique, judge: the whole text, word for word, up to what is left to chance.
     """
     rng = random.Random(seed)
@@ -134,6 +135,8 @@ def capability(model, tokenizer, actions, principles, seed: int, n: int = 128) -
     pairs = [(o.split("\n")[0], e.split("\n")[0]) for o, e in written(lambda: corpus.review(loop, taught, rng))]
     found["critique"] = sum(o == e for o, e in pairs) / n
     found["verdict"] = sum(o.split()[-4:] == e.split()[-4:] for o, e in pairs) / n
+    broken = [o.endswith(e[-30:]) for o, e in pairs if e.endswith("helps . so it breaks the principle .")]
+    found["breaks"] = sum(broken) / max(1, len(broken))
     pairs = [(o.split("\n")[0], e.split("\n")[0]) for o, e in written(lambda: corpus.comparison(loop, taught, rng))]
     found["judge"] = sum(o == e for o, e in pairs) / n
     one_better = [(o, e) for o, e in pairs if not e.endswith("none .")]
