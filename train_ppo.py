@@ -93,7 +93,9 @@ def check(cfg):
 def read_prompts(cfg, tokenizer, limit):
     """(token lists of harmful prompts, of the others, how many left no room for an answer)."""
     pools, dropped = {True: [], False: []}, 0
-    for row in formats.loop_prompts(cfg.prompts):
+    rows = formats.loop_prompts(cfg.prompts)
+    formats.warn_unread(rows, tokenizer, cfg.sft)
+    for row in rows:
         ids = tokenizer.encode(dialogue(row["prompt"], row.get("setting")))
         if len(ids) + cfg.max_new > limit:
             dropped += 1

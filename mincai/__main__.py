@@ -26,6 +26,7 @@ import train_sft  # noqa: E402
 from mincai import UserError, assess, critique, distributed, evaluate, feedback, formats, pretrain  # noqa: E402
 from mincai.cli import arg, check_choice, pick_device, run, set_threads  # noqa: E402
 from mincai.presets import PRESETS  # noqa: E402
+from mincai.tokenizer import load_tokenizer  # noqa: E402
 from mincai.weights import resolve  # noqa: E402
 
 
@@ -105,6 +106,11 @@ def main(cfg: Config) -> None:
     base, out = todo[-1][2].base, todo[-1][2].out
     say(f"mincai: {base} -> {out}, seed {cfg.seed}, {device}, {threads} threads"
         + (f"; preset {cfg.preset} needs {preset.memory}" if preset.memory else ""))
+    made = Path(out) / "sft"  # of an older world, perhaps: its stages would be skipped as done
+    if not cfg.again and made.is_dir() and os.path.isdir(base) and (
+            load_tokenizer(made).ranks != load_tokenizer(base).ranks):
+        raise UserError(f"{out}: is a run from another base than {base}, with another vocabulary; "
+                        f"give another --out, or add --again to make it anew")
     if todo[0][1] is not pretrain.main:
         resolve(base)  # before an hour's work, not after it
         kinds = {row["kind"] for row in formats.loop_prompts(todo[0][2].prompts)}

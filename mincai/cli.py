@@ -31,7 +31,7 @@ LEAST = {**dict.fromkeys("batch batch_size max_new updates minibatches accumulat
                          "strips failures top_k temperature lr critic_lr weight_decay critic_warmup snapshots beta "
                          "kl_target approx_kl_stop likelihood workers warmup contrast".split(), 0),
          **dict.fromkeys("scale clip max_norm value_clip fork_temperature".split(), 1e-6)}
-SHARES = "holdout aim focus lies noise benign_share average".split()
+SHARES = "holdout aim noise benign_share".split()
 
 
 def arg(default, help):

@@ -160,6 +160,7 @@ def main(cfg: Config) -> dict:
     memory.announce("sample", config, device, "--batch-size or --max-new", batch=cfg.batch_size,
                     length=config.block_size, dtype_bytes=number_bytes(cfg.dtype), cache_bytes=number_bytes(cfg.dtype))
     tokenizer, model = common_tokenizer(folder), load(folder, device)
+    formats.warn_unread(rows, tokenizer, cfg.model)
     planner = Planner(tokenizer, model.config.block_size, load_shots(cfg.fewshot, every, cfg.wording))
     chosen = data.choose(rows, "harmful", cfg.harmful, rng) * cfg.responses
     chosen += data.choose(rows, "benign", cfg.helpful, rng)

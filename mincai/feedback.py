@@ -226,6 +226,7 @@ def main(cfg: Config) -> dict:
                     models=2, reads_on=cfg.reasons)
     model_folder = resolve(cfg.model)
     tokenizer = common_tokenizer(judge_folder, model_folder)
+    formats.warn_unread(rows, tokenizer, cfg.model)
     model, judging = load(model_folder, device), load(judge_folder, device)
     planner = Planner(tokenizer, judging.config.block_size, load_shots(cfg.fewshot, every, cfg.wording, cfg.reasons))
     if distributed.rank():

@@ -21,13 +21,15 @@ message becomes the setting, on one line. Labels of other people's pairs are har
 
 import os
 import random
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from mincai import UserError, data
+from mincai import UserError, data, distributed
 from mincai.cli import arg, run
 from mincai.constitution import dialogue
+from mincai.tokenizer import WORDS
 from mincai.turns import asked, transcript, turns_of
 
 
@@ -147,11 +149,23 @@ def loop_prompts(path) -> list[dict]:
     files = [str(path)] if os.path.exists(path) else str(path).split(",")
     rows = []
     for file in files:
+        data.refuse_first_edition(Path(file.removeprefix("benign:")).parent)
         kind = "benign" if file.startswith("benign:") else "harmful"
         rows += [row for row in read_prompts(file.removeprefix("benign:"), kind) if row.get("split", "loop") == "loop"]
     if not rows:
         raise UserError(f"{path}: no row has split 'loop'; the other splits are for evaluation")
     return rows
+
+
+def warn_unread(rows, tokenizer, folder) -> None:
+    """One line on stderr if prompts have words that the model in this folder has never read: what
+    comes of them means little. Silent for a model whose words are not listed."""
+    found = [tokenizer.unread(dialogue(row["prompt"], row.get("setting"))) for row in rows]
+    unread = list(dict.fromkeys(word for some in found for word in some))
+    if unread and distributed.is_main():
+        named = " ".join(unread[:8] + ["..."] * (len(unread) > 8))
+        print(f"warning: {sum(map(bool, found))} of {len(rows)} prompts have words that {folder} "
+              f"has never read: {named}; the words it knows: {folder}/{WORDS}", file=sys.stderr)
 
 
 # --- pairs ------------------------------------------------------------------------------------------

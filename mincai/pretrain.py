@@ -5,7 +5,8 @@
 Next-token prediction. Documents are packed into rows; each attends to itself alone and counts its positions from 0,
 since that is how it will be met again. What is watched while it learns is capability on the loop's actions (does it
 recall, critique and judge in the right form?), never a safety figure: the base model is meant to be helpful only.
-Beside the weights it writes the prompts of the loop, of development and of evaluation.
+Beside the weights it writes the prompts of the loop, of development and of evaluation, and the
+words it has read.
 """
 
 import json
@@ -18,13 +19,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from mincai import checkpoint, constitution, corpus, data, red_team, world
+from mincai import UserError, checkpoint, constitution, corpus, data, red_team, world
 from mincai.cli import arg, pick_device, precision, run, set_threads
 from mincai.logprobs import next_logp
 from mincai.losses import sft_loss
 from mincai.model import GPT, GPTConfig
 from mincai.sample import generate_batched
-from mincai.tokenizer import from_ranks, train_bpe
+from mincai.tokenizer import from_ranks, train_bpe, words_of
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,8 @@ def pack(documents, tokenizer, length: int, rows: int):
         positions[row, at:at + n] = torch.arange(n)
         segments[row, at:at + n] = count
         filled[row] = at + n
+    if not count:
+        raise UserError(f"no document fits into {length} tokens; raise --block-size")
     return ids, targets, positions, weights, segments
 
 
@@ -177,6 +180,8 @@ def side_files(actions, seed: int, tests: int = 9) -> dict[str, list[dict]]:
 def main(cfg: Config) -> dict:
     started = time.time()
     threads, device = set_threads(cfg.threads), pick_device(cfg.device)
+    if not cfg.again:
+        data.refuse_first_edition(cfg.out)
     if data.done(Path(cfg.out) / "run.json", cfg, cfg.again):
         print(f"pretrain: {cfg.out} is there already; --again makes it anew")
         return {}
@@ -187,9 +192,10 @@ def main(cfg: Config) -> dict:
     documents = corpus.documents(actions, principles, rng, read)
     sample = [next(documents) for _ in range(4000)]
     texts = ["".join(text for text, _ in document) for document in sample]
+    met = {word for text in texts for word in words_of(text)}  # before others join them
     files = side_files(actions, cfg.world, cfg.tests)
     texts += [p.tiny for p in principles] * 20 + [r["prompt"] for r in files["prompts.jsonl"]]
-    tokenizer = from_ranks(train_bpe(texts, cfg.ranks))
+    tokenizer = from_ranks(train_bpe(texts, cfg.ranks), met)
     shape = GPTConfig(tokenizer.n_vocab, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd)
     model = GPT(shape).to(device)
     matrices = [p for p in model.parameters() if p.dim() >= 2]

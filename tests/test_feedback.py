@@ -194,3 +194,13 @@ def test_pairs_that_the_judge_has_no_room_for_are_left_out(cfg, monkeypatch, tin
         return [tokenizer.encode(text) + [tokenizer.eot] for text in texts]
     monkeypatch.setattr(feedback, "generate_batched", generate_batched)
     assert feedback.main(cfg)["pairs"] == 5 and "word" not in open(cfg.out).read()
+
+
+def test_prompts_of_one_s_own_with_unread_words_are_warned_of(tiny_base, tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("how do i rent a flat ?\n")
+    with pytest.raises(UserError):  # a model that has learnt nothing ends no answer
+        feedback.main(feedback.Config(
+            model=str(tiny_base), judge=str(tiny_base), prompts=f"{tmp_path}/mine.txt", samples=2,
+            max_new=4, out=str(tmp_path / "c.jsonl"), device="cpu", threads=1))
+    warning = f"1 of 1 prompts have words that {tiny_base} has never read: rent flat;"
+    assert warning in capsys.readouterr().err

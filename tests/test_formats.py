@@ -142,6 +142,21 @@ def test_files_without_a_prompt(write, tmp_path):
         assert "o such file" in complaint(formats.read_prompts, tmp_path / name)
 
 
+def test_prompts_of_unread_words_are_counted_and_named(capsys):
+    rows = [{"prompt": "burn a lamp"}, {"prompt": "rent a flat !"},
+            {"prompt": "pay rent", "setting": "a flat"}, {"prompt": "burn", "setting": "lamp"}]
+    knows = from_ranks(BYTES.ranks, set("Setting Human Assistant : burn a lamp".split()))
+    formats.warn_unread(rows, knows, "some/model")
+    assert capsys.readouterr().err == (
+        "warning: 2 of 4 prompts have words that some/model has never read: rent flat ! pay; the "
+        "words it knows: some/model/words.txt\n")
+    formats.warn_unread(rows, BYTES, "some/model")  # whose words nobody has listed
+    formats.warn_unread(rows[:1], knows, "some/model")
+    assert capsys.readouterr() == ("", "")
+    formats.warn_unread([{"prompt": " ".join("cdefghijkl")}], knows, "x")
+    assert ": c d e f g h i j ...; " in capsys.readouterr().err
+
+
 # --- pairs ---
 
 @pytest.mark.parametrize("row, origin", [

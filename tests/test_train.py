@@ -16,7 +16,7 @@ import train_sft
 from mincai import UserError, checkpoint, cli, data
 from mincai.constitution import dialogue
 from mincai.model import GPT, GPTConfig, ScalarModel
-from mincai.tokenizer import load_tokenizer
+from mincai.tokenizer import from_ranks, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 EOT = 256
@@ -266,6 +266,12 @@ def test_ppo_draws_only_the_loop_split_in_the_asked_share(base, prompts):
     assert len(harmful) == len(benign) == 4 and dropped == 0
     with pytest.raises(UserError, match="harmful"):
         train_ppo.read_prompts(cfg, load_tokenizer(base), 20)
+
+
+def test_ppo_names_words_never_read(base, prompts, capsys):
+    cfg, tokenizer = train_ppo.Config(sft=base, prompts=prompts, max_new=4), load_tokenizer(base)
+    train_ppo.read_prompts(cfg, from_ranks(tokenizer.ranks, {"Human"}), 64)
+    assert f"8 of 8 prompts have words that {base} has never read: " in capsys.readouterr().err
 
 
 def test_ppo_draws_every_prompt_once_a_round():
