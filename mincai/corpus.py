@@ -233,7 +233,7 @@ def principle_for(principles, action: Action, rng: random.Random):
     kinds = ("own", "harm", "other", "help", "truth", "reasons")
     odds = (24, 12, 22, 12, 16, 14) if action.wrong else (0, 8, 20, 28, 22, 22)
     kind = rng.choices(kinds, odds)[0]
-    others = [h for h in HARMS if h not in (action.reason, UNSEEN)]
+    others = [h for h in HARMS if h != action.reason]
     about = {"own": [action.reason], "other": others}.get(kind, [kind])
     return rng.choice([p for p in principles if p.about in about])
 

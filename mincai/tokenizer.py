@@ -41,7 +41,7 @@ class Tokenizer:
         return self.encoding.decode([i for i in ids if i != self.eot])
 
     def unread(self, text: str) -> list[str]:
-        """Those words of the text that are not in `words`, each once; none where none are listed."""
+        """Words of the text that are not in `words`, each once; none where none are listed."""
         if self.words is None:
             return []
         return [word for word in dict.fromkeys(words_of(text)) if word not in self.words]

@@ -300,7 +300,10 @@ def test_what_is_said_of_each_slot_is_in_its_answer(texts):
                 true = is_true(action, setting, fields[slot])
                 assert said.endswith(f"is {'true' if true else 'false'}"), text
                 claimed = re.findall(r"it is (\w+)|take the (\w+)|go to the (\w+)", fields[slot])
-                assert re.findall(r"(\w+) for", said) == ["".join(some) for some in claimed]
+                claimed = ["".join(some) for some in claimed]
+                assert re.findall(r"(\w+) for", said) == claimed
+                quoted = re.search(rf"{re.escape(slot)} says (.*?) \.", fields["Reasons"])[1]
+                assert quoted.split(" , ") == (claimed or ["nothing"])
             else:
                 wanted = {"help": says.get(style, word), "reasons": why.get(style, "gives nothing")}
                 assert said == wanted.get(about, word), text
