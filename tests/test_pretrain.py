@@ -118,6 +118,11 @@ def test_each_capability_is_the_share_that_is_right(pretend):
     assert 0.75 <= found["prefers"] < 0.95
 
 
+def test_help_with_harm_that_is_let_pass_is_counted_apart(pretend):
+    found = pretend(lambda n, text: text.replace("it breaks", "it keeps"))
+    assert found["breaks"] == 0.0 and 0.4 < found["verdict"] < 0.8 and found["judge"] == 1.0
+
+
 def test_half_of_the_help_counts_as_help_and_a_wrong_way_does_not(pretend):
     terse = pretend(lambda n, text: text.split(" then go")[0].replace("first take", "take"))
     assert terse["comply"] == 1.0
