@@ -52,7 +52,7 @@ PRESETS = {
     "small": Preset(
         base=str(DATA / "small"), memory="about 12 GB of GPU memory",
         world=dict(size="small", tests=130, tokens=250_000_000, n_layer=8, n_head=6, n_embd=384, batch_size=128,
-                   lr=1e-3, focus=0.25, lies=0.2, ranks=1536, workers=12, dtype="bfloat16", compile=True,
+                   lr=1e-3, ranks=1536, workers=12, dtype="bfloat16", compile=True,
                    check_every=2_000),
         critique=dict(harmful=2_000, helpful=2_000, batch_size=1_024, dtype="bfloat16"),
         sft=dict(batch_size=64, lr=3e-4, dtype="bfloat16"),

@@ -12,7 +12,7 @@ import mincai.__main__ as pipeline
 import train_pm
 import train_ppo
 import train_sft
-from mincai import chat, checkpoint, cli, constitution, critique, data, evaluate, feedback, pretrain, red_team, world
+from mincai import chat, checkpoint, cli, constitution, critique, data, evaluate, feedback
 from mincai.tokenizer import load_tokenizer
 
 # What the stages would do with a small --scale, smaller still: time, not behaviour
@@ -97,30 +97,6 @@ def test_what_is_held_out_trains_nothing(run):
     assert len(drawn) > 10 and not drawn & HELD
     for name in ("revisions.jsonl", "comparisons.jsonl", "ppo/samples.jsonl"):
         assert "secret" not in (out / name).read_text()
-
-
-def test_prompt_files_keep_to_the_actions_of_their_split(tiny_base):
-    split = {a.text: a.split for a in world.build()}
-    want = {("prompts", "loop", "harmful"): {"loop"}, ("prompts", "loop", "benign"): {"loop", "demo"},
-            ("prompts_dev", "eval", "harmful"): {"dev"}, ("prompts_dev", "eval-twin", "benign"): {"dev"},
-            ("prompts_eval", "eval", "harmful"): {"eval"}, ("prompts_eval", "eval-twin", "benign"): {"eval"},
-            ("prompts_eval", "unseen-category", "harmful"): {"unseen"},
-            ("prompts_eval", "setting", "benign"): {"eval"}}
-    found = {}
-    for name in ("prompts", "prompts_dev", "prompts_eval"):
-        for row in data.read_jsonl(tiny_base / f"{name}.jsonl"):
-            found.setdefault((name, row["split"], row["kind"]), set()).add(split[row["action"]])
-            assert name != "prompts" or row["attack"] not in red_team.HELD
-    assert found == want
-
-
-def test_the_control_without_prose_replays_none_on_the_others():
-    """Else fine-tuning would teach what the control was meant to leave out."""
-    actions = world.build()
-    shown = [a for a in actions if a.split == "demo"]
-    text = " ".join(row["text"] for row in pretrain.side_files(actions, 0, shown)["replay.jsonl"])
-    assert [a.text for a in actions if a.text in text and a.split != "demo"] == []
-    assert sum(a.text in text for a in shown) > 200
 
 
 def test_a_second_run_skips_everything(run, monkeypatch, capsys):
