@@ -487,3 +487,14 @@ def test_stopping_early_begins_at_one_and_a_half_times_the_bound():
     moved = 2 * stopped(0.0)["approxkl"]  # the mean of the first step's, which is 0, and the second's
     assert moved > 0
     assert stopped(moved / 1.6)["stopped"] == 1.0 and stopped(moved / 1.4)["stopped"] == 0.0
+
+
+def test_what_is_optimised_is_the_score_less_the_price_of_kl():
+    nets = networks()
+    batch = collect(nets, ragged(), max_new=6)
+    batch = dataclasses.replace(batch, ref_logp=batch.logp - 0.5 * batch.mask)  # half a nat on every token
+    scores = torch.arange(24.0)
+    found = ppo.diagnostics(batch, scores, torch.ones(24, dtype=torch.bool), torch.zeros_like(batch.logp), beta=0.1)
+    kl = 0.5 * float(batch.mask.sum(1).float().mean())
+    assert found["kl"] == pytest.approx(kl) and found["non_score_reward"] == pytest.approx(-0.1 * kl)
+    assert found["total"] == pytest.approx(11.5 - 0.1 * kl)
