@@ -498,3 +498,17 @@ def test_what_is_optimised_is_the_score_less_the_price_of_kl():
     kl = 0.5 * float(batch.mask.sum(1).float().mean())
     assert found["kl"] == pytest.approx(kl) and found["non_score_reward"] == pytest.approx(-0.1 * kl)
     assert found["total"] == pytest.approx(11.5 - 0.1 * kl)
+
+
+def test_explained_is_one_for_a_perfect_critic_and_none_for_the_mean():
+    nets = networks()
+    batch = collect(nets, ragged(), max_new=6)
+    returns = torch.randn(batch.logp.shape, generator=torch.Generator().manual_seed(1))
+    mean = returns[batch.mask].mean()
+
+    def explained(values):
+        return ppo.diagnostics(dataclasses.replace(batch, values=values), torch.zeros(24), torch.ones(24), returns,
+                               beta=0.1)["explained"]
+
+    assert explained(returns) == pytest.approx(1) and explained(mean.expand_as(returns)) == pytest.approx(0, abs=1e-5)
+    assert explained((returns + mean) / 2) == pytest.approx(0.75, abs=1e-4)  # half of every error is left: a quarter
