@@ -17,7 +17,7 @@ from mincai.tokenizer import load_tokenizer
 
 # What the stages would do with a small --scale, smaller still: time, not behaviour
 # (a model of four steps revises and prefers by chance: sampled critiques, and labels near 1/2 kept)
-LESS = {"critique and revise": dict(rounds=2, max_new=24, temperature=1.0),
+LESS = {"critique and revise": dict(rounds=4, max_new=32, temperature=1.0),
         "preference model": dict(contrast=0.0, freeze=0),
         "AI feedback": dict(max_new=32, samples=64),
         "PPO": dict(batch=16, max_new=8, freeze=0), "evaluate": dict(judged=3, max_new=6)}
@@ -76,7 +76,7 @@ def test_every_stage_leaves_what_it_says(run):
             path.name for path in (out / stage).iterdir()}
         assert (out / stage / "tokenizer.tiktoken").read_bytes() == (base / "tokenizer.tiktoken").read_bytes()
     revisions, pairs = data.read_jsonl(out / "revisions.jsonl"), data.read_jsonl(out / "comparisons.jsonl")
-    assert len(revisions) == 8 * 2 + 8 and all(len(row["rounds"]) == 2 for row in revisions)
+    assert len(revisions) == 8 * 2 + 8 and all(len(row["rounds"]) == 4 for row in revisions)
     assert [row["kind"] for row in revisions].count("harmful") == 16
     assert 0 < len(pairs) <= 16 * 6 and len({row["prompt_id"] for row in pairs}) > 1
     tested = data.read_jsonl(base / "prompts_eval.jsonl")
