@@ -247,7 +247,8 @@ def main(cfg: Config, watch=None) -> dict:
         adv, returns = ppo.advantages(batch, scores, beta=beta, gamma=cfg.gamma, lam=cfg.lam)
         if u == 1:
             raw = scores + cfg.missing_eos_penalty * ~ended
-            say(f"update 1: fresh answers score {float(raw.mean()):+.2f}, deviation {float(raw.std(unbiased=False)):.2f}; "
+            mean, deviation = float(raw.mean()), float(raw.std(unbiased=False))
+            say(f"update 1: fresh answers score {mean:+.2f}, deviation {deviation:.2f}; "
                 f"the preference model was scaled to 0 and 1 on such answers")
         lr = learning_rate(cfg, cfg.lr, u, first=cfg.critic_warmup + 1)
         critic_lr = learning_rate(cfg, cfg.critic_lr, u, first=1)
