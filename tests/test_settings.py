@@ -3,15 +3,20 @@
 Fixtures and short cuts are those of test_train: random GPTs of two layers on a vocabulary of bytes.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 import train_pm
 import train_ppo
 import train_sft
 from mincai import UserError, checkpoint, data
+from mincai.logprobs import answer_scores
 from mincai.tokenizer import load_tokenizer
-from test_train import QUIET, base, pairs, planted_pm, ppo, prompts, revisions, rows_of, sft  # noqa: F401
+from test_train import (QUIET, base, pairs, planted_pm, ppo, prompts, revisions, rows_of,  # noqa: F401
+                        seen_by_update, sft)
 
 
 def pm(base, pairs, out, **more):
@@ -94,6 +99,44 @@ def test_a_micro_batch_counts_by_its_pairs(base, pairs, tmp_path, monkeypatch):
         assert parts == pytest.approx(whole, rel=1e-4, abs=1e-6)
 
 
+def test_a_score_is_read_at_the_last_token_and_a_comes_first(base, pairs):
+    """In a batch of uneven rows, against each row alone; PPO goes by the score itself, whose sign no accuracy shows."""
+    kept, _ = train_pm.read_pairs(pairs, load_tokenizer(base), 64)
+    kept = [replace(p, a=p.a[:-1]) if k % 3 else replace(p, b=p.b[:-1]) for k, p in enumerate(kept[:6])]
+    scored = checkpoint.load(base, scalar=True)
+    with torch.no_grad():
+        want = [torch.stack([scored(torch.tensor([list(row)]))[0, -1] for row in rows])
+                for rows in ([p.a for p in kept], [p.b for p in kept])]
+        torch.testing.assert_close(list(train_pm.scores_of(scored, kept, "cpu")), want)
+    answers = [list(p.a[p.start:]) for p in kept]
+    torch.testing.assert_close(answer_scores(scored, [list(p.a[:p.start]) for p in kept], answers), want[0])
+
+
+def test_pairs_are_measured_while_a_difference_of_scores_is_a_log_odds(base, pairs, tmp_path, monkeypatch):
+    """The model is written with scaled scores; multiplied by their deviation they give the loss that was told."""
+    measured = seen_by(monkeypatch, train_pm, "measure")
+    metrics = train_pm.main(pm(base, pairs, tmp_path / "pm", holdout=0.3))
+    held, scored = measured[0][0][1], checkpoint.load(tmp_path / "pm", scalar=True)
+    a, b = train_pm.all_scores(scored, held, 8, "cpu")
+    want = F.binary_cross_entropy_with_logits((a - b) * metrics["score_std"], torch.tensor([p.p_a for p in held]))
+    assert abs(metrics["score_std"] - 1) > 0.05 and metrics["val_loss"] == pytest.approx(float(want), rel=1e-4)
+
+
+FROZEN = [(0, {"wte", "wpe", "h.0", "h.1", "ln_f"}), (1, {"h.1", "ln_f"})]
+
+
+def moved(before, after):
+    """Which embeddings, blocks or norms have other weights in one GPT than in the other."""
+    return {name[:3] if name.startswith("h.") else name.split(".")[0] for (name, p), q in
+            zip(before.named_parameters(), after.parameters()) if not torch.equal(p, q)}
+
+
+@pytest.mark.parametrize("freeze, parts", FROZEN)
+def test_pm_learns_in_all_that_is_not_frozen(base, pairs, tmp_path, freeze, parts):
+    train_pm.main(pm(base, pairs, tmp_path / "pm", freeze=freeze))
+    assert moved(checkpoint.load(base), checkpoint.load(tmp_path / "pm", scalar=True).gpt) == parts
+
+
 # --- reinforcement learning -------------------------------------------------------------------------------
 
 def seen_rollouts(monkeypatch):
@@ -132,6 +175,35 @@ def test_every_update_and_every_seed_draws_other_answers(base, prompts, tmp_path
     looks, drawn = ([found.ids[found.valid].tolist() for *_, found in rollouts[i::4]] for i in (0, 1))
     drawn += [found.ids[found.valid].tolist() for *_, found in rollouts[2::4]]
     assert looks[0] == looks[1] and len(set(map(tuple, drawn))) == 4
+
+
+@pytest.mark.parametrize("freeze, parts", FROZEN)
+def test_ppo_learns_in_all_that_is_not_frozen(base, prompts, tmp_path, monkeypatch, freeze, parts):
+    """Of the policy; the critic, which has to learn what rewards are to come, learns in all its parts."""
+    seen = seen_by_update(monkeypatch)
+    train_ppo.main(ppo(base, planted_pm(tmp_path / "pm", base), prompts, tmp_path / "ppo", critic_warmup=0,
+                       freeze=freeze))
+    assert moved(seen[0]["policy"], seen[1]["policy"]) == parts
+    assert moved(seen[0]["critic"].gpt, seen[1]["critic"].gpt) == FROZEN[0][1]
+
+
+def test_ppo_settings_reach_the_four_functions(base, prompts, tmp_path, monkeypatch):
+    rollouts = seen_rollouts(monkeypatch)
+    calls = {name: seen_by(monkeypatch, train_ppo.ppo, name) for name in ("score", "advantages", "update")}
+    train_ppo.main(ppo(base, planted_pm(tmp_path / "pm", base), prompts, tmp_path / "ppo", updates=1, max_new=3,
+                       missing_eos_penalty=0.3, gamma=0.9, lam=0.7, approx_kl_stop=1e6))
+    assert [settings["max_new"] for _, settings, _ in rollouts] == [3, 3, 3]
+    assert [settings["missing_eos_penalty"] for _, settings, _ in calls["score"]] == [0.0, 0.3, 0.0]  # looks fine none
+    (_, charged, _), (_, learnt, _) = *calls["advantages"], *calls["update"]
+    assert (charged["gamma"], charged["lam"], learnt["approx_kl_stop"]) == (0.9, 0.7, 1e6)
+
+
+def test_another_seed_asks_in_another_order(base, prompts, tmp_path, monkeypatch):
+    rollouts, start = seen_rollouts(monkeypatch), planted_pm(tmp_path / "pm", base)
+    for seed in (0, 1):
+        train_ppo.main(ppo(base, start, prompts, tmp_path / f"{seed}", updates=1, seed=seed))
+    look, first, _, other_look, second, _ = (args[3] for args, *_ in rollouts)
+    assert look == other_look and sorted(first) == sorted(second) and first != second
 
 
 @pytest.mark.parametrize("target, betas", [(2.0, [0.1, 0.098, 0.09898, 0.1009596, 0.1009596]), (0.0, [0.1] * 5)])
