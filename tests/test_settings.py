@@ -86,6 +86,18 @@ def test_undecided_pairs_are_not_learnt_from(base, pairs, tmp_path, monkeypatch)
         assert metrics["dropped"]["undecided"] == 8 - len(want) and metrics["pairs"] == len(want)
 
 
+def test_an_epoch_reads_each_file_as_often_as_it_weighs():
+    """Four pairs of file 0 once and a half, two of file 1 twice; the half is drawn by lot. No weights: once each."""
+    some = [train_pm.Pair("p", [], [], 0, 0.9, file) for file in (0, 1, 0, 0, 1, 0)]
+    halves = set()
+    for seed in range(20):
+        rows = train_pm.epoch_rows(some, (1.5, 2.0), torch.Generator().manual_seed(seed))
+        often = [rows.count(i) for i in range(6)]
+        halves.add(tuple(often))
+        assert often[1] == often[4] == 2 and sorted(often[i] for i in (0, 2, 3, 5)) == [1, 1, 2, 2]
+    assert len(halves) > 1 and sorted(train_pm.epoch_rows(some, (), None)) == list(range(6))
+
+
 def test_a_micro_batch_counts_by_its_pairs(base, pairs, tmp_path, monkeypatch):
     """16 pairs at once, or as 5, 5, 5 and 1: one loss and one gradient. A mean of the parts' means would weigh the
     last pair five times. Gradients are compared, not weights: Adam would hide one that is only scaled."""
