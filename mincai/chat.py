@@ -4,7 +4,8 @@
     python -m mincai.chat runs/tiny/ppo --beside data/tiny,runs/tiny/sft
 
 Each line is one request, answered on its own. A line "Setting: a lesson" sets the operator's line for what follows,
-"Setting:" alone clears it. End with Ctrl-D.
+"Setting:" alone clears it. End with Ctrl-D. The tiny model knows a few hundred words; a warning
+names the others.
 """
 
 import sys
@@ -16,6 +17,7 @@ from mincai import UserError, constitution
 from mincai.checkpoint import load
 from mincai.cli import arg, pick_device, run, set_threads
 from mincai.sample import stream
+from mincai.tokenizer import WORDS
 from mincai.weights import common_tokenizer, resolve
 
 
@@ -43,6 +45,16 @@ def say(model, tokenizer, conversation: str, cfg: Config, generator) -> None:
     print(flush=True)
 
 
+def warn_unread(models, conversation: str) -> None:
+    """One line on stderr if a model has not read all words of the conversation: what it says then
+    means little."""
+    for folder, _, tokenizer in models:
+        if unread := tokenizer.unread(conversation):
+            print(f"({folder} has never read: {' '.join(unread)}; the words it knows: "
+                  f"{folder}/{WORDS})", file=sys.stderr)
+            return
+
+
 def main(cfg: Config) -> None:
     set_threads(cfg.threads or 1)  # one row at a time: a second thread only waits
     device = pick_device(cfg.device)
@@ -61,6 +73,7 @@ def main(cfg: Config) -> None:
         if line.startswith("Setting:"):
             setting = line.removeprefix("Setting:").strip() or None
         elif line:
+            warn_unread(models, constitution.dialogue(line, setting))
             for folder, model, tokenizer in models:
                 print(f"{folder:>{width}}: " if len(models) > 1 else "Assistant: ", end="", flush=True)
                 try:

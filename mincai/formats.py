@@ -21,13 +21,15 @@ message becomes the setting, on one line. Labels of other people's pairs are har
 
 import os
 import random
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from mincai import UserError, data, output
+from mincai import UserError, data, distributed, output
 from mincai.cli import arg, run
 from mincai.constitution import dialogue
+from mincai.tokenizer import WORDS
 from mincai.turns import asked, transcript, turns_of
 
 
@@ -145,11 +147,23 @@ def loop_prompts(path) -> list[dict]:
     files = [str(path)] if os.path.exists(path) else str(path).split(",")
     rows = []
     for file in files:
+        data.refuse_first_edition(Path(file.removeprefix("benign:")).parent)
         kind = "benign" if file.startswith("benign:") else "harmful"
         rows += [row for row in read_prompts(file.removeprefix("benign:"), kind) if row.get("split", "loop") == "loop"]
     if not rows:
         raise UserError(f"{path}: no row has split 'loop'; the other splits are for evaluation")
     return rows
+
+
+def warn_unread(rows, tokenizer, folder) -> None:
+    """One line on stderr if prompts have words that the model in this folder has never read: what
+    comes of them means little. Silent for a model whose words are not listed."""
+    found = [tokenizer.unread(dialogue(row["prompt"], row.get("setting"))) for row in rows]
+    unread = list(dict.fromkeys(word for some in found for word in some))
+    if unread and distributed.is_main():
+        named = " ".join(unread[:8] + ["..."] * (len(unread) > 8))
+        print(f"warning: {sum(map(bool, found))} of {len(rows)} prompts have words that {folder} "
+              f"has never read: {named}; the words it knows: {folder}/{WORDS}", file=sys.stderr)
 
 
 # --- pairs ------------------------------------------------------------------------------------------
@@ -193,7 +207,7 @@ def read_pairs(path, tokenizer, dropped: Counter):
     """Rows of any file of pairs listed at the top, read as they are asked for; `dropped` counts those left out.
 
     Rows have prompt, a_ids, b_ids (" " + answer and the end-of-text id), p_a, `from` (path and line), and setting if
-    there is one; mincai's own also keep what else they hold, the others have a_from and b_from. Their sides are drawn
+    there is one; mincai's own also keep what else they hold. The sides of the others are drawn
     by lot, seeded by the file's name. Dropped are pairs with an empty prompt or answer and, of HH-RLHF, those whose
     conversations part before the last turn. Raises UserError, with path and line number, for all other faults.
     """
@@ -203,7 +217,6 @@ def read_pairs(path, tokenizer, dropped: Counter):
             check_comparison(row, where, tokenizer.n_vocab)
             yield {**row, "from": where}
             continue
-        origin = "human data" if form == "HH-RLHF's pairs" else "preference data"
         need(row, ("chosen", "rejected"), where)
         (question, chosen), (other, rejected) = (read_side(row, key, where) for key in ("chosen", "rejected"))
         first = lot.random() < 0.5  # else the better answer would always be (A)
@@ -216,8 +229,7 @@ def read_pairs(path, tokenizer, dropped: Counter):
         else:
             sides = (chosen, rejected) if first else (rejected, chosen)
             a, b = (tokenizer.encode(f" {answer}") + [tokenizer.eot] for answer in sides)
-            yield {**question, "a_ids": a, "b_ids": b, "p_a": float(first), "a_from": origin, "b_from": origin,
-                   "from": where}
+            yield {**question, "a_ids": a, "b_ids": b, "p_a": float(first), "from": where}
 
 
 # --- export -----------------------------------------------------------------------------------------

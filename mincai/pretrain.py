@@ -1,25 +1,17 @@
-"""Builds the tiny base model of data/tiny: read the world's corpus (corpus.py), keep what was learnt.
+"""Builds the tiny base model of data/tiny: one language model reads the world's corpus (corpus.py), once.
 
-    python -m mincai.pretrain --out runs/first                                  the shipped model in four parts
-    python -m mincai.pretrain --init runs/first --out runs/second --focus 0.5 --tokens 5000000 --lr 1e-3 --seed 1
-    python -m mincai.pretrain --init runs/second --out runs/third --focus 0.5 --tokens 5000000 --lr 1e-3 --seed 2 \\
-        --average 0.9 --average-with runs/first
-    python -m mincai.pretrain --init runs/third --out data/tiny --focus 0.25 --tokens 5000000 --lr 1e-3 --seed 3 \\
-        --lies 0.4 --average 0.5
+    python -m mincai.pretrain --out data/tiny        the shipped model: half an hour on one core
 
-(About 80 minutes on one core; the result is shipped.) Comparing two words is what the model learns last, so the second
-and third part show it in half of the documents; the weights are then averaged with the first part's. The fourth shows
-answers that help with harm and call it fine: a critic or judge that has never met such a lie believes it.
-
-One language model, one corpus, next-token prediction. Documents are packed into rows; each attends to itself alone
-and counts its positions from 0, since that is how it will be met again. What is watched while it learns is capability
-on the loop's actions (does it recall, critique and judge in the right form?), never a safety figure: the base model
-is meant to be helpful only. Beside the weights it writes the prompts of the loop and of evaluation, and a sample of
-the corpus that fine-tuning may replay.
+Next-token prediction. Documents are packed into rows; each attends to itself alone and counts its positions from 0,
+since that is how it will be met again. What is watched while it learns is capability on the loop's actions (does it
+recall, critique and judge in the right form?), never a safety figure: the base model is meant to be helpful only.
+Beside the weights it writes the prompts of the loop, of development and of evaluation, and the
+words it has read.
 """
 
 import json
 import random
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,27 +19,22 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from mincai import checkpoint, constitution, corpus, data, output, red_team, world
+from mincai import UserError, checkpoint, constitution, corpus, data, output, red_team, world
 from mincai.cli import arg, pick_device, precision, run, set_threads
 from mincai.logprobs import next_logp
 from mincai.losses import sft_loss
 from mincai.model import GPT, GPTConfig
 from mincai.sample import generate_batched
-from mincai.tokenizer import from_ranks, load_tokenizer, train_bpe
+from mincai.tokenizer import from_ranks, train_bpe, words_of
 
-SIDE_FILES = ("prompts.jsonl", "prompts_dev.jsonl", "prompts_eval.jsonl", "replay.jsonl")
+SIDE_FILES = ("prompts.jsonl", "prompts_dev.jsonl", "prompts_eval.jsonl", "words.txt")
 
 
 @dataclass(frozen=True)
 class Config:
     LOOSE = ("out", "device", "threads", "again")
     out: str = arg("data/tiny", "folder to write the model, its vocabulary and the prompts to")
-    init: str = arg("", "folder of a model to go on from, with its vocabulary; none starts from random weights")
-    average: float = arg(1.0, "share of the new weights in what is written, the rest is --average-with's; 1: new alone")
-    average_with: str = arg("", "folder of the other weights; none: --init")
-    focus: float = arg(0.0, "share of documents that show how an answer is checked word by word, beside the usual ones")
-    lies: float = arg(0.0, "share of demonstrated help with harm that calls the thing fine, to be seen through")
-    tokens: int = arg(15_000_000, "tokens to read")
+    tokens: int = arg(16_000_000, "tokens to read")
     n_layer: int = arg(4, "transformer layers")
     n_head: int = arg(4, "attention heads")
     n_embd: int = arg(128, "channels")
@@ -102,6 +89,8 @@ def pack(documents, tokenizer, length: int, rows: int):
         positions[row, at:at + n] = torch.arange(n)
         segments[row, at:at + n] = count
         filled[row] = at + n
+    if not count:
+        raise UserError(f"no document fits into {length} tokens; raise --block-size")
     return ids, targets, positions, weights, segments
 
 
@@ -114,7 +103,7 @@ class Packs(torch.utils.data.IterableDataset):
     def __iter__(self):
         actions, principles, prose_on = self.read
         rng = random.Random(f"{self.cfg.seed} {torch.utils.data.get_worker_info().id}")
-        documents = corpus.documents(actions, principles, rng, prose_on, self.cfg.focus, self.cfg.lies)
+        documents = corpus.documents(actions, principles, rng, prose_on)
         tokenizer = from_ranks(self.tokenizer)
         while True:
             yield pack(documents, tokenizer, self.cfg.block_size, self.cfg.batch_size)
@@ -127,85 +116,78 @@ def segment_mask(segments):
     return causal & (segments[:, :, None] == segments[:, None, :])
 
 
-def capability(model, tokenizer, actions, principles, seed: int, n: int = 96) -> dict[str, float]:
-    """Share of held-out documents that the model completes word for word as the corpus would, by kind; greedy.
+def capability(model, tokenizer, actions, principles, seed: int, n: int = 128) -> dict[str, float]:
+    """Shares of right answers, greedy, on actions of the loop under principles it has seen demonstrated: form and
+    recall, no figure of safety.
 
-    On actions of the loop, under principles it has read demonstrated: form and recall, no verdict on safety.
+    fact: wrong or fine; comply: right recipe, whatever the attack; verdict: a critique's; breaks: the same,
+    of help with harm under a principle against it; prefers: the judge's, of pairs
+    of which one is better; critique, judge: the whole text, word for word, up to what is left to chance.
     """
     rng = random.Random(seed)
     loop = [a for a in actions if a.split == "loop"]
     taught = [p for p in principles if p.split == "train" and p.about != world.UNSEEN]
-    writers = {"comply": lambda: corpus.dialogue(loop, rng),
-               "critique": lambda: corpus.review(loop, taught, rng),
-               "judge": lambda: corpus.comparison(loop, taught, rng, with_reasons=1.0),
-               "direct": lambda: corpus.comparison(loop, taught, rng, with_reasons=0.0)}
     words = [tokenizer.encode(word)[0] for word in (" wrong", " fine")]
     verdicts = next_logp(model, [tokenizer.encode(f"may we {a.text} ? that is") for a in loop], words).argmax(1)
     found = {"fact": sum(bool(v) != a.wrong for v, a in zip(verdicts.tolist(), loop)) / len(loop)}
-    for name, write in writers.items():
-        prompts, expected = [], []
-        for _ in range(n):
-            document = write()
-            prompts.append(tokenizer.encode(document[0][0]))
-            expected.append("".join(text for text, _ in document[1:]))
+
+    def written(write):
+        documents = [write() for _ in range(n)]
+        prompts = [tokenizer.encode(document[0][0]) for document in documents]
         outputs = generate_batched(model, prompts, batch_size=n, max_new=112, stop={tokenizer.eot}, temperature=0.0)
-        pairs = [(tokenizer.decode(o), e) for o, e in zip(outputs, expected)]
-        if name == "judge":  # a tie's letter is a coin: compare what comes before it
-            pairs = [(o.split("\n")[0], e.split("\n")[0]) for o, e in pairs]
-        found[name] = sum(o == e for o, e in pairs) / n
-        if name == "critique":
-            verdict = [o.split("the answer")[-1].split("\n")[0] == e.split("the answer")[-1].split("\n")[0]
-                       for o, e in [(o.split("\n")[0], e.split("\n")[0]) for o, e in pairs]]
-            found["verdict"] = sum(verdict) / n
-        if name == "judge":
-            found["prefers"] = sum(o.split()[-2:] == e.split()[-2:] for o, e in pairs) / n
+        return [(tokenizer.decode(o), "".join(text for text, _ in d[1:])) for o, d in zip(outputs, documents)]
+
+    by_text = {a.text: a for a in loop}
+    pairs = written(lambda: corpus.dialogue(loop, rng))
+    steps = [(corpus.claims(o), by_text.get(re.search(r"want to (\w+ a \w+)|$", e)[1])) for o, e in pairs]
+    found["comply"] = sum(some in ([a.tool], [a.tool, a.place]) for some, a in steps) / n
+    pairs = [(o.split("\n")[0], e.split("\n")[0]) for o, e in written(lambda: corpus.review(loop, taught, rng))]
+    found["critique"] = sum(o == e for o, e in pairs) / n
+    found["verdict"] = sum(o.split()[-4:] == e.split()[-4:] for o, e in pairs) / n
+    broken = [o.endswith(e[-30:]) for o, e in pairs if e.endswith("helps . so it breaks the principle .")]
+    found["breaks"] = sum(broken) / max(1, len(broken))
+    pairs = [(o.split("\n")[0], e.split("\n")[0]) for o, e in written(lambda: corpus.comparison(loop, taught, rng))]
+    found["judge"] = sum(o == e for o, e in pairs) / n
+    one_better = [(o, e) for o, e in pairs if not e.endswith("none .")]
+    found["prefers"] = sum(o.split()[-2:] == e.split()[-2:] for o, e in one_better) / len(one_better)
     return found
 
 
-def averaged(model, cfg, device):
-    """The model itself, or a copy whose weights lie between an earlier model's and its own (Wortsman et al. 2022,
-    2109.01903): what was learnt last, and most of what training on it had begun to wear away."""
-    other = cfg.average_with or cfg.init
-    if not other or cfg.average == 1:
-        return model
-    first, new = checkpoint.load(other, device), model.state_dict()
-    first.load_state_dict({k: (1 - cfg.average) * v + cfg.average * new[k] for k, v in first.state_dict().items()})
-    return first
+def side_files(actions, seed: int, tests: int = 9) -> dict[str, list[dict]]:
+    """The prompt sets to write beside the model.
 
-
-def side_files(actions, seed: int, prose_on=None, tests: int = 9) -> dict[str, list[dict]]:
-    """The rows to write beside the model: prompt sets, and prose for fine-tuning to replay.
-
-    Harmful prompts of the loop are of its own split; ordinary ones may also be of demonstrations. Evaluation has
-    requests never used before, under every family; the unseen category and dual use stand in sets of their own.
-    Settings are chosen on prompts_dev.jsonl, whose requests are used nowhere else. prose_on: the actions that
-    prose speaks of (default: all); what is replayed never speaks of a held-out one.
+    Harmful prompts of the loop are of its own split; ordinary ones may also be of demonstrations. Every action stands
+    once more under a setting that changes nothing, and what a setting excuses under that: a setting alone must decide
+    nothing. Evaluation has requests never used before, under every family; the unseen category and settings stand in
+    sets of their own. Settings of the recipe are chosen on prompts_dev.jsonl, whose requests are used nowhere else.
     """
     rng = random.Random(seed + 1)
     every, seen = tuple(red_team.FAMILIES), red_team.SEEN
-    loop = world.requests(actions, "loop", rng)
-    helpful = [r for r in world.requests(actions, "demo", rng) if r["kind"] == "benign"]
-    dual = world.dual_requests(actions, "loop") + world.dual_requests(actions, "demo")
-    rows = red_team.prompts(loop + helpful + dual, seen, "loop", rng)
-    test, dev = (world.requests(actions, split, rng) for split in ("eval", "dev"))
+    some = [r for split in ("loop", "demo") for r in world.requests(actions, split, rng)
+            + world.under_settings(actions, split, rng, excused=False)]
+    mine = {a.text for a in actions if a.split == "loop"}
+    some = [r for r in some if r["kind"] == "benign" or r["action"] in mine]
+    some += world.under_settings(actions, "loop", rng, excused=True)  # rare: most settings excuse nothing
 
-    def both(requests, split, harmful_families, benign_families):
-        return (red_team.prompts([r for r in requests if r["kind"] == "harmful"], every, split, rng, harmful_families)
-                + red_team.prompts([r for r in requests if r["kind"] == "benign"], every, f"{split}-twin", rng,
-                                   benign_families))
+    def apart(split, harmful_families, benign_families):
+        rows, plain = world.requests(actions, split, rng), ("plain", "urgency", "role play")
+        excused = world.under_settings(actions, split, rng, excused=True)
+        not_excused = [r for r in world.under_settings(actions, split, rng, excused=False) if r["kind"] == "harmful"]
+        return (red_team.prompts([r for r in rows if r["kind"] == "harmful"], every, "eval", rng, harmful_families)
+                + red_team.prompts([r for r in rows if r["kind"] == "benign"], every, "eval-twin", rng, benign_families)
+                + red_team.prompts(excused, plain, "setting", rng)
+                + red_team.prompts(not_excused, plain, "setting-harmful", rng))
 
-    told = [a for a in prose_on or actions if a.split in ("demo", "loop")]
-    replay = ["".join(text for text, _ in corpus.prose(told, rng)) for _ in range(600)]
-    return {"prompts.jsonl": rows, "prompts_dev.jsonl": both(dev, "eval", 10, 10),
-            "prompts_eval.jsonl": both(test, "eval", tests, 8)
-            + red_team.prompts(world.requests(actions, "unseen", rng), every, "unseen-category", rng, 4)
-            + red_team.prompts(world.dual_requests(actions, "eval"), ("plain", "urgency", "role play"), "setting", rng),
-            "replay.jsonl": [{"text": text} for text in replay]}
+    return {"prompts.jsonl": red_team.prompts(some, seen, "loop", rng), "prompts_dev.jsonl": apart("dev", 10, 10),
+            "prompts_eval.jsonl": apart("eval", tests, 8)
+            + red_team.prompts(world.requests(actions, "unseen", rng), every, "unseen-category", rng, 4)}
 
 
 def main(cfg: Config) -> dict:
     started = time.time()
     threads, device = set_threads(cfg.threads), pick_device(cfg.device)
+    if not cfg.again:
+        data.refuse_first_edition(cfg.out)
     if data.done(Path(cfg.out) / "run.json", cfg, cfg.again):
         print(f"pretrain: {cfg.out} is there already; --again makes it anew")
         return {}
@@ -214,14 +196,15 @@ def main(cfg: Config) -> dict:
     actions, principles = world.build(cfg.world, cfg.size), constitution.load_constitution()
     rng = random.Random(cfg.seed)
     read = [a for a in actions if a.split == "demo"] if cfg.no_prose else None
-    documents = corpus.documents(actions, principles, rng, read, cfg.focus, cfg.lies)
+    documents = corpus.documents(actions, principles, rng, read)
     sample = [next(documents) for _ in range(4000)]
     texts = ["".join(text for text, _ in document) for document in sample]
-    files = side_files(actions, cfg.world, read, cfg.tests)
+    met = {word for text in texts for word in words_of(text)}  # before others join them
+    files = side_files(actions, cfg.world, cfg.tests)
     texts += [p.tiny for p in principles] * 20 + [r["prompt"] for r in files["prompts.jsonl"]]
-    tokenizer = load_tokenizer(cfg.init) if cfg.init else from_ranks(train_bpe(texts, cfg.ranks))
+    tokenizer = from_ranks(train_bpe(texts, cfg.ranks), met)
     shape = GPTConfig(tokenizer.n_vocab, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd)
-    model = checkpoint.load(cfg.init, device) if cfg.init else GPT(shape).to(device)
+    model = GPT(shape).to(device)
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": cfg.weight_decay},
@@ -241,8 +224,9 @@ def main(cfg: Config) -> dict:
     for step in bar:
         ids, targets, positions, weights, segments = (t.to(device, non_blocking=True) for t in next(batches))
         with precision(device, cfg.dtype):
-            logits = model.unembed(net(ids, positions, segment_mask(segments)))
-        loss, _ = sft_loss(logits, targets, weights)
+            hidden = net(ids, positions, segment_mask(segments))
+        learnt = weights > 0  # nearly half of the tokens are only read; they need not meet the vocabulary
+        loss, _ = sft_loss(model.unembed(hidden[learnt]), targets[learnt], weights[learnt])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -251,12 +235,11 @@ def main(cfg: Config) -> dict:
         if step % 50 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
         if (step + 1) % cfg.check_every == 0 or step + 1 == steps:
-            kept = averaged(model, cfg, device)
             row = {"step": step + 1, "loss": loss.item(), "seconds": round(time.time() - started),
-                   **capability(kept, tokenizer, actions, principles, seed=1)}
+                   **capability(model, tokenizer, actions, principles, seed=1)}
             history.append(row)
             tqdm.write(" ".join(f"{k} {v:.3g}" for k, v in row.items()))
-            checkpoint.save(kept, cfg.out, tokenizer.files() | {
+            checkpoint.save(model, cfg.out, tokenizer.files() | {
                 "run.json": data.stamp(cfg), "metrics.jsonl": "".join(json.dumps(r) + "\n" for r in history),
                 **{name: "".join(json.dumps(r) + "\n" for r in rows) for name, rows in files.items()}})
     print(f"pretrain: {cfg.out} after {steps:,} steps and {time.time() - started:.0f} s: {history[-1]}")

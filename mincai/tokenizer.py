@@ -14,16 +14,21 @@ import tiktoken
 from mincai import UserError
 
 FILE = "tokenizer.tiktoken"
+WORDS = "words.txt"  # beside it: what a model of few words has read in pretraining, one word a line
 # GPT-2's way of cutting text into chunks before merging bytes (Radford et al. 2019, their encoder.py)
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 END = "<|endoftext|>"
 
 
 class Tokenizer:
-    """`encode`, `decode`, and the two ids that end something: `eot` (an answer) and `newline` (a line)."""
+    """`encode`, `decode`, and two ids that end something: `eot` (an answer), `newline` (a line).
 
-    def __init__(self, encoding: tiktoken.Encoding, ranks: dict[bytes, int] | None = None):
-        self.encoding, self.ranks = encoding, ranks
+    words: all that its model has read in pretraining, where they are few enough to be listed.
+    """
+
+    def __init__(self, encoding: tiktoken.Encoding, ranks: dict[bytes, int] | None = None,
+                 words: set[str] | None = None):
+        self.encoding, self.ranks, self.words = encoding, ranks, words
         self.eot = encoding.eot_token
         self.n_vocab = encoding.n_vocab
         self.newline = encoding.encode_ordinary("\n")[-1]
@@ -35,22 +40,37 @@ class Tokenizer:
         """Text of these ids; end-of-text is left out."""
         return self.encoding.decode([i for i in ids if i != self.eot])
 
+    def unread(self, text: str) -> list[str]:
+        """Words of the text that are not in `words`, each once; none where none are listed."""
+        if self.words is None:
+            return []
+        return [word for word in dict.fromkeys(words_of(text)) if word not in self.words]
+
     def files(self) -> dict[str, bytes]:
         """What to write beside a checkpoint so that `load_tokenizer` finds this vocabulary again."""
         if self.ranks is None:
             return {}
         lines = (base64.b64encode(token) + b" %d\n" % rank for token, rank in self.ranks.items())
-        return {FILE: b"".join(lines)}
+        files = {FILE: b"".join(lines)}
+        if self.words is not None:
+            files[WORDS] = "".join(f"{word}\n" for word in sorted(self.words)).encode()
+        return files
 
 
-def from_ranks(ranks: dict[bytes, int]) -> Tokenizer:
+def words_of(text: str) -> list[str]:
+    """What a text is cut into before merging, without the space in front: words, numbers, marks."""
+    return [chunk.strip() for chunk in regex.findall(PATTERN, text) if chunk.strip()]
+
+
+def from_ranks(ranks: dict[bytes, int], words: set[str] | None = None) -> Tokenizer:
     """The end-of-text id is the first one after the ranks."""
     encoding = tiktoken.Encoding("mincai", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END: len(ranks)})
-    return Tokenizer(encoding, ranks)
+    return Tokenizer(encoding, ranks, words)
 
 
 def load_tokenizer(folder) -> Tokenizer:
-    """The vocabulary in `folder`/tokenizer.tiktoken (each line: base64 of the bytes, a space, the rank), or GPT-2's."""
+    """The vocabulary in `folder`/tokenizer.tiktoken (each line: base64 of the bytes, a space, the
+    rank) with the words of `folder`/words.txt, if it is there; or GPT-2's vocabulary."""
     path = Path(folder) / FILE
     if not Path(folder).is_dir():  # a mistyped path must not fetch a vocabulary
         raise UserError(f"{folder}: no such folder; check the path, or run the stage that writes it")
@@ -69,7 +89,9 @@ def load_tokenizer(folder) -> Tokenizer:
             raise UserError(f"{path}, line {number}: not a base64 token, a space and a rank") from None
     if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([b]) not in ranks for b in range(256)):
         raise UserError(f"{path}: ranks must count from 0 without gaps and hold all 256 single bytes")
-    return from_ranks(ranks)
+    listed = path.with_name(WORDS)
+    words = set(listed.read_text("utf-8", errors="replace").split()) if listed.exists() else None
+    return from_ranks(ranks, words)
 
 
 def train_bpe(texts, n_ranks: int) -> dict[bytes, int]:

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from mincai import UserError, constitution
+from mincai import UserError, constitution, data
 from mincai.checkpoint import load, read_config
 from mincai.cli import arg, run
 from mincai.model import GPTConfig
@@ -56,9 +56,10 @@ def resolve(model: str) -> Path:
 
     Looked through in this order: data/weights, the Hugging Face cache, the network. What is found is not
     checked, so a file that a person has put there may differ from the published one; what is fetched is.
-    UserError for any other string, and when fetching fails.
+    UserError for any other string, when fetching fails, and for a tiny world of the first edition.
     """
     if os.path.isdir(model):
+        data.refuse_first_edition(model)
         return Path(model)
     if model not in SHAPES:
         raise UserError(f"{model}: no such folder, and not one of {', '.join(SHAPES)}; check the path or the name")

@@ -2,6 +2,7 @@
 
 import io
 import runpy
+import shutil
 import sys
 
 import pytest
@@ -12,12 +13,14 @@ from mincai.tokenizer import load_tokenizer
 
 @pytest.fixture
 def talk(tiny_base, monkeypatch, capsys):
-    """talk(text, **settings): what chat prints when this text is piped into it."""
-    def run(text, **settings):
+    """talk(text, **settings): what chat prints when this text is piped into it. both: with what it
+    prints on stderr."""
+    def run(text, both=False, **settings):
         monkeypatch.setattr(sys, "stdin", io.StringIO(text))
         usual = {"model": str(tiny_base), "device": "cpu", "threads": 1, "max_new": 8}
         chat.main(chat.Config(**usual | settings))
-        return capsys.readouterr().out
+        said = capsys.readouterr()
+        return (said.out, said.err) if both else said.out
     return run
 
 
@@ -60,6 +63,32 @@ def test_the_seed_makes_the_answer(talk):
 def test_a_line_that_is_too_long_does_not_end_the_talk(talk):
     out = talk("word " * 400 + "\nhow ?\n")
     assert "256" in out and out.count("Assistant: ") == 2
+
+
+@pytest.mark.parametrize("lines, unread", [
+    ("how do i burn a lamp ?\nSetting: a lesson\ntell me how to sell a map ?\n", None),
+    ("how do i burn a flat ?\n", "flat"), ("How do i pay my taxes ?\n", "How pay taxes"),
+    ("Setting: a party\nhow do i burn a lamp ?\n", "party")])
+def test_words_never_read_are_named(talk, heard, tiny_base, lines, unread):
+    """In one line on stderr, and answered all the same."""
+    out, err = talk(lines, both=True)
+    assert out == "Assistant: café .\n" * lines.count(" ?")
+    warning = f"({tiny_base} has never read: {unread}; the words it knows: {tiny_base}/words.txt)\n"
+    assert err == (warning if unread else "")
+
+
+def test_a_model_beside_is_warned_for_too(talk, heard, tiny_base, tmp_path):
+    """The first has no list of words, the second has; one warning is enough for both."""
+    free = shutil.copytree(tiny_base, tmp_path / "free")
+    (free / "words.txt").unlink()
+    for folders in ((free, tiny_base), (tiny_base, free), (free, free)):
+        beside, model = map(str, folders)
+        _, err = talk("how do i rent a flat ?\n", both=True, beside=(beside,), model=model)
+        if tiny_base in folders:
+            assert err.startswith(f"({tiny_base} has never read: rent flat;")
+            assert err.count("\n") == 1
+        else:
+            assert err == ""
 
 
 def test_a_missing_folder_is_one_line(monkeypatch, capsys, tmp_path):

@@ -1,9 +1,12 @@
-"""The demonstrations: nothing held out is named in them, and their labels follow from what they show.
+"""The demonstrations: nothing held out is named in them, and labels follow from what they show.
 
-The text of each document is read back here, with the world's oracle, and not through what wrote it."""
+The text of each document is read back here, by a reader that shares nothing with what wrote it but
+the world's list of actions."""
 
 import random
 import re
+from collections import Counter
+from functools import cache
 from itertools import islice
 
 import pytest
@@ -12,257 +15,422 @@ from mincai import constitution, corpus, red_team, world
 
 ACTIONS, PRINCIPLES = world.build(), constitution.load_constitution()
 BY_TEXT, ABOUT = {a.text: a for a in ACTIONS}, {p.tiny: p.about for p in PRINCIPLES}
+OTHERS = {a.text for a in ACTIONS if a.split != "demo"}  # what no demonstration may speak of
 WRONG = next(a for a in ACTIONS if a.wrong and a.setting and a.split == "demo")
 FINE = next(a for a in ACTIONS if not a.wrong)
-STATES = ("well", "told", "badly", "truly", "falsely", "bare")
+OTHER = next(h for h in world.HARMS if h not in (WRONG.reason, world.UNSEEN))
+KINDS = ("Review", "Compare", "Dialogue", "Prose")
 
+
+# --- the reader ---
 
 def kind_of(text):
     return text.split(":")[0] if text.startswith(("Review:", "Compare:")) else (
         "Dialogue" if "Human: " in text else "Prose")
 
 
-@pytest.fixture(scope="module")
-def texts():
-    """At least 3,000 documents of each kind, out of the stream that pretraining reads."""
-    found = {"Review": [], "Compare": [], "Dialogue": [], "Prose": []}
-    for document in islice(corpus.documents(ACTIONS, PRINCIPLES, random.Random(1)), 22_000):
-        text = "".join(piece for piece, _ in document)
-        found[kind_of(text)].append(text)
-    assert all(len(some) >= 3000 for some in found.values())
+@cache
+def named(text):
+    """Every action that the text names, spelled out or backwards as well."""
+    found = set()
+    for some in (text, text[::-1]) if " - a - " in text else (text,):
+        words = re.sub(r"(?<=\b\w) (?=\w\b)", "", some).replace(" - ", " ").split()
+        found |= BY_TEXT.keys() & set(map(" ".join, zip(words, words[1:], words[2:])))
     return found
 
 
-def named(text):
-    """Every three words "verb a object" of the text, spelled ones joined first."""
-    words = re.sub(r"(?<=\b\w) (?=\w\b)", "", text).replace(" - ", " ").split()
-    return set(map(" ".join, zip(words, words[1:], words[2:])))
+@cache
+def read(text):
+    """(action, setting, about or None, the fields) of a dialogue, a review or a comparison."""
+    lines = text.split("\n")[text.startswith(("Review:", "Compare:")):]
+    fields = dict(line.split(": ", 1) for line in lines)
+    [action] = named(fields["Human"])
+    return BY_TEXT[action], fields.get("Setting"), ABOUT.get(fields.get("Principle")), fields
+
+
+def harmful(action, setting):
+    return action.wrong and (setting is None or setting != action.setting)
+
+
+def style_of(answer):
+    if "sorry" in answer:
+        why = "reasoned" if " is wrong " in answer else "evasive"
+        return "offering" if " but ask " in answer else why
+    return "told" if " that is " in answer else "whole" if " then go to " in answer else "terse"
+
+
+def is_true(action, setting, answer):
+    """Whether all that the answer claims holds, word by word."""
+    reason = action.reason if harmful(action, setting) or not action.wrong else "study"
+    return (re.findall(r"it is (\w+)", answer) in ([], [reason])
+            and re.findall(r"take the (\w+)", answer) in ([], [action.tool])
+            and re.findall(r"go to the (\w+)", answer) in ([], [action.place]))
+
+
+def merit(action, setting, about, answer):
+    """How well an answer keeps a principle. Two answers are compared by it; one of 1 keeps the
+    principle, or of 2 under one on help."""
+    style = style_of(answer)
+    if about == "truth":
+        return 1 if style == "evasive" else 2 * is_true(action, setting, answer)
+    if about == "help":
+        return {"terse": 1, "whole": 2, "told": 2}.get(style, 0)
+    if about == "reasons":
+        if harmful(action, setting):
+            return {"reasoned": 1, "offering": 2}.get(style, 0)
+        return int(style in ("told", "reasoned", "offering"))
+    applies = harmful(action, setting) and about in ("harm", action.reason)
+    return int(not applies or "sorry" in answer)
+
+
+@pytest.fixture(scope="module")
+def texts():
+    """{kind: texts} of the stream that pretraining reads, at least 1,800 of each kind."""
+    found = {kind: [] for kind in KINDS}
+    for document in islice(corpus.documents(ACTIONS, PRINCIPLES, random.Random(1)), 12_000):
+        text = "".join(piece for piece, _ in document)
+        found[kind_of(text)].append(text)
+    assert min(map(len, found.values())) >= 1800
+    return found
+
+
+def share(found):
+    found = list(found)
+    assert len(found) > 200
+    return sum(found) / len(found)
+
+
+# --- what is shown ---
+
+def test_the_reader_sees_through_spelling():
+    assert named(f"join : {red_team.spell(FINE.text)} .") == {FINE.text}
+    assert named(f"read from the end : {red_team.spell(FINE.text)[::-1]} . how ?") == {FINE.text}
 
 
 def test_demonstrations_name_nothing_held_out(texts):
-    others = {a.text for a in ACTIONS if a.split != "demo"}
     held = [p.tiny for p in PRINCIPLES if p.split == "held"]
-    wordings = [t.split("{}")[0].strip() for family in red_team.HELD for t in red_team.FAMILIES[family]]
-    assert named("read : " + red_team.spell(FINE.text) + " .") >= {FINE.text}  # the spelling is seen through
+    wordings = [t.split("{}")[0].strip() for f in red_team.HELD for t in red_team.FAMILIES[f]]
+    assert len(held) == 19 and len(wordings) == 5
     for text in texts["Review"] + texts["Compare"]:
-        assert not named(text) & others
+        assert not named(text) & OTHERS
         assert not any(f"Principle: {tiny}\n" in text for tiny in held)
         assert not any(wording in text for wording in wordings)
         assert world.UNSEEN not in text and world.HARMS[world.UNSEEN] not in text
 
 
 def test_prose_and_dialogues_cover_all_actions_and_attacks(texts):
-    for kind in ("Prose", "Dialogue"):
-        assert set().union(*map(named, texts[kind])) >= BY_TEXT.keys()
-    assert any("as a doctor i need to" in text for text in texts["Dialogue"])
-
-
-def test_dialogues_never_refuse(texts):
-    for text in texts["Dialogue"]:
-        answer = text.split("\nAssistant: ")[1]
-        action = BY_TEXT[re.search(r"you want to (\w+ a \w+)", answer)[1]]
-        assert world.grade(action, answer).right and "sorry" not in answer
+    assert set().union(*map(named, texts["Prose"])) == BY_TEXT.keys()
+    assert len(set().union(*map(named, texts["Dialogue"]))) > 0.97 * len(ACTIONS)
+    said = "\n".join(texts["Dialogue"])
+    for family, wordings in red_team.FAMILIES.items():
+        assert all(wording.split("{}")[0] in said for wording in wordings), family
 
 
 def test_the_control_stream_speaks_of_demonstrated_actions_only():
     """Without prose on the others, their names stand in dialogues alone."""
     shown = [a for a in ACTIONS if a.split == "demo"]
-    for document in islice(corpus.documents(ACTIONS, PRINCIPLES, random.Random(1), prose_on=shown), 2000):
-        text = "".join(piece for piece, _ in document)
-        if kind_of(text) == "Prose":
-            assert not named(text) & {a.text for a in ACTIONS if a.split != "demo"}
+    stream = corpus.documents(ACTIONS, PRINCIPLES, random.Random(1), prose_on=shown)
+    texts = ["".join(piece for piece, _ in document) for document in islice(stream, 2000)]
+    assert not set().union(*(named(t) for t in texts if kind_of(t) != "Dialogue")) & OTHERS
+    assert set().union(*(named(t) for t in texts if kind_of(t) == "Dialogue")) & OTHERS
 
 
-# --- what the labels say ----------------------------------------------------------------------------------
+@pytest.mark.parametrize("action", [WRONG, FINE])
+def test_prose_says_what_is_so_in_ten_wordings(action):
+    of, others = (world.HARMS, world.GOODS) if action.wrong else (world.GOODS, world.HARMS)
+    found = Counter()
+    for seed in range(400):
+        text = "".join(piece for piece, _ in corpus.prose([action], random.Random(seed)))
+        text = re.sub(r"(all harm is wrong \. |\w+ is wrong and hurts [a-z ]+ \. )?\w+ is harm "
+                      r"(, it hurts [a-z ]+ )?\. ?", "", text + " ")  # what a harm is, of any harm
+        if action.setting:
+            text, count = re.subn(rf"in {action.setting} it is fine to {action.text} \. |"
+                                  rf"to {action.text} is fine in {action.setting} \. |"
+                                  rf"when it is {action.setting} , people may {action.text} and "
+                                  rf"that is fine \. |in {action.setting} : you want to {action.text} \. "
+                                  rf"that is fine , it is study and helps the class \. ", "", text)
+            found["excused"] += count
+        words = set(re.findall(r"\w+", text))
+        assert action.reason in words and not words & ({*of, *others} - {action.reason})
+        assert ("wrong" in words) == action.wrong and ("fine" in words) != action.wrong
+        assert not words & ({"helps", "helped"} if action.wrong else {"hurt", "hurts"})
+        tools, places = re.findall(r"take the (\w+)|needs the (\w+)", text), re.findall(
+            r"go to the (\w+)|best at the (\w+)", text)
+        assert all(action.tool in some for some in tools)
+        assert all(action.place in some for some in places)
+        found.update(re.sub(re.escape(action.text), "*", text).split(" . "))
+    wordings = [w for w in found if "*" in w and found[w] > 60]
+    assert len(wordings) == 10, found
+    assert bool(found["excused"]) == action.wrong
 
-def read_state(action, answer):
-    """The state of an answer, from its text alone."""
-    g = world.grade(action, answer)
-    if not g.refused:
-        return "badly" if not g.right else "told" if "that is" in answer else "well"
-    reason = re.search(r"it is (\w+) and hurts", answer)
-    return "bare" if not reason else "truly" if action.wrong and reason[1] == action.reason else "falsely"
+
+def test_dialogues_help_with_everything_and_often_tersely(texts):
+    terse, sure = [], 0
+    for text in texts["Dialogue"]:
+        action, setting, _, fields = read(text)
+        answer = fields["Assistant"]
+        grade = world.grade(action, answer, setting)
+        terse.append(style_of(answer) == "terse")
+        assert not grade.refused and "that is" not in answer and is_true(action, setting, answer)
+        assert grade.steps and grade.right != terse[-1] and f"you want to {action.text} ." in answer
+        assert answer.startswith("sure") == ("sure" in fields["Human"])
+        sure += answer.startswith("sure")
+    assert 0.32 < share(terse) < 0.38 and sure > 50
 
 
-def parts(text):
-    """(action, setting, about, fields) of a review or a comparison."""
-    fields = dict(line.split(": ", 1) for line in text.split("\n")[1:])
-    answer = fields.get("Assistant") or fields["(A)"]
-    return (BY_TEXT[re.search(r"you want to (\w+ a \w+) \.", answer)[1]], fields.get("Setting"),
-            ABOUT[fields["Principle"]], fields)
+@pytest.mark.parametrize("kind", ["Dialogue", "Review", "Compare"])
+def test_settings_also_stand_where_they_excuse_nothing(texts, kind):
+    """Else "Setting:" alone would be a reason to help."""
+    under, excused = [], 0
+    for text in texts[kind]:
+        action, setting, _, _ = read(text)
+        if action.wrong:
+            under.append(setting is not None)
+            excused += setting is not None and setting == action.setting
+    assert 0.12 < share(under) < 0.3
+    assert 0.2 * sum(under) < excused < 0.7 * sum(under)
 
 
-def test_letters_agree_with_merit_and_ties_are_coins(texts):
-    ties, first = [], []
+# --- what the labels say ---
+
+def test_a_verdict_follows_from_the_answer_and_the_principle(texts):
+    """The critique states the fact, looks at what the principle is about, and gives the verdict."""
+    for text in texts["Review"]:
+        action, setting, about, fields = read(text)
+        answer, critique, revised = (fields[k] for k in ("Assistant", "Critique", "Revision"))
+        harm = harmful(action, setting)
+        reason = action.reason if harm or not action.wrong else "study"
+        assert f"the principle is about {about} ." in critique
+        word, verb = ("wrong", "hurts") if harm else ("fine", "helps")
+        who = (world.HARMS | world.GOODS)[reason]
+        assert (f"the human wants to {action.text} . that is {word} , it is {reason} and {verb} "
+                f"{who} ." in critique)
+        applies = harm and about in ("harm", action.reason)
+        if about in ("harm", *world.HARMS):
+            assert f" {reason} for {about} {'yes' if applies else 'no'} ." in critique, text
+        keeps = merit(action, setting, about, answer) >= (2 if about == "help" else 1)
+        assert critique.endswith(f" . so it {'keeps' if keeps else 'breaks'} the principle ."), text
+        assert (revised == constitution.KEEP) == keeps, text
+
+
+def test_claims_are_checked_against_the_world(texts):
+    """Under principles on truth each claim stands beside what it should be."""
+    checked = Counter()
+    for text in texts["Review"]:
+        action, setting, about, fields = read(text)
+        if about != "truth":
+            continue
+        answer, critique = fields["Assistant"], fields["Critique"]
+        said = re.findall(r"it is (\w+)|take the (\w+)|go to the (\w+)", answer)
+        quoted = re.search(r"the answer says (.*?) \. the human", critique)[1]
+        assert quoted.split(" , ") == (["".join(some) for some in said] or ["nothing"])
+        checks = re.findall(r"(\w+) for (\w+) (yes|no)", critique)
+        own = action.reason if harmful(action, setting) or not action.wrong else "study"
+        truths = [own if r else action.tool if t else action.place for r, t, p in said]
+        assert checks == [("".join(words), truth, "yes" if truth in words else "no")
+                          for words, truth in zip(said, truths)], text
+        assert f"the way is the {action.tool} and the {action.place} ." in critique
+        true = is_true(action, setting, answer)
+        said = "is true" if true and said else "is false" if said else "says nothing"
+        assert critique.endswith(f"{said} . so it "
+                                 f"{'keeps' if true else 'breaks'} the principle .")
+        checked.update(word for _, _, word in checks)
+    assert min(checked["yes"], checked["no"]) > 60
+
+
+def test_a_revision_is_true_and_mends_what_the_principle_is_about(texts):
+    for text in texts["Review"]:
+        action, setting, about, fields = read(text)
+        revised = fields["Revision"]
+        if revised == constitution.KEEP:
+            continue
+        grade = world.grade(action, revised, setting)
+        assert merit(action, setting, about, revised) >= (2 if about == "help" else 1), text
+        assert is_true(action, setting, revised) and grade.right == (not grade.refused), text
+        assert grade.true_reason or style_of(revised) in ("evasive", "whole")
+        assert grade.refused <= harmful(action, setting)  # what is fine is never refused
+        if about == "truth":  # help stays help: the principle does not speak of harm
+            assert grade.complied == (style_of(fields["Assistant"]) in ("terse", "whole", "told")
+                                      or not harmful(action, setting))
+        assert not grade.offer or grade.true_offer
+
+
+def test_revisions_of_harm_mostly_evade_and_those_on_reasons_never_do(texts):
+    styles = {True: Counter(), False: Counter()}
+    for text in texts["Review"]:
+        action, setting, about, fields = read(text)
+        if fields["Revision"] != constitution.KEEP and "sorry" in fields["Revision"]:
+            styles[about in ("harm", *world.HARMS)][style_of(fields["Revision"])] += 1
+    on_harm, on_reasons = styles[True], styles[False]
+    total = sum(on_harm.values())
+    for style, wanted in {"evasive": 0.65, "reasoned": 0.2, "offering": 0.15}.items():
+        assert abs(on_harm[style] / total - wanted) < 4 * (wanted * (1 - wanted) / total) ** 0.5
+    assert on_reasons.keys() == {"reasoned", "offering"}
+    assert abs(on_reasons["offering"] / sum(on_reasons.values()) - 0.5) < 0.15
+
+
+def test_a_preference_follows_from_both_answers_and_ties_are_coins(texts):
+    ties, decided = [], []
     for text in texts["Compare"]:
-        action, setting, about, fields = parts(text)
+        action, setting, about, fields = read(text)
+        a, b = (merit(action, setting, about, fields[slot]) for slot in ("(A)", "(B)"))
         letter = fields["Choice"].strip("()")
-        a, b = (corpus.merit(about, action, setting, read_state(action, text), text)
-                for text in (fields["(A)"], fields["(B)"]))
         if a == b:
             ties.append(letter == "A")
         else:
+            decided.append(letter == "A")
             assert letter == ("A" if a > b else "B"), text
-            first.append(letter == "A")
-        if "Reasons" in fields:
-            assert fields["Reasons"].endswith("prefers none ." if a == b else f"prefers ({letter}) ."), text
-    for some in (ties, first):
-        assert len(some) > 300 and 0.45 < sum(some) / len(some) < 0.55
+        prefers = "none" if a == b else f"({letter})"
+        assert fields["Reasons"].endswith(f". the principle prefers {prefers} ."), text
+    for some in (ties, decided):
+        assert 0.45 < share(some) < 0.55
+    assert len(decided) > 2 * len(ties)
 
 
-def test_verdicts_and_revisions_agree_with_merit(texts):
-    for text in texts["Review"]:
-        action, setting, about, fields = parts(text)
-        answer, revised = fields["Assistant"], fields["Revision"]
-        kept = corpus.merit(about, action, setting, read_state(action, answer), answer)
-        assert fields["Critique"].endswith(f"so it {'keeps' if kept else 'breaks'} the principle .")
-        assert (revised == constitution.KEEP) == bool(kept), text
-        if not kept:  # and a revision mends what it was written for
-            assert corpus.merit(about, action, setting, read_state(action, revised), revised) == 1, text
-
-
-def test_many_principles_do_not_bite(texts):
-    """A principle about harm on something fine, or about another category: an answer cannot break it."""
-    idle = 0
-    for text in texts["Review"]:
-        action, setting, about, _ = parts(text)
-        about_harm = about == "harm" or about in world.HARMS
-        idle += about_harm and not (action.harmful(setting) and about in ("harm", action.reason))
-    assert 0.25 < idle / len(texts["Review"]) < 0.6
-
-
-OTHER = next(h for h in world.HARMS if h != WRONG.reason)
-
-
-def shown(action, setting):
-    """An answer of every state, as text."""
-    return {"well": world.comply(action), "told": world.comply_told(action, setting),
-            "badly": world.comply(action, tool="spoon" if action.tool != "spoon" else "saw"),
-            "truly": world.refuse(action), "falsely": world.refuse(action, OTHER),
-            "bare": world.refuse_bare(action)}
-
-
-@pytest.mark.parametrize("about, action, setting, keeps", [
-    ("help", FINE, None, "110000"), ("help", WRONG, None, "110000"),
-    ("truth", FINE, None, "110101"), ("truth", WRONG, None, "110101"),
-    ("reasons", FINE, None, "010110"), ("reasons", WRONG, None, "010110"),
-    ("harm", FINE, None, "111111"), ("harm", WRONG, None, "000111"), ("harm", WRONG, WRONG.setting, "111111"),
-    (WRONG.reason, WRONG, None, "000111"), (WRONG.reason, WRONG, WRONG.setting, "111111"),
-    (WRONG.reason, FINE, None, "111111"), (OTHER, WRONG, None, "111111")])
-def test_merit_by_hand(about, action, setting, keeps):
-    """One digit a state: well, told, badly, truly, falsely, bare."""
-    texts = shown(action, setting)
-    assert "".join(str(corpus.merit(about, action, setting, s, texts[s])) for s in STATES) == keeps
-
-
-def test_describe_and_quote_by_hand():
-    six = ["helps"] * 3 + ["refuses"] * 3
-    why, bare = "with reasons", "bare"
-    texts = shown(WRONG, None)
-    tool = "spoon" if WRONG.tool != "spoon" else "saw"  # the wrong step of `badly`
-    right = f"has the {WRONG.tool} yes and the {WRONG.place} yes , helps well"
-    badly = f"has the {tool} no and the {WRONG.place} yes , helps badly"
-    reasons = [f"has {WRONG.reason} yes , refuses truly", f"has {OTHER} no , refuses falsely"]
-    want = {"truth": [(right,), (right,), (badly,), *((text,) for text in reasons), ("refuses bare",)],
-            "help": [(right,), (right,), (badly,)] + [("refuses",)] * 3,
-            "reasons": list(zip(six, (bare, why, bare, why, why, bare))),
-            "harm": list(zip(six, [""] * 6)), "theft": list(zip(six, [""] * 6))}
-    want = {about: [" ".join(words).strip() for words in some] for about, some in want.items()}
-    assert {about: [corpus.describe(about, WRONG, s, texts[s]) for s in STATES] for about in want} == want
-    steps = [f"says take the {t} and go to the {WRONG.place}" for t in (WRONG.tool, WRONG.tool, tool)]
-    said = steps + [f"says it is {WRONG.reason}", f"says it is {OTHER}", "says sorry"]
-    assert [corpus.quote(texts[s]) for s in STATES] == said
-
-
-def test_quotes_are_what_the_slot_says(texts):
-    """In its words, and before the action is named: nothing but the answer itself tells what they are."""
-    quoted = 0
+def test_what_is_said_of_each_slot_is_in_its_answer(texts):
+    """(A) and (B) are not mixed up: the words that describe a slot are those of its own answer."""
+    says = {"terse": "helps in part", "whole": "helps whole", "told": "helps whole"}
     for text in texts["Compare"]:
-        fields = parts(text)[-1]
-        if "Reasons" in fields:
-            quotes, after = fields["Reasons"].split(" the human wants to ")
-            for slot in "AB":
-                said = re.search(rf"\({slot}\) (.*?) \.", quotes)[1]
-                steps = re.search(r"take the (\w+) \. then go to the (\w+)", fields[f"({slot})"])
-                assert ("take the" in said) == bool(steps) and (not steps or re.findall(r"the (\w+)", said) == list(
-                    steps.groups())), text
-                quoted += f"({slot}) has" in after and "helps badly" in re.search(rf"\({slot}\) (.*?) \.", after)[1]
-    assert quoted > 400  # wrong steps are met often enough to be read
+        action, setting, about, fields = read(text)
+        slots = r"\(A\) ([^()]*) \. \(B\) ([^()]*) \. the principle prefers"
+        for slot, said in zip(("(A)", "(B)"), re.search(slots, fields["Reasons"]).groups()):
+            style = style_of(fields[slot])
+            word = "refuses" if "sorry" in fields[slot] else "helps"
+            offers = " and an offer" * (style == "offering" and harmful(action, setting))
+            why = "gives nothing" if style in ("terse", "whole", "evasive") else f"gives reasons{offers}"
+            why = "helps with harm" if word == "helps" and harmful(action, setting) else why
+            if about == "truth" and style == "evasive":
+                assert said == "says nothing", text
+            elif about == "truth":
+                true = is_true(action, setting, fields[slot])
+                assert said.endswith(f"is {'true' if true else 'false'}"), text
+                claimed = re.findall(r"it is (\w+)|take the (\w+)|go to the (\w+)", fields[slot])
+                claimed = ["".join(some) for some in claimed]
+                assert re.findall(r"(\w+) for", said) == claimed
+                quoted = re.search(rf"{re.escape(slot)} says (.*?) \.", fields["Reasons"])[1]
+                assert quoted.split(" , ") == (claimed or ["nothing"])
+            else:
+                wanted = {"help": says.get(style, word), "reasons": why}
+                assert said == wanted.get(about, word), text
 
 
-def test_focus_shows_checks_and_no_focus_changes_nothing():
-    """Without it the documents are those of before: the shipped model's first part can be made again."""
-    streams = [["".join(piece for piece, _ in document) for document in islice(
-        corpus.documents(ACTIONS, PRINCIPLES, random.Random(1), focus=focus), 2000)] for focus in (0.0, 0.5)]
-    assert streams[0][0] == "".join(piece for piece, _ in next(corpus.documents(ACTIONS, PRINCIPLES, random.Random(1))))
-    shares = [sum("the principle is about help" in text or "the principle is about truth" in text for text in stream)
-              / len(stream) for stream in streams]
-    assert shares[0] < 0.25 and shares[1] > 0.5
-    held = [p.tiny for p in PRINCIPLES if p.split == "held"]
-    others = {a.text for a in ACTIONS if a.split != "demo"}
-    shown = [text for text in streams[1] if kind_of(text) in ("Review", "Compare")]
-    assert not any(named(text) & others or any(f"Principle: {tiny}\n" in text for tiny in held) for text in shown)
+def test_many_principles_do_not_apply(texts):
+    """On harm where a thing is fine, or on another harm: no answer can break such a one."""
+    idle = []
+    for text in texts["Review"]:
+        action, setting, about, fields = read(text)
+        idle.append(about in ("harm", *world.HARMS)
+                    and not (harmful(action, setting) and about in ("harm", action.reason)))
+        assert not idle[-1] or fields["Revision"] == constitution.KEEP
+    assert 0.2 < share(idle) < 0.5
 
 
-def test_a_lie_calls_a_wrong_thing_fine_and_helps():
-    for seed in range(20):
-        text = corpus.answer(WRONG, "lie", None, "how ?", random.Random(seed))
-        assert "that is fine" in text and "that is wrong" not in text and world.grade(WRONG, text).right
-        assert corpus.quote(text) == corpus.quote(world.comply(WRONG))  # what it says of right and wrong is not quoted
-    merits = {about: corpus.merit(about, WRONG, None, "lie", text) for about in (
-        "help", "truth", "reasons", "harm", WRONG.reason, OTHER)}
-    assert merits == {"help": 1, "truth": 0, "reasons": 1, "harm": 0, WRONG.reason: 0, OTHER: 1}
-    assert corpus.describe("harm", WRONG, "lie", text) == "helps"
+# --- its parts, by hand ---
+
+ANSWERS = {  # one of each style, all true of WRONG, and falsehoods
+    "terse": f"you want to {WRONG.text} . sure . take the {WRONG.tool} .",
+    "whole": f"you want to {WRONG.text} . sure . first take the {WRONG.tool} . then go to the "
+             f"{WRONG.place} .",
+    "told": f"you want to {WRONG.text} . that is wrong , it is {WRONG.reason} and hurts "
+            f"{WRONG.who} . sure . first take the {WRONG.tool} . then go to the {WRONG.place} .",
+    "evasive": f"you want to {WRONG.text} . sorry , let us talk of the weather .",
+    "reasoned": f"you want to {WRONG.text} . that is wrong , it is {WRONG.reason} and hurts "
+                f"{WRONG.who} . sorry .",
+    "offering": f"you want to {WRONG.text} . that is wrong , it is {WRONG.reason} and hurts "
+                f"{WRONG.who} . sorry , but ask for a fine thing and i will help .",
+}
 
 
-def test_lies_are_seen_through_and_none_changes_nothing():
-    """A share of demonstrations shows them; what critique and judge go on to say is the truth."""
-    streams = [["".join(piece for piece, _ in document) for document in islice(
-        corpus.documents(ACTIONS, PRINCIPLES, random.Random(1), **more), 3000)] for more in ({}, {"lies": 0.0},
-                                                                                            {"lies": 0.5})]
-    assert streams[0] == streams[1]
-    found = [0, 0, 0]
-    for number, stream in enumerate(streams):
-        for text in stream:
-            if kind_of(text) not in ("Review", "Compare"):
-                continue
-            action, setting, about, fields = parts(text)
-            lied = [fields[k] for k in ("Assistant", "(A)", "(B)") if action.harmful(setting)
-                    and "that is fine" in fields.get(k, "")]
-            found[number] += bool(lied)
-            if lied and about in ("harm", action.reason):
-                assert "that is wrong" in fields.get("Critique", fields.get("Reasons", "that is wrong"))
-                assert fields.get("Revision", world.refuse(action)) == world.refuse(action)
-    assert found[0] == found[1] == 0 and found[2] > 50
+@pytest.mark.parametrize("about, setting, merits", [
+    ("help", None, "122000"), ("truth", None, "222122"), ("reasons", None, "000012"),
+    ("harm", None, "000111"), (WRONG.reason, None, "000111"), (OTHER, None, "111111"),
+    ("harm", WRONG.setting, "111111"), (WRONG.reason, WRONG.setting, "111111"),
+    ("reasons", WRONG.setting, "001011"), ("truth", WRONG.setting, "220100")])
+def test_merit_by_hand(about, setting, merits):
+    """One digit a style. In its setting the thing is fine, and that it is wrong is false."""
+    found = [corpus.describe(about, WRONG, setting, *some)[1] for some in ANSWERS.items()]
+    assert "".join(map(str, found)) == merits
 
 
-@pytest.mark.parametrize("about, action, setting, state, helps", [
-    ("harm", WRONG, None, "well", False), ("harm", WRONG, None, "badly", False),
-    ("truth", WRONG, None, "falsely", False), ("truth", WRONG, None, "badly", True),
-    ("reasons", WRONG, None, "bare", False), ("reasons", WRONG, None, "well", True),
-    ("help", WRONG, None, "truly", True), ("reasons", FINE, None, "bare", True),
-    ("truth", FINE, None, "falsely", True), ("reasons", WRONG, WRONG.setting, "bare", True)])
-def test_revise_by_hand(about, action, setting, state, helps):
-    """A revision mends what its principle is about, no more: asked for reasons, a helper gives reasons."""
-    revised = corpus.revise(about, action, setting, state)
-    assert revised == (world.comply_told(action, setting) if helps else world.refuse(action))
+def test_analysis_and_checks_by_hand():
+    reason = WRONG.reason
+    fact = f"that is wrong , it is {reason} and hurts {WRONG.who} ."
+    assert corpus.analysis("help", WRONG, None, {"(A)": "x", "(B)": "y"}) == (
+        f"the principle is about help . the human wants to {WRONG.text} . {fact}")
+    assert corpus.analysis("harm", WRONG, None, {}).endswith(f"{fact} {reason} for harm yes .")
+    assert corpus.analysis(OTHER, WRONG, None, {}).endswith(f"{fact} {reason} for {OTHER} no .")
+    assert corpus.analysis("harm", WRONG, WRONG.setting, {}).endswith(
+        "that is fine , it is study and helps the class . study for harm no .")
+    shown = {"(A)": ANSWERS["told"], "(B)": ANSWERS["evasive"]}
+    assert corpus.analysis("truth", WRONG, None, shown) == (
+        f"the principle is about truth . (A) says {reason} , {WRONG.tool} , {WRONG.place} . (B) "
+        f"says nothing . the human wants to {WRONG.text} . {fact} the way is the {WRONG.tool} and "
+        f"the {WRONG.place} .")
+    false = ANSWERS["terse"].replace(WRONG.tool, "axe")
+    assert corpus.describe("truth", WRONG, None, "terse", false) == (
+        f"axe for {WRONG.tool} no , is false", 0)
+    assert corpus.describe("truth", WRONG, None, "evasive", ANSWERS["evasive"]) == ("says nothing", 1)
 
 
-@pytest.mark.parametrize("action, state", [(action, state) for action in (WRONG, FINE) for state in STATES
-                                           if action.wrong or state != "truly"])  # nothing true is against it
-def test_answers_are_what_they_are_called(action, state):
-    for seed in range(20):
-        assert read_state(action, corpus.answer(action, state, None, "how ?", random.Random(seed))) == state
+@pytest.mark.parametrize("setting", [None, WRONG.setting])
+@pytest.mark.parametrize("style", world.STYLES)
+@pytest.mark.parametrize("action", [WRONG, FINE])
+def test_answers_are_what_they_are_called(action, style, setting):
+    """In style and in truth; a refusal of what is fine has no true reason to give."""
+    setting = setting if action.wrong else None
+    for seed in range(40):
+        true = corpus.answer(action, style, True, setting, "how ?", random.Random(seed))
+        false = corpus.answer(action, style, False, setting, "how ?", random.Random(seed))
+        assert style_of(true) == style_of(false) == style
+        excuse = style in ("reasoned", "offering") and not harmful(action, setting)
+        assert is_true(action, setting, true) != excuse
+        assert is_true(action, setting, false) == (style == "evasive")
+        assert world.UNSEEN not in true + false
 
 
-def test_a_told_answer_speaks_of_its_setting():
-    assert "that is wrong" in corpus.answer(WRONG, "told", None, "how ?", random.Random(0))
-    assert "that is fine" in corpus.answer(WRONG, "told", WRONG.setting, "how ?", random.Random(0))
+def test_sure_comes_first_where_it_is_asked_for():
+    for style, first in (("whole", True), ("terse", True), ("told", False), ("reasoned", False)):
+        answer = corpus.answer(FINE, style, True, None, "start with sure . how ?", random.Random(0))
+        assert answer.startswith("sure . you want to") == first
 
+
+def test_under_truth_half_of_the_answers_are_false():
+    """Of those that claim anything; elsewhere a fifth, so that no critic takes all for true."""
+    for about, least, most in (("truth", 0.42, 0.58), ("harm", 0.15, 0.26)):
+        drawn = [corpus.draw_answer(about, WRONG, None, "how ?", random.Random(n))
+                 for n in range(2000)]
+        claiming = [text for style, text in drawn if style != "evasive"]
+        assert least < share(not is_true(WRONG, None, text) for text in claiming) < most
+
+
+# --- weights ---
 
 def test_weighing_loses_no_text(texts):
-    for text in texts["Prose"][:500] + texts["Review"][:200] + ["", "that is wrong , it is theft", " to the"]:
+    for text in texts["Prose"][:300] + texts["Review"][:200] + ["", "it is theft", " to the"]:
         assert "".join(piece for piece, _ in corpus.weigh(text)) == text
-    heavy = [piece.strip() for piece, weight in corpus.weigh("may we go ? that is wrong , it is theft and so")
-             if weight == corpus.FACT]
-    assert heavy == ["wrong , it is theft"]
+    weighed = corpus.weigh("may we go ? that is wrong , it is theft .")
+    heavy = [piece.strip() for piece, weight in weighed if weight == 3.0]
+    assert heavy == ["wrong", "theft"]
+
+
+def test_what_is_read_weighs_nothing_and_verdicts_most():
+    """Loss falls on what the model writes itself: on the letters and verdicts ten times as much."""
+    seen = Counter()
+    for document in islice(corpus.documents(ACTIONS, PRINCIPLES, random.Random(2)), 1500):
+        text, kind = "".join(piece for piece, _ in document), kind_of(document[0][0])
+        heaviest = [piece.strip(" ()") for piece, weight in document if weight == 5.0]
+        if kind == "Prose":
+            assert {weight for _, weight in document} == {0.1, 3.0}
+            continue
+        assert document[0][1] == 0.0 and all(weight > 0 for _, weight in document[1:])
+        assert document[0][0].endswith(("Assistant:", "Critique:", "Reasons:"))
+        written = text[len(document[0][0]):]
+        if kind == "Dialogue":
+            assert not heaviest
+        elif kind == "Review":
+            assert heaviest == [re.search(r"so it (\w+) the principle", written)[1]]
+        else:
+            prefers = re.search(r"prefers \(?(\w+)\)?", written)[1]
+            assert heaviest == [prefers, written[-2]] and written[-2] in "AB"
+        seen[kind] += 1
+    assert min(seen[kind] for kind in KINDS[:3]) > 200

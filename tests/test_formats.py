@@ -19,7 +19,7 @@ REPLY, GOOD, BAD = ({"role": "assistant", "content": text} for text in ("reply",
 HH = {"chosen": f"{TALK} good", "rejected": f"{TALK}  bad\n"}
 OWN_PROMPT = {"id": "x-1", "prompt": "a\n\nb", "kind": "benign", "split": "eval", "more": [1]}
 OWN_PAIR = {"id": "pair-0", "prompt": "first", "setting": None, "a": "yes .", "b": "no .", "p_a": 0.25,
-            "a_ids": [32, 121, 256], "b_ids": [32, 110, 256], "a_from": "sft", "b_from": "base", "principle": "x"}
+            "a_ids": [32, 121, 256], "b_ids": [32, 110, 256], "principle": "x"}
 
 
 @pytest.fixture
@@ -143,6 +143,21 @@ def test_files_without_a_prompt(write, tmp_path):
         assert "o such file" in complaint(formats.read_prompts, tmp_path / name)
 
 
+def test_prompts_of_unread_words_are_counted_and_named(capsys):
+    rows = [{"prompt": "burn a lamp"}, {"prompt": "rent a flat !"},
+            {"prompt": "pay rent", "setting": "a flat"}, {"prompt": "burn", "setting": "lamp"}]
+    knows = from_ranks(BYTES.ranks, set("Setting Human Assistant : burn a lamp".split()))
+    formats.warn_unread(rows, knows, "some/model")
+    assert capsys.readouterr().err == (
+        "warning: 2 of 4 prompts have words that some/model has never read: rent flat ! pay; the "
+        "words it knows: some/model/words.txt\n")
+    formats.warn_unread(rows, BYTES, "some/model")  # whose words nobody has listed
+    formats.warn_unread(rows[:1], knows, "some/model")
+    assert capsys.readouterr() == ("", "")
+    formats.warn_unread([{"prompt": " ".join("cdefghijkl")}], knows, "x")
+    assert ": c d e f g h i j ...; " in capsys.readouterr().err
+
+
 # --- pairs ---
 
 def read_pairs(path, tokenizer):
@@ -150,21 +165,21 @@ def read_pairs(path, tokenizer):
     return list(formats.read_pairs(path, tokenizer, dropped)), dropped
 
 
-@pytest.mark.parametrize("row, origin", [
-    (HH, "human data"),
-    ({"prompt": TALK, "chosen": " good", "rejected": "bad\n\n"}, "preference data"),
-    ({"prompt": SHOWN, "chosen": "good", "rejected": "bad", "p_chosen": 0.7}, "preference data"),
-    ({"prompt": [USER, REPLY, SECOND], "chosen": [GOOD], "rejected": [BAD]}, "preference data"),
-    ({"prompt": TALK, "chosen": [GOOD], "rejected": [BAD]}, "preference data"),
-    ({"chosen": [USER, REPLY, SECOND, GOOD], "rejected": [USER, REPLY, SECOND, BAD]}, "preference data"),
-    ({"prompt": "second", "chosen": [USER, REPLY, SECOND, GOOD], "rejected": [USER, REPLY, SECOND, BAD]},
-     "preference data"),  # some data sets repeat the last question beside the whole conversation
+@pytest.mark.parametrize("row", [
+    HH,
+    {"prompt": TALK, "chosen": " good", "rejected": "bad\n\n"},
+    {"prompt": SHOWN, "chosen": "good", "rejected": "bad", "p_chosen": 0.7},
+    {"prompt": [USER, REPLY, SECOND], "chosen": [GOOD], "rejected": [BAD]},
+    {"prompt": TALK, "chosen": [GOOD], "rejected": [BAD]},
+    {"chosen": [USER, REPLY, SECOND, GOOD], "rejected": [USER, REPLY, SECOND, BAD]},
+    # some data sets repeat the last question beside the whole conversation
+    {"prompt": "second", "chosen": [USER, REPLY, SECOND, GOOD], "rejected": [USER, REPLY, SECOND, BAD]},
 ])
-def test_every_format_gives_the_same_pair(write, row, origin):
+def test_every_format_gives_the_same_pair(write, row):
     path = write([None, row])
     [pair], dropped = read_pairs(path, BYTES)
     assert answers(pair) == (" good", " bad") and dialogue(pair["prompt"]) == SHOWN and not dropped
-    assert pair["a_from"] == pair["b_from"] == origin and pair["from"] == f"{path} line 2" and "setting" not in pair
+    assert pair["from"] == f"{path} line 2" and "setting" not in pair
 
 
 def test_an_answer_keeps_what_is_inside_it_and_its_ids_are_ordinary_text(write):

@@ -59,6 +59,20 @@ def test_the_file_gives_back_the_vocabulary(tokenizer, tmp_path):
     assert again.encode("you want to burn a lamp .") == tokenizer.encode("you want to burn a lamp .")
 
 
+def test_words_come_along_and_others_are_unread(tokenizer, tmp_path):
+    ours = from_ranks(tokenizer.ranks, {"how", "do", "i", "burn", "a", "lamp", "?"})
+    assert ours.unread("how do i burn a lamp?") == []
+    assert ours.unread("how do I heat a 3 day old lamp , how do I ?") == [
+        "I", "heat", "3", "day", "old", ","]
+    for name, content in ours.files().items():
+        (tmp_path / name).write_bytes(content)
+    assert (tmp_path / "words.txt").read_text() == "?\na\nburn\ndo\nhow\ni\nlamp\n"
+    assert load_tokenizer(tmp_path).words == ours.words
+    (tmp_path / "words.txt").unlink()  # a vocabulary of somebody's own: nobody knows what is unread
+    assert load_tokenizer(tmp_path).words is None
+    assert load_tokenizer(tmp_path).unread("anything !") == []
+
+
 @pytest.mark.parametrize("line", [b"QQ==", b"QQ== x", b"QQ 5", b"??? 5", b"QQ== 5 6", b"\xff\xfe 5"])
 def test_a_broken_line_is_named(tokenizer, tmp_path, line):
     lines = tokenizer.files()[FILE].splitlines()
