@@ -49,7 +49,7 @@ class Config:
     weights: tuple[float, ...] = arg((), "how often each file is read in an epoch, 0.5 for half; none: once")
     prompts: str = arg("data/tiny/prompts.jsonl", "prompts to scale scores on, PPO's; none: those of the pairs")
     out: str = arg("runs/tiny/pm", "folder to write the preference model to")
-    epochs: int = arg(8, "how often every pair is seen")
+    epochs: int = arg(4, "how often every pair is seen")
     lr: float = arg(1e-3, "highest learning rate of AdamW")
     warmup: float = arg(0.05, "part of the steps in which the learning rate rises, before a line to 0")
     batch_size: int = arg(16, "pairs in one optimiser step")
@@ -296,9 +296,13 @@ def main(cfg: Config) -> dict:
         told = ("held out: accuracy {accuracy:.3f}, always the shorter {shorter:.3f}, the longer {longer:.3f}; loss "
                 "{loss:.3f} (least possible {loss_floor:.3f}), calibration error {calibration_error:.3f}, correlation "
                 "with length {length_correlation:+.2f}").format(**found) if held else "nothing held out"
-        if held and found["accuracy"] <= max(found["shorter"], found["longer"]):
-            told += "; so it is NO better than choosing by length alone"
         print(f"train_pm: wrote {cfg.out} in {result['seconds']:.0f} s: {steps} steps; {told}")
+        if held and found["accuracy"] <= max(found["shorter"], found["longer"]):
+            print("  WARNING: that is no better than choosing by length alone, and PPO would learn just that; look at "
+                  "the labels, or give more of them")
+        if dropped["undecided"] > 3 * len(pairs):  # half are usual: answers often share what a principle looks at
+            print(f"  WARNING: the judge was undecided on {dropped['undecided']} pairs and decided on {len(pairs)}: "
+                  f"most answers are alike to it; try other principles, or another judge")
     distributed.barrier()
     return result
 

@@ -48,7 +48,7 @@ class Config:
     pm: str = arg("runs/tiny/pm", "checkpoint folder of the preference model")
     prompts: str = arg("data/tiny/prompts.jsonl", "file of prompts; rows of the split 'loop' are used")
     out: str = arg("runs/tiny/ppo", "folder to write the trained policy to")
-    updates: int = arg(12, "how many times answers are sampled and learned from")
+    updates: int = arg(16, "how many times answers are sampled and learned from")
     batch: int = arg(128, "answers in an update, one a prompt")
     benign_share: float = arg(0.5, "part of every batch that is drawn from prompts that are not harmful")
     max_new: int = arg(48, "longest answer in tokens")
@@ -57,10 +57,10 @@ class Config:
     micro_batch: int = arg(64, "answers in one forward pass; lower it when memory is short")
     lr: float = arg(2e-4, "learning rate of the policy, falling in a line to 0 over the updates")
     critic_lr: float = arg(3e-4, "learning rate of the critic, falling likewise")
-    freeze: int = arg(2, "blocks of the policy from the bottom, embeddings with them, that stay as they are; 0: none")
+    freeze: int = arg(0, "blocks of the policy from the bottom, embeddings with them, that stay as they are; 0: none")
     critic_warmup: int = arg(1, "updates at the start in which only the critic learns")
     warmup: int = arg(1, "updates, a network's first ones, in which its learning rate rises")
-    beta: float = arg(0.03, "price of a nat of KL to the fine-tuned model, in deviations of its score")
+    beta: float = arg(0.2, "price of a nat of KL to the fine-tuned model, in deviations of its score")
     kl_target: float = arg(0.0, "KL in nats an answer to steer to by changing beta; 0 leaves beta alone")
     kl_horizon: int = arg(10000, "answers over which beta is steered; longer is gentler")
     gamma: float = arg(1.0, "discount of later rewards")
@@ -71,7 +71,7 @@ class Config:
     approx_kl_stop: float = arg(0.0, "leave a batch when the policy moved 1.5 times this in k2; 0 never does")
     missing_eos_penalty: float = arg(1.0, "taken from the score of an answer that does not end by itself")
     snapshots: int = arg(4, "write the policy to OUT/snapshots every so many updates; 0 never does")
-    print_every: int = arg(5, "updates between printed samples")
+    print_every: int = arg(4, "updates between printed samples")
     dtype: str = arg("float32", "float32, or bfloat16 for matrix products")
     compile: bool = arg(False, "compile policy and critic first; pays on a GPU and long runs")
     seed: int = arg(0, "of the prompts' order, the sampling and the minibatches")
@@ -115,7 +115,9 @@ def check(cfg):
 def read_prompts(cfg, tokenizer, limit):
     """(token lists of harmful prompts, of the others, how many left no room for an answer)."""
     pools, dropped = {True: [], False: []}, 0
-    for row in formats.loop_prompts(cfg.prompts):
+    rows = formats.loop_prompts(cfg.prompts)
+    formats.warn_unread(rows, tokenizer, cfg.sft)
+    for row in rows:
         ids = tokenizer.encode(dialogue(row["prompt"], row.get("setting")))
         if len(ids) + cfg.max_new > limit:
             dropped += 1

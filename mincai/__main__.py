@@ -26,9 +26,10 @@ import train_pm  # noqa: E402
 import train_ppo  # noqa: E402
 import train_sft  # noqa: E402
 from mincai import (UserError, assess, critique, distributed, english, evaluate, feedback, formats,  # noqa: E402
-                    plan, pretrain)
+                    measure, plan, pretrain)
 from mincai.cli import arg, check_choice, pick_device, run, set_threads  # noqa: E402
 from mincai.presets import PRESETS  # noqa: E402
+from mincai.tokenizer import load_tokenizer  # noqa: E402
 from mincai.weights import resolve  # noqa: E402
 
 
@@ -122,6 +123,11 @@ def main(cfg: Config) -> None:
     distributed.barrier()  # all have looked before one writes
     if preset.memory and device == "cpu" and distributed.is_main():
         print(f"mincai: {plan.warning(configs, cfg.preset)}", flush=True)
+    made = Path(out) / "sft"  # of an older world, perhaps: its stages would be skipped as done
+    if not cfg.again and made.is_dir() and os.path.isdir(base) and (
+            load_tokenizer(made).ranks != load_tokenizer(base).ranks):
+        raise UserError(f"{out}: is a run from another base than {base}, with another vocabulary; "
+                        f"give another --out, or add --again to make it anew")
     if todo[0][1] is not pretrain.main:
         resolve(base)  # before an hour's work, not after it
     if todo[0][1] is critique.main or cfg.prompts:  # else the prompts are still to be made, of both kinds
@@ -133,7 +139,8 @@ def main(cfg: Config) -> None:
     for number, (name, stage, config) in enumerate(todo, 1):
         say(f"\n[{number}/{len(todo)}] {name}", flush=True)
         if distributed.is_main() or stage not in (english.main, pretrain.main, evaluate.main, assess.main):
-            stage(config)  # one process writes or measures, the others wait for it
+            watch = stage is train_ppo.main and not preset.english and measure.watcher(todo[-1][2])
+            stage(config, watch) if watch else stage(config)  # one process measures, the others wait for it
         distributed.barrier()
     say(f"\nmincai: all of it in {time.time() - started:.0f} s. Talk with it: python -m mincai.chat {out}/ppo "
         f"--beside {base},{out}/sft")

@@ -27,11 +27,11 @@ from mincai import UserError, memory
 LEAST = {**dict.fromkeys("batch batch_size max_new updates minibatches accumulate rounds responses samples ensemble "
                          "repeat prompt tokens n_layer n_head n_embd block_size ranks check_every print_every "
                          "kl_horizon tests".split(), 1),
-         **dict.fromkeys("epochs micro_batch harmful helpful forks base_samples pairs number budget judged trails "
-                         "strips failures top_k temperature lr critic_lr weight_decay critic_warmup snapshots beta "
+         **dict.fromkeys("epochs micro_batch harmful helpful base_samples pairs number budget judged "
+                         "top_k temperature lr critic_lr weight_decay critic_warmup snapshots beta "
                          "kl_target approx_kl_stop workers warmup contrast".split(), 0),
-         **dict.fromkeys("scale clip max_norm value_clip fork_temperature".split(), 1e-6)}
-SHARES = "holdout aim focus lies noise benign_share average".split()
+         **dict.fromkeys("scale clip max_norm value_clip".split(), 1e-6)}
+SHARES = "holdout aim noise benign_share".split()
 
 
 def arg(default, help):

@@ -36,9 +36,9 @@ class Config:
     only: str = arg("", "use these principle ids or targets only, commas between")
     without: str = arg("", "leave out these principle ids or targets")
     aim: float = arg(0.6, "share of draws from principles on the prompt's own category (on help and reasons, if none)")
-    harmful: int = arg(320, "adversarial prompts, the attack families in turn; 0 for all")
-    helpful: int = arg(320, "ordinary prompts; 0 for all")
-    responses: int = arg(2, "answers sampled to each adversarial prompt, at temperature 1")
+    harmful: int = arg(640, "adversarial prompts, the attack families in turn; 0 for all")
+    helpful: int = arg(480, "ordinary prompts; 0 for all")
+    responses: int = arg(1, "answers sampled to each adversarial prompt, at temperature 1")
     fewshot: str = arg("", "file of worked examples to put in front of every prompt, e.g. data/english/fewshot.json")
     wording: str = arg("tiny", "principles in their tiny or their full words")
     rounds: int = arg(4, "critiques and revisions of each answer, each under its own principle")
@@ -165,6 +165,7 @@ def main(cfg: Config) -> dict:
     memory.announce("sample", config, device, "--batch-size or --max-new", batch=cfg.batch_size,
                     length=config.block_size, dtype_bytes=number_bytes(cfg.dtype), cache_bytes=number_bytes(cfg.dtype))
     tokenizer, model = common_tokenizer(folder), load(folder, device)
+    formats.warn_unread(rows, tokenizer, cfg.model)
     planner = Planner(tokenizer, model.config.block_size, load_shots(cfg.fewshot, every, cfg.wording))
     chosen = data.choose(rows, "harmful", cfg.harmful, rng) * cfg.responses
     chosen += data.choose(rows, "benign", cfg.helpful, rng)

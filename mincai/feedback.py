@@ -2,10 +2,11 @@
 
     python -m mincai.feedback --model runs/tiny/sft --out runs/tiny/comparisons.jsonl
 
-The SFT model answers each prompt 16 times, 8 of them by forks (forks.py). Pairs of different answers go to the judge,
-the pretrained model, with one principle drawn for each pair: it describes both, then chooses, and its log-probs of
-"A" and "B" are the label (Bai et al. 2022, section 4.1). Both orders are judged and averaged, because small judges
-prefer a slot (Lee et al. 2023, 2309.00267). With --ensemble n, n principles are drawn for each pair and their labels
+The SFT model answers each prompt 16 times at temperature 1, and the judge's own model once: it says what the tuned one
+hardly says any more, and pairs with it are decided more often. Pairs of different answers go to the judge, the
+pretrained model, with one principle drawn for each pair: it describes both, then chooses, and its log-probs of "A" and
+"B" are the label (Bai et al. 2022, section 4.1). Both orders are judged and averaged, because small judges prefer a
+slot (Lee et al. 2023, 2309.00267). With --ensemble n, n principles are drawn for each pair and their labels
 averaged, which the paper found steadier. A judge is any function (conversations, a, b, principles) -> Verdicts.
 """
 
@@ -20,7 +21,6 @@ import torch
 from mincai import UserError, constitution, data, distributed, formats, memory, output
 from mincai.checkpoint import load, read_config
 from mincai.cli import arg, check_choice, number_bytes, pick_device, precision, run, set_threads
-from mincai.forks import fork
 from mincai.logprobs import next_logp
 from mincai.planner import Planner, load_shots
 from mincai.sample import generate_batched
@@ -28,7 +28,8 @@ from mincai.weights import common_tokenizer, resolve
 
 
 PROMPTS = 512  # worked on together by each process: the memory that is needed is theirs, however many there are
-ORDINARY = ("help", "truth")  # what answers without a harm category are judged by: is it helpful, is it true
+# What answers are judged by: those to an ordinary request, and beside their own category those to a harmful one
+ORDINARY, HARMFUL = ("help", "truth"), ("harm", "reasons")
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,12 @@ class Config:
     only: str = arg("", "use these principle ids or targets only, commas between")
     without: str = arg("", "leave out these principle ids or targets")
     aim: float = arg(0.8, "share of draws from principles on the prompt's own category (on help and truth, if none)")
-    harmful: int = arg(150, "adversarial prompts, the attack families in turn; 0 for all")
-    helpful: int = arg(250, "ordinary prompts; 0 for all")
+    harmful: int = arg(320, "adversarial prompts, the attack families in turn; 0 for all")
+    helpful: int = arg(320, "ordinary prompts; 0 for all")
     samples: int = arg(16, "answers of the model to each prompt")
-    forks: int = arg(8, "of these, how many fork: they take the runner-up at one token; a sure model hardly differs")
-    fork_temperature: float = arg(1.0, "how evenly the places of forks lie; low: only where the model wavers")
-    temperature: float = arg(1.0, "of the other samples")
+    base_samples: int = arg(1, "answers of the judge's own model beside them: what the tuned one hardly says; 0: none")
+    temperature: float = arg(1.0, "of the samples")
     top_k: int = arg(0, "each of their tokens is one of the k likeliest; 0 for all")
-    base_samples: int = arg(2, "answers of the judge's own model beside them, so that pairs differ; 0 for none")
     pairs: int = arg(6, "pairs of different answers kept of each prompt at most; 0 for all")
     ensemble: int = arg(1, "principles drawn for each pair, their labels averaged; 16 in the paper")
     reasons: bool = arg(True, "the judge describes both answers before it chooses")
@@ -126,7 +125,7 @@ def label(p: float, labels: str, clamp: float) -> float:
     return min(max(p, clamp), 1 - clamp) if labels == "clamped" else p
 
 
-LEFT_OUT = ("answers cut off or empty", "prompts too long for sft", "prompts too long for base")
+LEFT_OUT = ("answers cut off or empty", "prompts too long")
 
 
 def left_out(planner) -> str:
@@ -134,47 +133,39 @@ def left_out(planner) -> str:
     return ", ".join(f"{planner.counts[why]} {why}" for why in LEFT_OUT if planner.counts[why])
 
 
-def make_pairs(answers: list[tuple[tuple[int, ...], str]], number: int, rng: random.Random):
-    """answers: (token ids, source) of one prompt. Up to `number` pairs of different answers, in random order and
+def make_pairs(answers: list[tuple[int, ...]], number: int, rng: random.Random) -> list[tuple]:
+    """answers: the token ids of one prompt's answers. Up to `number` pairs of different answers, in random order and
     with sides drawn by lot; an answer that was sampled often is drawn often."""
-    pairs = [(x, y) for x, y in itertools.combinations(answers, 2) if x[0] != y[0]]
+    pairs = [(x, y) for x, y in itertools.combinations(answers, 2) if x != y]
     rng.shuffle(pairs)
     seen, kept = set(), []
     for x, y in pairs:
-        if frozenset((x[0], y[0])) not in seen:
-            seen.add(frozenset((x[0], y[0])))
+        if frozenset((x, y)) not in seen:
+            seen.add(frozenset((x, y)))
             kept.append((x, y) if rng.random() < 0.5 else (y, x))
     return kept[:number or len(kept)]
 
 
-def candidates(cfg, rows, model, judging, planner, generator):
-    """(token ids, source) of every whole answer to each row: the model's samples, and the judge's own model's."""
-    tokenizer = planner.tokenizer
+def candidates(cfg, rows, model, judging, planner, generator) -> list[list[tuple[int, ...]]]:
+    """The token ids of every whole answer to each row: the model's samples, and the judge's own model's. An answer that
+    never ends is none."""
+    tokenizer, answers = planner.tokenizer, [[] for _ in rows]
     conversations = [constitution.dialogue(r["prompt"], r.get("setting")) for r in rows]
-    answers = [[] for _ in rows]
-    for source, sampler, n in (("sft", model, cfg.samples), ("base", judging, cfg.base_samples)):
-        base = source == "base"
-        prompts = [planner.prompt("answer", text, cfg.max_new) if base else tokenizer.encode(text)
+    for sampler, n, shown in ((model, cfg.samples, False), (judging, cfg.base_samples, bool(planner.shots))):
+        prompts = [planner.prompt("answer", text, cfg.max_new) if shown else tokenizer.encode(text)
                    for text in conversations]
         room = sampler.config.block_size - cfg.max_new
         fits = [i for i, prompt in enumerate(prompts) if prompt is not None and len(prompt) <= room]
-        planner.counts[f"prompts too long for {source}"] += len(prompts) - len(fits)
-        if not n or not fits:
-            continue
-        heat = (1.0, 0) if base else (cfg.temperature, cfg.top_k)
-        forks = 0 if base else min(cfg.forks, cfg.samples - 1)
-        stop = {tokenizer.eot, tokenizer.newline} if base and planner.shots else {tokenizer.eot}
-        found = generate_batched(sampler, [prompts[i] for i in fits], cfg.max_new, stop, cfg.batch_size, *heat,
-                                 generator=generator, n=n - forks, desc=f"answers of {source}")
-        drawn = [found[k:k + n - forks] for k in range(0, len(found), n - forks)]  # one list a prompt
-        if forks:
-            more = fork(sampler, [prompts[i] for i in fits], [some[0] for some in drawn], forks, cfg.fork_temperature,
-                        cfg.max_new, stop, cfg.batch_size, generator, desc="forks")
-            drawn = [some + others for some, others in zip(drawn, more)]
-        for i, some in zip(fits, drawn):  # an answer that never ends is no candidate
-            whole = [ids for ids in some if ids[-1] in stop and len(ids) > 1]
-            planner.counts["answers cut off or empty"] += len(some) - len(whole)
-            answers[i] += [(tuple(ids[:-1]) + (tokenizer.eot,), source) for ids in whole]
+        planner.counts["prompts too long"] += len(prompts) - len(fits) if sampler is model else 0
+        stop = {tokenizer.eot, tokenizer.newline} if shown else {tokenizer.eot}
+        found = generate_batched(sampler, [prompts[i] for i in fits], cfg.max_new, stop, cfg.batch_size,
+                                 cfg.temperature, cfg.top_k, generator=generator, n=n,
+                                 desc="answers") if n and fits else []
+        for number, ids in enumerate(found):
+            if ids[-1] in stop and len(ids) > 1:
+                answers[fits[number // n]].append((*ids[:-1], tokenizer.eot))
+            else:
+                planner.counts["answers cut off or empty"] += 1
     return answers
 
 
@@ -183,7 +174,7 @@ def compare_rows(cfg, rows, principles, model, judging, planner, rng, generator)
     tokenizer = planner.tokenizer
     answers = candidates(cfg, rows, model, judging, planner, generator)
     pairs = [(i, *pair) for i, some in enumerate(answers) for pair in make_pairs(some, cfg.pairs, rng)]
-    targets = [(row["category"],) if row.get("category") else ORDINARY for row in rows]
+    targets = [(row["category"], *HARMFUL) if row.get("category") else ORDINARY for row in rows]
     drawn = []
     for number in range(cfg.ensemble):
         drawn.append([constitution.draw(principles, targets[i], cfg.aim, rng) for i, _, _ in pairs])
@@ -193,7 +184,7 @@ def compare_rows(cfg, rows, principles, model, judging, planner, rng, generator)
                     break
                 drawn[number][k] = constitution.draw(principles, targets[i], cfg.aim / 2, rng)
     conversations = [constitution.dialogue(rows[i]["prompt"], rows[i].get("setting")) for i, _, _ in pairs]
-    texts = [[constitution.clean(tokenizer.decode(side[0])) for side in pair[1:]] for pair in pairs]
+    texts = [[constitution.clean(tokenizer.decode(side)) for side in pair[1:]] for pair in pairs]
     votes = [judge(judging, planner, conversations, [t[0] for t in texts], [t[1] for t in texts],
                    [p.asks("compare", cfg.wording) for p in some], reasons=cfg.reasons, max_new=cfg.max_new,
                    batch_size=cfg.batch_size, desc="judging") for some in drawn] if pairs else []
@@ -205,8 +196,8 @@ def compare_rows(cfg, rows, principles, model, judging, planner, rng, generator)
         row, p, (principle, first) = rows[i], [vote.p_a[k] for _, vote in voted], voted[0]
         out.append({"prompt_id": row["id"], "prompt": row["prompt"], "setting": row.get("setting"),
                     "kind": row["kind"], "category": row.get("category", ""), "attack": row.get("attack", ""),
-                    "action": row.get("action", ""), "a": text_a, "b": text_b, "a_ids": list(a[0]),
-                    "b_ids": list(b[0]), "a_from": a[1], "b_from": b[1], "principle": principle,
+                    "action": row.get("action", ""), "a": text_a, "b": text_b, "a_ids": list(a),
+                    "b_ids": list(b), "principle": principle,
                     "p_a": label(sum(p) / len(p), cfg.labels, cfg.clamp), "p_ab": first.p_ab[k],
                     "p_ba": first.p_ba[k], "reasons": first.reasons[k]})
         if cfg.ensemble > 1:
@@ -261,6 +252,7 @@ def main(cfg: Config) -> dict:
                     models=2, reads_on=cfg.reasons)
     model_folder = resolve(cfg.model)
     tokenizer = common_tokenizer(judge_folder, model_folder)
+    formats.warn_unread(rows, tokenizer, cfg.model)
     model, judging = load(model_folder, device), load(judge_folder, device)
     planner = Planner(tokenizer, judging.config.block_size, load_shots(cfg.fewshot, every, cfg.wording, cfg.reasons))
     if distributed.rank():

@@ -158,12 +158,13 @@ def feedback(cfg, shape, loop) -> Stage:
     prompt, shots = mean(lengths(loop)), shots_of(cfg, cfg.reasons)
     ask = ask_of(cfg, "compare")
     prompts = take(loop, "harmful", cfg.harmful) + take(loop, "benign", cfg.helpful)
-    pairs = prompts * min(cfg.pairs or math.inf, math.comb(cfg.samples, 2))
+    answers = cfg.samples + cfg.base_samples
+    pairs = prompts * min(cfg.pairs or math.inf, math.comb(answers, 2))
     judged, reasons = pairs * cfg.ensemble * 2, cfg.max_new if cfg.reasons else 0  # both orders
     compare = min(shape.block_size - max(1, reasons),
                   shots["compare"] + prompt + 2 * cfg.max_new + ask)
     return Stage("AI feedback", pairs, prompts * prompt + judged * compare,
-                 prompts * cfg.samples * cfg.max_new + judged * reasons,
+                 prompts * answers * cfg.max_new + judged * reasons,
                  memory=_sampling(cfg, shape, models=2, reads_on=cfg.reasons),
                  disk=_jsonl(pairs, prompt + 2 * cfg.max_new + reasons, ids=2 * cfg.max_new))
 

@@ -1,6 +1,6 @@
 """Ready settings of the whole loop, by name: what each stage does otherwise than by default.
 
-    tiny         the shipped model of a million parameters: a CPU, three to six minutes
+    tiny         the shipped model of a million parameters: a CPU, a few minutes
     small        a larger world and a model of 15 million parameters, made first: one GPU
     gpt2         GPT-2's 124M weights and the English prompts: one card of 24 GB
     gpt2-medium  355M: 48 GB; gpt2-large  774M: 80 GB
@@ -41,7 +41,7 @@ def _gpt2(name: str, memory: str, rows: int, micro: int) -> Preset:
         critique=dict(harmful=0, helpful=600, responses=4, rounds=4, temperature=0.7, max_new=96, **shots),
         sft=dict(rounds="all", unchanged=True,  # as in the paper
                  epochs=2, batch_size=micro, accumulate=max(1, 32 // micro), lr=1e-5, **fast),
-        feedback=dict(harmful=0, helpful=600, samples=16, forks=0, base_samples=2, pairs=24,
+        feedback=dict(harmful=0, helpful=600, samples=16, base_samples=2, pairs=24,
                       max_new=96, reasons=False, labels="clamped", ensemble=4, **shots),
         pm=dict(epochs=1, batch_size=32, micro_batch=micro, lr=1e-5, contrast=0.0, freeze=0, **fast),
         ppo=dict(updates=300, batch=256, max_new=96, epochs=2, minibatches=4, micro_batch=micro, lr=1e-6,
@@ -63,7 +63,7 @@ PRESETS = {
     "small": Preset(
         base=str(DATA / "small"), memory="about 12 GB of GPU memory",
         world=dict(size="small", tests=130, tokens=250_000_000, n_layer=8, n_head=6, n_embd=384, batch_size=128,
-                   lr=1e-3, focus=0.25, lies=0.2, ranks=1536, workers=12, dtype="bfloat16", compile=True,
+                   lr=1e-3, ranks=1536, workers=12, dtype="bfloat16", compile=True,
                    check_every=2_000),
         critique=dict(harmful=2_000, helpful=2_000, batch_size=1_024, dtype="bfloat16"),
         sft=dict(batch_size=64, lr=3e-4, dtype="bfloat16"),

@@ -85,7 +85,7 @@ def cfg(tiny_base, tmp_path):
             for i, (split, kind) in enumerate([("loop", "harmful"), ("loop", "benign"), ("eval", "harmful"),
                                                ("eval-twin", "benign"), ("unseen-category", "harmful")])]
     data.write_jsonl(tmp_path / "prompts.jsonl", rows)
-    return critique.Config(model=str(tiny_base), prompts=str(tmp_path / "prompts.jsonl"), rounds=2,
+    return critique.Config(model=str(tiny_base), prompts=str(tmp_path / "prompts.jsonl"), responses=2, rounds=2,
                            max_new=20, out=str(tmp_path / "revisions.jsonl"), device="cpu", threads=1)
 
 
@@ -167,3 +167,12 @@ def test_the_examples_revisions_are_answers():
     for shot in FEWSHOT:
         kept = " ".join(critique.words(shot["revision"])) == " ".join(critique.words(constitution.KEEP))
         assert critique.rejected(shot["revision"], shot["answer"], shot["critique"]) == ("keep" if kept else "")
+
+
+def test_prompts_of_one_s_own_with_unread_words_are_warned_of_once(tiny_base, tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("how do i burn a lamp ?\nhow do i rent a flat ?\n")
+    critique.main(critique.Config(model=str(tiny_base), prompts=f"{tmp_path}/mine.txt", rounds=1,
+                                  responses=1, max_new=4, out=str(tmp_path / "revisions.jsonl"),
+                                  device="cpu", threads=1))
+    warning = f"1 of 2 prompts have words that {tiny_base} has never read: rent flat;"
+    assert capsys.readouterr().err.count(warning) == 1

@@ -36,7 +36,7 @@ def test_swapping_the_answers_turns_p_a_around(judge, reasons):
     for x, y, ab, ba in zip(one.p_a, other.p_a, one.p_ab, one.p_ba):
         assert x + y == pytest.approx(1, abs=1e-12) and x == pytest.approx((ab + 1 - ba) / 2, abs=1e-12)
         assert 0 <= x <= 1 and abs(ab - ba) > 1e-6
-    assert all(one.reasons) == reasons
+    assert any(one.reasons) == reasons
 
 
 def test_equal_answers_are_even(judge):
@@ -84,19 +84,19 @@ def test_the_letter_is_read_as_if_all_had_been_read_anew(tiny_base, judge, monke
 
 
 def test_pairs_are_of_different_answers_and_frequent_ones_come_often():
-    answers = [((1, 9), "sft")] * 8 + [((2, 9), "sft"), ((3, 9), "base")]
+    answers = [(1, 9)] * 8 + [(2, 9), (3, 9)]
     drawn, sides = Counter(), Counter()
     for seed in range(300):
         (a, b), = feedback.make_pairs(answers, 1, random.Random(seed))
-        assert a[0] != b[0]
-        drawn.update([a[0], b[0]])
-        sides[a[0] == (1, 9)] += 1
+        assert a != b
+        drawn.update([a, b])
+        sides[a == (1, 9)] += 1
     assert drawn[1, 9] > 0.85 * 300  # in 16 of the 17 pairs of different answers
     assert 0.35 < sides[True] / 300 < 0.65
     every = feedback.make_pairs(answers, 0, random.Random(0))
-    assert {frozenset((a[0], b[0])) for a, b in every} == {frozenset(p) for p in (
+    assert {frozenset((a, b)) for a, b in every} == {frozenset(p) for p in (
         ((1, 9), (2, 9)), ((1, 9), (3, 9)), ((2, 9), (3, 9)))} and len(every) == 3
-    assert feedback.make_pairs([((1, 9), "sft")] * 5, 3, random.Random(0)) == []
+    assert feedback.make_pairs([(1, 9)] * 5, 3, random.Random(0)) == []
 
 
 # --- the stage --------------------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ def cfg(tiny_base, tmp_path):
     rows.append({**rows[0], "id": "secret", "prompt": "held out ?", "split": "eval"})
     data.write_jsonl(tmp_path / "prompts.jsonl", rows)
     base, prompts, out = str(tiny_base), str(tmp_path / "prompts.jsonl"), str(tmp_path / "comparisons.jsonl")
-    return feedback.Config(model=base, judge=base, prompts=prompts, out=out, samples=4, forks=0, max_new=12,
+    return feedback.Config(model=base, judge=base, prompts=prompts, out=out, samples=4, base_samples=1, max_new=12,
                            device="cpu", threads=1)
 
 
@@ -137,7 +137,6 @@ def test_rows_say_who_wrote_what_and_why(cfg, answers, tiny_base):
         for side in "ab":
             ids = row[side + "_ids"]
             assert ids[-1] == tokenizer.eot and tokenizer.decode(ids) == " " + row[side] != " no end"
-            assert row[side + "_from"] in ("sft", "base")
         assert row["a_ids"] != row["b_ids"] and 0 <= row["p_a"] <= 1
     assert len({row["id"] for row in rows}) == 18
     assert {row["prompt_id"] for row in rows} == prompts.keys() - {"secret"}
@@ -146,9 +145,9 @@ def test_rows_say_who_wrote_what_and_why(cfg, answers, tiny_base):
 def test_what_is_left_out_is_counted(cfg, answers, capsys):
     rows = data.read_jsonl(cfg.prompts)
     data.write_jsonl(cfg.prompts, [*rows, {**rows[0], "id": "long", "prompt": "word " * 300}])
-    feedback.main(cfg)  # six answers to each of six prompts, every fourth without an end
-    assert ("; 1 texts did not fit the model's 256 tokens; 9 answers cut off or empty, 1 prompts too long for sft, "
-            "1 prompts too long for base;") in capsys.readouterr().out
+    feedback.main(cfg)  # four answers to each of six prompts, every fourth without an end
+    out = capsys.readouterr().out  # six more of the judge's model, drawn last, of which one or two have no end
+    assert "; 8 answers cut off or empty, 1 prompts too long;" in out or "; 7 answers cut" in out
 
 
 def test_the_clamp_is_kept_to(cfg, answers, monkeypatch):
@@ -194,3 +193,13 @@ def test_pairs_that_the_judge_has_no_room_for_are_left_out(cfg, monkeypatch, tin
         return [tokenizer.encode(text) + [tokenizer.eot] for text in texts]
     monkeypatch.setattr(feedback, "generate_batched", generate_batched)
     assert feedback.main(cfg)["pairs"] == 5 and "word" not in open(cfg.out).read()
+
+
+def test_prompts_of_one_s_own_with_unread_words_are_warned_of(tiny_base, tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("how do i rent a flat ?\n")
+    with pytest.raises(UserError):  # a model that has learnt nothing ends no answer
+        feedback.main(feedback.Config(
+            model=str(tiny_base), judge=str(tiny_base), prompts=f"{tmp_path}/mine.txt", samples=2,
+            max_new=4, out=str(tmp_path / "c.jsonl"), device="cpu", threads=1))
+    warning = f"1 of 1 prompts have words that {tiny_base} has never read: rent flat;"
+    assert warning in capsys.readouterr().err

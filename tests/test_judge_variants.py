@@ -110,7 +110,7 @@ def cfg(tiny_base, tmp_path):
             for n, (kind, category) in enumerate([("harmful", "theft"), ("harmful", "hate"), ("benign", "")])]
     data.write_jsonl(tmp_path / "prompts.jsonl", rows)
     return feedback.Config(model=str(tiny_base), judge=str(tiny_base), prompts=str(tmp_path / "prompts.jsonl"),
-                           forks=0, out=str(tmp_path / "comparisons.jsonl"), samples=3, base_samples=0, max_new=20,
+                           out=str(tmp_path / "comparisons.jsonl"), samples=3, base_samples=0, max_new=20,
                            device="cpu", threads=1)
 
 
@@ -199,7 +199,7 @@ def test_the_stage_shows_its_examples(cfg, tokenizer, fewshot, fake_judge, monke
     monkeypatch.setattr(feedback, "generate_batched", generate_batched)
     feedback.main(dataclasses.replace(cfg, fewshot=fewshot, base_samples=1, reasons=reasons))
     assert [text.startswith("Human: why ?\nAssistant: so .\n\nHuman: how ") for text in read["answer"]] == [
-        False] * 3 + [True] * 3
+        False] * 3 + [True] * 3  # the tuned model needs no examples
     example, = load_shots(fewshot, PRINCIPLES, "tiny", reasons)["compare"]
     assert read["letter"] and all(text.startswith(example + "\n\nCompare:\n") for text in read["letter"])
     assert len(read["reasons"]) == (len(read["letter"]) if reasons else 0)

@@ -12,7 +12,7 @@ import mincai.__main__ as pipeline
 import train_pm
 import train_ppo
 import train_sft
-from mincai import chat, checkpoint, cli, constitution, critique, data, evaluate, feedback, plan, pretrain, red_team, world
+from mincai import chat, checkpoint, cli, constitution, critique, data, evaluate, feedback, plan
 from mincai.tokenizer import load_tokenizer
 
 # What the stages would do with a small --scale, smaller still: time, not behaviour
@@ -76,12 +76,14 @@ def test_every_stage_leaves_what_it_says(run):
             path.name for path in (out / stage).iterdir()}
         assert (out / stage / "tokenizer.tiktoken").read_bytes() == (base / "tokenizer.tiktoken").read_bytes()
     revisions, pairs = data.read_jsonl(out / "revisions.jsonl"), data.read_jsonl(out / "comparisons.jsonl")
-    assert len(revisions) == 8 * 2 + 8 and all(len(row["rounds"]) == 4 for row in revisions)
-    assert [row["kind"] for row in revisions].count("harmful") == 16
-    assert 0 < len(pairs) <= 16 * 6 and len({row["prompt_id"] for row in pairs}) > 1
+    assert len(revisions) == 8 + 8 and all(len(row["rounds"]) == 4 for row in revisions)
+    assert [row["kind"] for row in revisions].count("harmful") == 8
+    assert 0 < len(pairs) <= 16 * 8 and len({row["prompt_id"] for row in pairs}) > 1
     tested = data.read_jsonl(base / "prompts_eval.jsonl")
     assert len(data.read_jsonl(out / "eval_samples.jsonl")) == 3 * len(tested)
-    assert len(data.read_jsonl(out / "ppo" / "metrics.jsonl")) == 2
+    log = data.read_jsonl(out / "ppo" / "metrics.jsonl")
+    assert [row["update"] for row in log] == [0, 1, 2]
+    assert {"dev_needless", "dev_evasive", "dev_quality"} <= log[0].keys() & log[-1].keys()
     result = json.loads((out / "eval.json").read_text())
     assert list(result["stages"]) == ["base", "sft", "ppo"] and result["missing"] == [] and "pm" in result
     assert not [p for p in out.rglob("*") if p.name.startswith(".") or p.name.endswith((".tmp", ".partial"))]
@@ -120,30 +122,6 @@ def test_what_is_held_out_trains_nothing(run):
     assert len(drawn) > 10 and not drawn & HELD
     for name in ("revisions.jsonl", "comparisons.jsonl", "ppo/samples.jsonl"):
         assert "secret" not in (out / name).read_text()
-
-
-def test_prompt_files_keep_to_the_actions_of_their_split(tiny_base):
-    split = {a.text: a.split for a in world.build()}
-    want = {("prompts", "loop", "harmful"): {"loop"}, ("prompts", "loop", "benign"): {"loop", "demo"},
-            ("prompts_dev", "eval", "harmful"): {"dev"}, ("prompts_dev", "eval-twin", "benign"): {"dev"},
-            ("prompts_eval", "eval", "harmful"): {"eval"}, ("prompts_eval", "eval-twin", "benign"): {"eval"},
-            ("prompts_eval", "unseen-category", "harmful"): {"unseen"},
-            ("prompts_eval", "setting", "benign"): {"eval"}}
-    found = {}
-    for name in ("prompts", "prompts_dev", "prompts_eval"):
-        for row in data.read_jsonl(tiny_base / f"{name}.jsonl"):
-            found.setdefault((name, row["split"], row["kind"]), set()).add(split[row["action"]])
-            assert name != "prompts" or row["attack"] not in red_team.HELD
-    assert found == want
-
-
-def test_the_control_without_prose_replays_none_on_the_others():
-    """Else fine-tuning would teach what the control was meant to leave out."""
-    actions = world.build()
-    shown = [a for a in actions if a.split == "demo"]
-    text = " ".join(row["text"] for row in pretrain.side_files(actions, 0, shown)["replay.jsonl"])
-    assert [a.text for a in actions if a.text in text and a.split != "demo"] == []
-    assert sum(a.text in text for a in shown) > 200
 
 
 def test_a_second_run_skips_everything(run, monkeypatch, capsys):

@@ -132,7 +132,7 @@ def short(folder, rows):
 # --- GPT-2 -------------------------------------------------------------------------------------------------
 
 LESS = {"critique and revise": dict(harmful=8, helpful=8, responses=1, rounds=1, max_new=12, batch_size=8),
-        "fine-tune on revisions": dict(epochs=1, batch_size=4, accumulate=1),
+        "fine-tune on revisions": dict(epochs=2, batch_size=4, accumulate=1, lr=3e-3),  # learns that answers end
         "AI feedback": dict(harmful=8, helpful=8, samples=2, base_samples=1, pairs=2, ensemble=2, max_new=8, batch_size=8),
         "preference model": dict(batch_size=4, micro_batch=2),
         "PPO": dict(updates=2, batch=8, minibatches=2, micro_batch=2, max_new=6, critic_warmup=1),

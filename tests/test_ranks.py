@@ -33,7 +33,7 @@ def rows_of(stage, world, monkeypatch, rank):
     if stage == "critique":
         critique.main(critique.Config(model=str(world / "base"), out=str(out), responses=1, rounds=2, **common))
     else:
-        feedback.main(feedback.Config(model=str(world / "base"), judge=str(world / "base"), out=str(out), forks=0,
+        feedback.main(feedback.Config(model=str(world / "base"), judge=str(world / "base"), out=str(out),
                                       samples=8, base_samples=0, pairs=0, reasons=False, **common))
     return data.read_jsonl(out)
 

@@ -19,7 +19,7 @@ from mincai.constitution import dialogue
 from mincai.logprobs import answer_scores
 from mincai.model import GPT, GPTConfig, ScalarModel
 from mincai.sample import generate_batched
-from mincai.tokenizer import load_tokenizer
+from mincai.tokenizer import from_ranks, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 EOT = 256
@@ -194,7 +194,7 @@ def test_pm_learns_the_planted_rule_and_is_normalised(base, pairs, tmp_path, cap
     assert metrics["val_accuracy"] == 1.0 and metrics["dropped"] == {"too long": 1, "equal answers": 1, "undecided": 0}
     assert metrics["val_loss_floor"] == pytest.approx(0.3251, abs=1e-4)  # -0.9 ln 0.9 - 0.1 ln 0.1
     assert metrics["val_loss_floor"] <= metrics["val_loss"] < 0.4 and metrics["val_calibration_error"] < 0.15
-    assert "NO better" not in capsys.readouterr().out
+    assert "no better" not in capsys.readouterr().out
     pm, tokenizer = checkpoint.load(tmp_path / "pm", scalar=True), load_tokenizer(tmp_path / "pm")
     language = checkpoint.load(base)
     asked = [tokenizer.encode(dialogue(f"q{i}")) for i in range(20)]
@@ -312,21 +312,21 @@ def test_ppo_runs_and_writes_what_it_says(base, prompts, tmp_path):
     for row in rows:
         assert row["first_ratio_error"] == row["first_approxkl"] == row["first_clipfrac"] == 0.0
     assert rows[1]["kl_exact"] == 0.0  # the first update was the critic's
-    assert rows[0]["beta"] == 0.03  # a KL of 0 is far below 1; a fifth is the most that counts
-    assert rows[1]["beta"] == pytest.approx(0.03 * (1 - 0.2 * 8 / 10_000), abs=1e-9)
+    assert rows[0]["beta"] == 0.2  # a KL of 0 is far below 1; a fifth is the most that counts
+    assert rows[1]["beta"] == pytest.approx(0.2 * (1 - 0.2 * 8 / 10_000), abs=1e-9)
     assert len(rows_of(tmp_path / "ppo" / "samples.jsonl")) == 3
     assert weights(tmp_path / "ppo") == weights(tmp_path / "ppo" / "snapshots" / "u002") != weights(base)
     assert not (tmp_path / "ppo.partial").exists()
 
 
 def test_ppo_trains_only_what_is_not_frozen(base, prompts, tmp_path):
-    """A reward that does not move the embeddings or the lowest block; by default two blocks stay."""
+    """A reward that does not move the embeddings or the lowest block; by default none stays."""
     pm = planted_pm(tmp_path / "pm", base)
     train_ppo.main(ppo(base, pm, prompts, tmp_path / "ppo", freeze=1))
     before, after = checkpoint.load(base).state_dict(), checkpoint.load(tmp_path / "ppo").state_dict()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved and all(name.startswith(("h.1.", "ln_f.")) for name in moved)
-    assert train_ppo.Config().freeze == 2
+    assert train_ppo.Config().freeze == 0
 
 
 def test_ppo_warm_up_leaves_the_policy_and_moves_the_critic(base, prompts, tmp_path):
@@ -483,6 +483,12 @@ def test_ppo_draws_only_the_loop_split_in_the_asked_share(base, prompts):
         train_ppo.read_prompts(cfg, load_tokenizer(base), 20)
 
 
+def test_ppo_names_words_never_read(base, prompts, capsys):
+    cfg, tokenizer = train_ppo.Config(sft=base, prompts=prompts, max_new=4), load_tokenizer(base)
+    train_ppo.read_prompts(cfg, from_ranks(tokenizer.ranks, {"Human"}), 64)
+    assert f"8 of 8 prompts have words that {base} has never read: " in capsys.readouterr().err
+
+
 def test_ppo_draws_every_prompt_once_a_round():
     stream = train_ppo.shuffled("abcd", torch.Generator().manual_seed(0))
     rounds = [[next(stream) for _ in range(4)] for _ in range(3)]
@@ -624,7 +630,16 @@ def test_a_preference_model_that_is_no_better_than_length_says_so(base, pairs, t
     rows = data.read_jsonl(pairs)[:40]
     data.write_jsonl(pairs, [row | {"a_ids": [97, EOT], "b_ids": [98, 98, EOT], "p_a": 1.0} for row in rows])
     train_pm.main(train_pm.Config(init=base, pairs=(pairs,), prompts="", out=str(tmp_path / "pm"), epochs=0, **QUIET))
-    assert "always the shorter 1.000" in (told := capsys.readouterr().out) and "NO better than choosing by length" in told
+    told = capsys.readouterr().out
+    assert "always the shorter 1.000" in told and "WARNING: that is no better than choosing by length" in told
+    assert "undecided on" not in told
+
+
+def test_a_judge_that_decides_on_few_pairs_is_told(base, pairs, tmp_path, capsys):
+    rows = data.read_jsonl(pairs)[:40]
+    data.write_jsonl(pairs, [row | {"p_a": 0.5 if n < 31 else 0.9} for n, row in enumerate(rows)])
+    train_pm.main(train_pm.Config(init=base, pairs=(pairs,), prompts="", out=str(tmp_path / "pm"), epochs=0, **QUIET))
+    assert "WARNING: the judge was undecided on 31 pairs and decided on 9" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("change, told", [
