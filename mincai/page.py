@@ -1,265 +1,199 @@
-"""The parts of a self-contained HTML page: its style sheet, tables, heat maps, token strips, foldable trails.
+"""HTML and SVG for the report: text that is escaped unless it says otherwise, tables, boxes, line charts, one style.
 
-Every function takes plain text or numbers, escapes them, and returns markup; an argument called `markup` is taken as it
-is. Colours are CSS variables, so the page and its figures follow the reader's light or dark setting.
+Helpers take plain values and give back `Html`, a string that is markup already. A page needs no script, fetches
+nothing, and works from 390 pixels up, light and dark.
 """
 
 import html
-import json
 import math
-from pathlib import Path
 
-from mincai import UserError, data
 
-STAGES = ("base", "sft", "ppo")
-NAMES = {"base": "base", "sft": "SFT", "ppo": "PPO"}
+class Html(str):
+    """Markup. Any other string that meets a helper is text, and is escaped."""
 
-CSS = Path(__file__).with_name("page.css")
 
-# Filtering is all that needs a script; without one every trail is shown.
-JS = """
-const box=document.querySelector('.filters');if(box){box.hidden=false;let kind='';const find=box.querySelector('input'),
-all=[...document.querySelectorAll('details[data-kind]')],count=box.querySelector('output');
-const show=()=>{const w=find.value.toLowerCase();let n=0;for(const t of all){t.hidden=!((!kind||t.dataset.kind===kind)&&
-t.textContent.toLowerCase().includes(w));n+=!t.hidden}count.textContent=n+' of '+all.length};
-for(const b of box.querySelectorAll('button'))b.onclick=()=>{kind=b.dataset.kind;
-for(const o of box.querySelectorAll('button'))o.setAttribute('aria-pressed',o===b);show()};find.oninput=show;show()}
-"""
+def esc(value) -> Html:
+    return value if isinstance(value, Html) else Html(html.escape(str(value)))
 
 
-def esc(value) -> str:
-    """Any value as text that can stand inside an element or a quoted attribute."""
-    return html.escape(str(value), quote=True)
+def tag(name: str, *inside, **attributes) -> Html:
+    """<name attributes>inside</name>; class_ is class, aria_label is aria-label, empty ones are left out."""
+    given = "".join(f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
+                    for key, value in attributes.items() if value != "")
+    return Html(f"<{name}{given}>{join(inside)}</{name}>")
 
 
-def is_rate(value) -> bool:
-    return isinstance(value, dict) and {"n", "rate", "low", "high"} <= value.keys()
+def join(parts) -> Html:
+    return Html("".join(map(esc, parts)))
 
 
-def percent(x: float) -> str:
-    return f"{100 * x:.1f}%"
+def text(words, kind: str = "") -> Html:
+    return tag("p", words, class_=kind)
 
 
-def plain(value) -> str:
-    """A JSON value as short text: rates as percent with interval, floats to three digits, lists with commas."""
-    if is_rate(value):
-        low, high = 100 * value["low"], 100 * value["high"]
-        return f"{percent(value['rate'])} [{low:.1f}, {high:.1f}]" if value["n"] else "none"
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: ""}[value]
-    if isinstance(value, float):
-        return f"{value:.3g}"
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(plain, value))
-    if isinstance(value, dict):
-        return ", ".join(f"{k} {plain(v)}" for k, v in value.items())
-    return str(value)
+def fold(title: str, *parts) -> Html:
+    return tag("details", tag("summary", title), *parts)
 
 
-def nested_rates(found: dict, above: str = "") -> dict[str, dict]:
-    """Every rate in nested dicts, named by its path: for files whose exact form is not known here."""
-    out = {}
-    for key, value in found.items():
-        if is_rate(value):
-            out[above + key] = value
-        elif isinstance(value, dict):
-            out |= nested_rates(value, f"{above}{key}: ")
-    return out
+def pre(lines: list[str]) -> Html:
+    return tag("pre", "\n".join(lines).strip("\n"), tabindex="0")
 
 
-def turned(r: dict) -> dict:
-    """The rate of the opposite."""
-    return {**r, "k": r["n"] - r["k"], "rate": 1 - r["rate"], "low": 1 - r["high"], "high": 1 - r["low"]}
+def step(name: str, caption: str, *said) -> Html:
+    """One step of a trail: what it is called, what it is, and what was said there."""
+    return tag("li", tag("h3", name), text(caption, "caption"), *said)
 
 
-# ---- files ----
+def said(words, who: str = "", kind: str = "") -> Html:
+    return tag("blockquote", tag("b", who) if who else "", text(words), class_=kind)
 
-def read_json(path) -> dict | None:
-    """A JSON file, or None where there is none. Raises UserError for one that is broken."""
-    path = Path(path)
-    if not path.is_file():
-        return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); remove it and run what makes it") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: a {type(found).__name__}, not an object; remove it and run what makes it")
-    return found
 
+def boxes(parts: list[tuple]) -> Html:
+    """Boxes that lead to one another: (title, number, lines)."""
+    return tag("ol", *(tag("li", tag("span", title), tag("b", number), *(tag("small", line) for line in lines))
+                       for title, number, lines in parts), class_="boxes")
 
-def read_rows(path) -> list[dict]:
-    """A JSONL file's rows, or none where there is no file."""
-    return data.read_jsonl(path) if Path(path).is_file() else []
 
+# ---- numbers ----
 
-# ---- blocks ----
+FEW = 10  # of fewer than this, a percentage would say more than is known
 
-def note(text: str, command: str = "") -> str:
-    return f'<p class="note">{esc(text)}' + (f" Make it with <code>{esc(command)}</code>." if command else "") + "</p>"
 
+def share(r: dict) -> Html:
+    """{k, n, rate, low, high} as a percentage over its interval; of a few, k of n."""
+    if r["n"] < FEW:
+        return esc(f"{r['k']} of {r['n']}" if r["n"] else "none")
+    return join([f"{100 * r['rate']:.1f}%", tag("small", f"{100 * r['low']:.1f}–{100 * r['high']:.1f}")])
 
-def paragraph(text: str, kind: str = "") -> str:
-    return f'<p class="{kind}">{esc(text)}</p>' if kind else f"<p>{esc(text)}</p>"
 
+def short(value: float) -> str:
+    """Three digits that tell: 0.0123, 1.23, 123, 12,345."""
+    digits = 2 - math.floor(math.log10(abs(value))) if value else 0
+    return f"{value:,.{min(max(0, digits), 6)}f}"
 
-def section(anchor: str, title: str, *markup: str) -> str:
-    return f'<section id="{anchor}"><h2>{esc(title)}</h2>\n' + "\n".join(markup) + "</section>\n"
 
+def table(head: list, rows: list[list], caption: str) -> Html:
+    """The first cell of a row is its heading; two spaces in front of it set it in by a step."""
+    body = []
+    for first, *cells in rows:
+        steps = (len(first) - len(first.lstrip())) // 2
+        body.append(tag("tr", tag("th", first.strip(), scope="row", class_=f"in{min(steps, 2)}" if steps else ""),
+                        *(tag("td", cell) for cell in cells)))
+    return tag("div", tag("table", tag("caption", caption), tag("thead", tag("tr", *(
+        tag("th", cell, scope="col") for cell in head))), tag("tbody", *body)), class_="scroll", tabindex="0",
+        role="region", aria_label=caption)
 
-def heading(text: str) -> str:
-    return f"<h3>{esc(text)}</h3>"
 
+# ---- line charts ----
 
-def figure(title: str, markup: str, caption: str = "") -> str:
-    about = f"<figcaption>{esc(caption)}</figcaption>" if caption else ""
-    return f"<figure><h4>{esc(title)}</h4>{markup}{about}</figure>"
+def ticks(low: float, high: float, most: int = 5, whole: bool = False) -> list[float]:
+    """Round numbers within [low, high], at most `most` + 1 of them, in steps of 1, 2 or 5 times a power of ten."""
+    least = (high - low) / most
+    size = 10.0 ** math.floor(math.log10(least))
+    size *= next(m for m in (1, 2, 5, 10) if m * size >= least * (1 - 1e-9))
+    size = max(1.0, size) if whole else size
+    return [k * size for k in range(math.ceil(low / size - 1e-9), math.floor(high / size + 1e-9) + 1)]
 
 
-def card(label: str, big: str, more: str = "", kind: str = "") -> str:
-    return (f'<div class="card"><div class="label">{esc(label)}</div><div class="big {kind}">{esc(big)}</div>'
-            f'<div class="more">{esc(more)}</div></div>')
-
-
-def triple(label: str, parts: list[tuple[str, str, str]]) -> str:
-    """One wide card: (stage, big number, what it says below) side by side."""
-    inner = "".join(f'<div><div class="big {stage}">{esc(big)}</div><div class="more">{esc(more)}</div></div>'
-                    for stage, big, more in parts)
-    return f'<div class="card triple"><div class="label">{esc(label)}</div>{inner}</div>'
-
-
-def steps(title: str, parts: list[tuple[str, str, str, str]]) -> str:
-    """A row of boxes joined by arrows: (what, number, more, stage or "")."""
-    inner = "".join(f'<li class="{stage}"><span class="what">{esc(what)}</span><b>{esc(number)}</b>'
-                    f'<span class="more">{esc(more)}</span></li>' for what, number, more, stage in parts)
-    return f'<div class="phase"><h3>{esc(title)}</h3><ol class="steps">{inner}</ol></div>'
-
-
-def chip(text: str, kind: str = "") -> str:
-    return f'<span class="chip {kind}">{esc(text)}</span>'
-
-
-# ---- tables ----
-
-def table(head: list[str], rows: list[list], wide=(), chips: dict | None = None) -> str:
-    """Any values; column numbers in `wide` get room for sentences. chips: text -> "good" or "bad", set as a chip."""
-    cells = []
-    for row in rows:
-        shown = [(plain(v), (chips or {}).get(plain(v).lower())) for v in row]
-        cells.append("<tr>" + "".join(
-            f'<td{" class=wide" if i in wide else ""}>{esc(text) if kind is None else chip(text, kind)}</td>'
-            for i, (text, kind) in enumerate(shown)) + "</tr>")
-    top = "".join(f"<th scope=col>{esc(h)}</th>" for h in head)
-    look = ' class="wide-table"' if wide else ""
-    return (f'<div class="scroll" tabindex="0"><table{look}><thead><tr>{top}</tr></thead>'
-            f'<tbody>{"".join(cells)}</tbody></table></div>')
-
-
-def _rate_cell(r) -> str:
-    if not is_rate(r):
-        return f"<td>{esc(plain(r))}</td>"
-    if not r["n"]:
-        return "<td>none</td>"
-    return (f'<td title="{esc(r.get("k", "?"))} of {esc(r["n"])}">{percent(r["rate"])}'
-            f'<small>{100 * r["low"]:.1f}–{100 * r["high"]:.1f}</small></td>')
-
-
-def rates(rows: list[tuple[str, dict]], columns=STAGES, first: str = "") -> str:
-    """One line a measure, one column a stage (or what `columns` names), each rate over its interval; n where shared."""
-    columns = [c for c in columns if any(c in cells for _, cells in rows)]
-    body = ""
-    for name, cells in rows:
-        counts = {c["n"] for c in cells.values() if is_rate(c)}
-        body += (f"<tr><th scope=row>{esc(name)}</th><td>{counts.pop() if len(counts) == 1 else ''}</td>"
-                 + "".join(_rate_cell(cells.get(c, "")) for c in columns) + "</tr>")
-    top = "".join(f'<th scope=col class="{c if c in STAGES else ""}">{esc(NAMES.get(c, c))}</th>' for c in columns)
-    return (f'<div class="scroll" tabindex="0"><table><thead><tr><th>{esc(first)}</th><th>n</th>{top}</tr></thead>'
-            f"<tbody>{body}</tbody></table></div>")
-
-
-def shade(v: float) -> str:
-    """Attributes of a heat map's cell: v in [0, 1] is how much colour; dark cells get light ink."""
-    v = min(1.0, max(0.0, v))
-    return f'style="--v:{v:.3f}"' + (' class="hi"' if v > 0.65 else "")
-
-
-def heat(rows: dict[str, dict[str, object]], columns: list[str], scale=math.sqrt, kind: str = "") -> str:
-    """Row -> column -> rate (or number in [0, 1]) as a table whose cells are coloured by scale(value). kind "many":
-    narrow columns under upright names, in a colour that does not say bad."""
-    body = ""
-    for name, cells in rows.items():
-        body += f"<tr><th scope=row>{esc(name)}</th>"
-        for column in columns:
-            found = cells.get(column)
-            value = found["rate"] if is_rate(found) else found
-            if value is None:
-                body += "<td></td>"
-                continue
-            tip = f"{name}, {column}: {plain(found)}" + (f", n = {found['n']}" if is_rate(found) else "")
-            body += f'<td {shade(scale(value))} title="{esc(tip)}">{100 * value:.0f}</td>'
-        body += "</tr>"
-    top = "".join(f'<th scope=col class="{c if c in STAGES else ""}">{esc(NAMES.get(c, c))}</th>' for c in columns)
-    return (f'<div class="scroll" tabindex="0"><table class="heat {kind}"><thead><tr><th></th>{top}</tr></thead>'
-            f"<tbody>{body}</tbody></table></div>")
-
-
-# ---- tokens, trails, samples ----
-
-DECADES = 5  # a probability of 1e-5 or less has the full colour
-
-
-def surprise(p: float) -> float:
-    """0 for a certain token, 1 for one of probability 1e-5 or less; even in log p."""
-    return min(1.0, -math.log10(max(p, 1e-30)) / DECADES)
-
-
-def strip_legend() -> str:
-    marks = [(10.0 ** -d, f"{10.0 ** -d:.{d}f}" + " or less" * (d == DECADES)) for d in range(DECADES + 1)]
-    return '<div class="legend"><span>probability of the token</span>' + "".join(
-        f'<span><i style="--v:{surprise(p):.2f}"></i>{text}</span>' for p, text in marks) + "</div>"
-
-
-def strip(prompt: str, what: str, stages: dict[str, list[tuple[str, float]]]) -> str:
-    """The same answer under each stage, every token coloured by how unlikely it was."""
-    out = f'<div class="strip"><p>{esc(prompt)} <span class="soft">{esc(what)}</span></p>'
-    for stage, tokens in stages.items():
-        whole = math.prod(p for _, p in tokens)
-        spans = "".join(f'<span {shade(surprise(p))} title="{esc(text.strip())}: p = {p:.3g}">'
-                        f"{esc(text.strip() or text)}</span><wbr>" for text, p in tokens)
-        out += (f'<div class="row"><b class="{stage}">{NAMES.get(stage, esc(stage))}</b><div class="tokens">{spans} '
-                f"<em>whole: {whole:.2g}</em></div></div>")
-    return out + "</div>"
-
-
-def trail(kind: str, title: str, tags: list[str], parts: list[tuple]) -> str:
-    """A foldable story: parts are (heading,), (term, text), (term, text, stage) or (term, text, stage, what of it)."""
-    body = ""
-    for term, *rest in parts:
-        text, stage, more = [*rest, "", "", ""][:3]
-        look = f' class="{stage}"' if stage else "" if rest else ' class="head"'
-        small = f"<small>{esc(more)}</small>" if more else ""
-        body += f"<dt{look}>{esc(term)}</dt>" + (f"<dd>{esc(text)}{small}</dd>" if rest else "")
-    return fold(title, "".join(map(chip, tags)), f"<dl>{body}</dl>", kind)
-
-
-def fold(title: str, markup: str, body: str, kind: str | None = None) -> str:
-    """A line that opens: title and `markup` always show, `body` (markup) once opened. kind: what `filters` reads."""
-    data_kind = "" if kind is None else f' data-kind="{esc(kind)}"'
-    return (f'<details class="trail"{data_kind}><summary><span class="q">{esc(title)}</span>{markup}</summary>'
-            f"{body}</details>")
-
-
-def filters(kinds: list[str]) -> str:
-    buttons = "".join(f'<button type="button" data-kind="{esc(k)}" aria-pressed="{"true" if not k else "false"}">'
-                      f'{esc(k or "all")}</button>' for k in ["", *kinds])
-    return (f'<div class="filters" hidden>{buttons}<input type="search" placeholder="search the trails" '
-            f'aria-label="search the trails"><output class="soft"></output></div>')
-
-
-def document(title: str, *markup: str) -> str:
-    """The whole file: one page, nothing fetched."""
-    style = CSS.read_text(encoding="utf-8")
-    return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-            '<meta name="viewport" content="width=device-width,initial-scale=1">'
-            f"<title>{esc(title)}</title><style>{style}</style></head>\n"
-            f"<body><main>{''.join(markup)}</main><script>{JS}</script></body></html>\n")
+def flat(points: list[tuple]) -> str:
+    """What is said in place of a curve of less than two points, or whose range is below 2% of its magnitude: an axis
+    would blow up noise. Empty for a curve that is worth drawing."""
+    values = [y for _, y in points]
+    if len(values) < 2:
+        return f"{short(values[0])}, measured once." if values else "not measured."
+    low, high = min(values), max(values)
+    if low < high and high - low >= 0.02 * max(abs(low), abs(high)):
+        return ""
+    return f"between {short(low)} and {short(high)} over {points[-1][0]:g} updates, too little to draw."
+
+
+def plot(points: list[tuple], left: float, top: float, width: float, height: float) -> Html:
+    """Axes with ticks, the line, its first and last value, as the inside of an <svg>. `flat` points cannot be drawn."""
+    xs, ys = zip(*points)
+    margin = 0.15 * (max(ys) - min(ys))  # room for the first value, on the side that the line does not take
+    low, high = min(ys) - margin, max(ys) + margin
+
+    def at(x, y):
+        across, down = (x - xs[0]) / (xs[-1] - xs[0]), (high - y) / (high - low)
+        return round(left + width * across, 1), round(top + height * down, 1)
+
+    out = []
+    for y in ticks(low, high):
+        out.append(f'<line class="grid" x1="{left}" x2="{left + width}" y1="{at(0, y)[1]}" y2="{at(0, y)[1]}"/><text '
+                   f'class="soft" x="{left - 6}" y="{at(0, y)[1] + 4:.1f}" text-anchor="end">{y:.6g}</text>')
+    below = [(at(x, 0)[0], 17, f"{x:g}") for x in ticks(xs[0], xs[-1], 6, whole=True)]
+    for x, y, words in (*below, (left + width / 2, 33, "update")):
+        out.append(f'<text class="soft" x="{x}" y="{top + height + y}" text-anchor="middle">{words}</text>')
+    out.append(f'<polyline class="curve" points="{" ".join("{},{}".format(*at(*point)) for point in points)}"/>')
+    for point, right, down in ((points[0], 2, 16 if ys[1] >= ys[0] else -8), (points[-1], 7, 4)):
+        x, y = at(*point)
+        out.append(f'<circle class="end" cx="{x}" cy="{y}" r="3"/><text class="value" x="{x + right:.1f}" '
+                   f'y="{y + down:.1f}">{short(point[1])}</text>')
+    return Html("".join(out))
+
+
+def chart(title: str, unit: str, points: list[tuple]) -> Html:
+    """A curve over updates with its name above it; or its name and a sentence."""
+    if flat(points):
+        return tag("p", tag("b", title), f", {unit}: {flat(points)}", class_="caption")
+    label = f"{title}, {unit}: {short(points[0][1])} at first, {short(points[-1][1])} at update {points[-1][0]:g}"
+    return tag("figure", tag("figcaption", tag("b", title), f", {unit}"), tag(
+        "svg", plot(points, 44, 8, 298, 130), viewBox="0 0 400 178", role="img", aria_label=label))
+
+
+def picture(stages: list[tuple], score: list[tuple]) -> Html:
+    """A drawing that stands alone, 900 by 320: five boxes (title, number, lines) over the curve of a score."""
+    out = ['<rect class="back" width="900" height="320" rx="10"/>']
+    for x, (title, number, lines) in zip(range(14, 900, 178), stages):
+        out.append(f'<rect class="box" x="{x}" y="14" width="160" height="96" rx="8"/><text x="{x + 11}" y="37">'
+                   f'{esc(title)}</text><text class="big" x="{x + 11}" y="61">{esc(number)}</text>')
+        out += [f'<text class="soft" x="{x + 11}" y="{82 + 17 * k}">{esc(line)}</text>' for k, line in enumerate(lines)]
+        out.append(f'<path class="arrow" d="M{x - 16} 62h12m-4-4l4 4l-4 4"/>' if x > 14 else "")
+    why = flat(score)
+    out.append(f'<text x="14" y="138">score of PPO\'s answers, in deviations{": " if why else ""}{why}</text>')
+    out.append("" if why else plot(score, 48, 156, 790, 118))
+    about = "; ".join(f"{title} {number}" for title, number, _ in stages)
+    return tag("svg", tag("title", f"The loop: {about}"), tag("style", Html(COLOURS + SVG)), *map(Html, out),
+               xmlns="http://www.w3.org/2000/svg", viewBox="0 0 900 320", width="900", height="320", role="img")
+
+
+# ---- the page ----
+
+COLOURS = (":root{--bg:#fcfcfa;--ink:#1e2127;--soft:#5c6370;--rule:#dddbd3;--wash:#f2f1ec;--line:#1d5fd1}@media("
+           "prefers-color-scheme:dark){:root{--bg:#15171b;--ink:#e8e6e1;--soft:#a4aab5;--rule:#343841;--wash:#1f2228;"
+           "--line:#7fb0ff}}")
+SVG = """text{font:12px system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;fill:var(--ink)} .end{fill:var(--line)}
+.value{font-weight:600;paint-order:stroke;stroke:var(--bg);stroke-width:4px;stroke-linejoin:round}
+.grid{stroke:var(--rule)} .curve{fill:none;stroke:var(--line);stroke-width:2} .arrow{stroke:var(--soft);fill:none}
+.box{fill:var(--wash);stroke:var(--rule)} text.big{font-size:17px;font-weight:600} .back{fill:var(--bg)}
+text.soft{fill:var(--soft)}"""
+CSS = COLOURS + SVG + """
+:root{color-scheme:light dark} *{box-sizing:border-box} p{margin:.5em 0} a{color:var(--line)} footer{margin-top:4em}
+body{margin:0;background:var(--bg);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+main{max-width:860px;margin:0 auto;padding:32px 20px 80px;overflow-wrap:anywhere} h3{font-size:1rem;margin:0}
+h1{font-size:1.7rem;line-height:1.2;margin:0 0 .3em} nav{display:flex;flex-wrap:wrap;gap:2px 16px;font-size:.9rem}
+h2{font-size:1.3rem;margin:2.4em 0 .5em;padding-top:.9em;border-top:1px solid var(--rule)} figure,blockquote p{margin:0}
+small,.caption,figcaption,caption,footer{font-size:.875rem;color:var(--soft)} details{margin:.7em 0}
+code,pre{font:.85em/1.5 ui-monospace,Menlo,Consolas,monospace} summary{cursor:pointer}
+pre{overflow-x:auto;overflow-wrap:normal;background:var(--wash);border-radius:8px;padding:12px 14px;margin:.6em 0}
+ol{list-style:none;padding:0;margin:1.2em 0} .trail>li{border-left:2px solid var(--rule);padding:0 0 1.1em 18px}
+.trail .caption{margin:.1em 0 .4em} blockquote{margin:.4em 0;padding:8px 12px;background:var(--wash);border-radius:8px}
+.won{outline:2px solid var(--line)} blockquote b{font-size:.8rem;color:var(--soft)} figure svg{width:100%;height:auto}
+.beside,.boxes,.charts{display:grid;grid-template-columns:repeat(3,minmax(0,1fr));gap:10px} .boxes{gap:14px 28px}
+.two,.charts{grid-template-columns:repeat(2,minmax(0,1fr))} .charts{gap:14px 20px} .boxes b{font-size:1.25rem}
+.boxes li{position:relative;display:flex;flex-direction:column;padding:10px 14px;line-height:1.4;background:var(--wash);
+  border:1px solid var(--rule);border-radius:8px} .boxes li+li::before{content:"\\2192";position:absolute;left:-23px;
+  top:calc(50% - .7em);color:var(--soft)} .scroll{overflow-x:auto;margin:.8em 0} caption{text-align:left}
+table{border-collapse:collapse;font-size:.9rem;width:100%;font-variant-numeric:tabular-nums;overflow-wrap:normal}
+th,td{text-align:left;vertical-align:top;padding:5px 10px 5px 0;border-bottom:1px solid var(--rule);font-weight:400}
+thead th{font-weight:600} td{white-space:nowrap;width:15%} td small{display:block;font-size:.78rem}
+tbody th{min-width:7em} .in1{padding-left:1em} .in2{padding-left:2em}
+@media(max-width:640px){.charts,.beside,.two,.boxes{grid-template-columns:minmax(0,1fr)} main{padding:20px 16px 60px}
+  .boxes{gap:24px} .boxes li+li::before{content:"\\2193";left:50%;top:-24px}}"""
+
+
+def document(title: str, *parts) -> str:
+    """The whole file."""
+    return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+            f'content="width=device-width,initial-scale=1"><title>{esc(title)}</title><style>{CSS}</style></head>\n'
+            f"<body><main>{join(parts)}</main></body></html>\n")

@@ -1,268 +1,255 @@
-"""One file that shows a whole run: what was measured, how it trained, and single prompts from request to last answer.
+"""One page that shows a run: a request followed through the loop, the loop's numbers, what came of it, how PPO went.
 
-    python -m mincai.report runs/tiny
+    python -m mincai.report runs/tiny                            writes runs/tiny/report.html
+    python -m mincai.report runs/tiny --trail loop-0952          follows this request
+    python -m mincai.report runs/tiny --picture loop.svg         the loop with this run's numbers, as one drawing
 
-Reads what the other stages left in the run folder and writes report.html there: a page that stands alone, with nothing
-to fetch. What is not there is left out with a line that says how to make it. Trails, token probabilities and
-the answers on them are sampled when the page is written, by the seed; every other figure is read from a file.
+Only files are read, no model. What is not there yet is left out, with the command that makes it. The page stands alone:
+nothing is fetched, no script runs. It is written anew each time.
 """
 
-import datetime
+import json
+import math
+import operator
+import shlex
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from mincai import UserError, output, page, sections, trails
-from mincai.claims import UNITS
-from mincai.cli import arg, pick_device, run, set_threads
-from mincai.page import NAMES, STAGES, percent, read_json, read_rows
+from mincai import UserError, assess, claims, constitution, controls, data, output, page, probes, table, trails
+from mincai.cli import arg, run
+from mincai.page import Html, join, said, step, tag, text
 
-WRITTEN = "Written by python -m mincai.report"  # every page says so at its foot
-VERDICTS = {"reproduced": "good", "not": "bad", "partly": "", "not testable": ""}  # and the looks of their chips
-SECTIONS = ("keywords", "context", "general", "inside", "judge", "conflict", "pm_more", "goodhart", "elo")
+WRITTEN = "Written by python -m mincai.report"  # the page says so at its foot, the picture in its first line
+NAMES = {"base": "base", "sft": "phase 1", "ppo": "PPO"}
+WATCHED = {"attacks": "attacks that succeed", "evasive": "evasive refusals", "needless": "needless refusals",
+           "helped": "ordinary requests helped"}
+SEPARATE = {"attack_by_family": "Attack success by family", "attack_by_category": "Attack success by harm category",
+            "helpful_by_family": "Ordinary requests helped, by wrapping"}  # get tables of their own
+INSTRUMENTS = ("judge_train", "judge_held", "critic_train", "critic_held", "pm")
+STAMPS = ("revisions.run.json", "sft/run.json", "comparisons.run.json", "pm/run.json", "ppo/run.json", "eval.json")
+LABELS = ("p_a", "p_ab", "p_ba")  # of a comparison
+MAKE = {"revisions.jsonl": "python -m mincai.critique --out {}/revisions.jsonl",
+        "sft/run.json": "python train_sft.py --data {0}/revisions.jsonl --out {0}/sft",
+        "pm/run.json": "python train_pm.py --init {0}/sft --pairs {0}/comparisons.jsonl --out {0}/pm",
+        "comparisons.jsonl": "python -m mincai.feedback --model {0}/sft --out {0}/comparisons.jsonl",
+        "ppo/metrics.jsonl": "python train_ppo.py --sft {0}/sft --pm {0}/pm --out {0}/ppo",
+        **{name: f"python -m mincai.evaluate {{}}{flag}" for name, flag in {
+            "eval.json": "", "eval_samples.jsonl": "", "eval_deep.json": " --deep", "controls.json": " --controls",
+            "claims.json": " --claims"}.items()}}
 
 
 @dataclass(frozen=True)
 class Config:
     out: str = arg("runs/tiny", "the run folder; gets report.html")
-    base: str = arg("", "the model that the run started from (default: what eval.json says, or data/tiny)")
-    prompts: str = arg("", "held-out prompts (default: what eval.json says)")
-    constitution: str = arg("", "the principles (default: what eval.json says)")
-    trails: int = arg(36, "prompts to follow through the loop")
-    strips: int = arg(4, "held-out prompts to show token by token")
-    failures: int = arg(6, "failed answers to show of each kind")
-    models: bool = arg(True, "open the models; without, trails have no final answers and no tokens are shown")
-    seed: int = arg(0, "seed of what is drawn")
-    batch_size: int = arg(128, "rows sampled together")
-    device: str = arg("auto", "auto, cpu or cuda")
-    threads: int = arg(0, "CPU threads, 0 chooses")
+    constitution: str = arg(str(constitution.PATH), "the principles, to show their words")
+    trail: str = arg("", "id of the request to follow (default: the first that shows the whole loop)")
+    picture: str = arg("", "write the loop and PPO's curve to this SVG file instead of the page")
+
+    def check_out(self):
+        """UserError unless the output may be written."""
+        output.check_file(self.picture or Path(self.out, "report.html"), mark=WRITTEN)
 
 
-# ---- the top of the page ----
 
-def header(out: Path, found: dict | None, titles: dict[str, str]) -> str:
-    stamp = []
-    if found:
-        day = datetime.date.fromtimestamp((out / "eval.json").stat().st_mtime).isoformat()
-        settings = found.get("config", {})
-        stamp = [("seed", found.get("seed")), ("measured", found.get("date", day)), ("device", found.get("device")),
-                 ("torch", found.get("torch")), ("commit", str(found.get("git") or "unknown")[:12]),
-                 ("base model", settings.get("base")), ("prompts", settings.get("prompts"))]
-    links = "".join(f'<a href="#{anchor}">{page.esc(title)}</a>' for anchor, title in titles.items())
-    return (f'<header><p class="eyebrow">Constitutional AI, one run</p><h1>{page.esc(out.resolve().name)}</h1>'
-            '<p class="lead">A language model that complies with everything revises itself under written principles, '
-            "then is trained by its own judgements. This page shows what came of it, on requests that no stage "
-            'trained on, and follows single prompts all the way through.</p><p class="stamp">'
-            + "".join(f"<span>{page.esc(k)} <b>{page.esc(v)}</b></span>" for k, v in stamp) + "</p>"
-            + headline(found, f"python -m mincai.evaluate {out}") + f"<nav>{links}</nav></header>")
+def read(folder: Path, name: str, *need) -> dict | list[dict] | None:
+    """A file of the run: rows that have the keys of `need`, or an object; None if it is not there. UserError for a
+    broken one."""
+    path = folder / name
+    if not path.exists():
+        return None
+    if path.suffix == ".jsonl":
+        return data.read_jsonl(path, need)
+    try:
+        return dict(json.loads(path.read_bytes()).items())
+    except (OSError, ValueError, RecursionError, AttributeError) as error:
+        raise UserError(f"{path}: cannot be read as a JSON object ({error}); make it again") from None
 
 
-def headline(found: dict | None, again: str) -> str:
-    stages, numbers = (found or {}).get("stages", {}), (found or {}).get("headline", {})
-    attack, cards = sections.across(stages, "attack_success"), []
-    if not attack:
-        return page.note("No headline numbers: eval.json is not there, or has no attack success.", again)
-    for key, label, more in (
-            ("sft_removed_attack_success_seen", "harmful outputs removed by phase 1",
-             "of the base model's, on attack families seen in training"),
-            ("ppo_removed_attack_success", "removed after both phases", "of the base model's, on all families"),
-            ("ppo_help_kept", "help kept after both phases", "as a share of the base model's right answers")):
-        if key in numbers:
-            cards.append(page.card(label, percent(numbers[key]), more))
-    parts = [(s, percent(r["rate"]), f"{NAMES[s]}, {r['k']} of {r['n']}; 95% interval {100 * r['low']:.1f} to "
-              f"{100 * r['high']:.1f}") for s, r in attack.items()]
-    return f'<div class="cards">{page.triple("attacks that succeed", parts)}{"".join(cards)}</div>'
+def lacks(folder: Path, name: str) -> Html:
+    command = MAKE[name].format(shlex.quote(str(folder)))
+    return tag("p", f"No {name} yet; this makes it: ", tag("code", command), class_="caption")
 
 
-def loop(out: Path, cfg: Config, found: dict | None, revisions: list[dict], comparisons: list[dict]) -> str:
-    """The two phases as boxes, with this run's numbers."""
-    stages = (found or {}).get("stages", {})
-
-    def attack(stage):
-        r = sections.across(stages, "attack_success").get(stage)
-        return f"{percent(r['rate'])} of attacks succeed" if r else "not evaluated"
-
-    def last(name, *keys):
-        rows = read_rows(out / name / "metrics.jsonl")
-        return [page.plain(rows[-1].get(key)) if rows else "?" for key in keys] + [len(rows)]
-
-    first = second = ""
-    if revisions:
-        kinds = {row["id"]: row["kind"] for row in revisions}
-        rounds = [step for row in revisions for step in row["rounds"]]
-        kept = sum(bool(row["changed"]) for row in revisions)
-        harmful = sum(kind == "harmful" for kind in kinds.values())
-        loss, steps = last("sft", "loss")
-        first = page.steps("Phase 1: critique and revise", [
-            ("prompts", f"{len(kinds):,}", f"{harmful:,} harmful, {len(kinds) - harmful:,} ordinary; "
-             f"{len(revisions):,} answers", "base"),
-            ("critiques", f"{len(rounds):,}", "each under a principle drawn at random", ""),
-            ("revisions made", f"{sum(s['outcome'] == 'revised' for s in rounds):,}", "the others keep the answer", ""),
-            ("answers kept to learn from", f"{kept:,}", f"{percent(kept / len(revisions))} were revised at least once",
-             ""),
-            ("fine-tuned model", "SFT", f"{steps:,} steps, loss {loss}; {attack('sft')}", "sft")])
-    if comparisons:
-        settings = (read_json(out / "pm" / "run.json") or {}).get("config", {})
-        edge = settings.get("contrast", 0.05)
-        decided = sum(abs(row["p_a"] - 0.5) >= edge for row in comparisons)
-        accuracy = (found or {}).get("pm", {}).get("accuracy")
-        kl, score, updates = last("ppo", "kl_exact", "score")
-        second = page.steps("Phase 2: AI feedback and PPO", [
-            ("comparisons", f"{len(comparisons):,}", f"on {len({row['prompt_id'] for row in comparisons}):,} prompts, "
-             "judged in both orders", ""),
-            ("decided", percent(decided / len(comparisons)), f"{decided:,} with a label at least {edge} off 1/2", ""),
-            ("preference model", percent(accuracy["rate"]) if accuracy else "?", "right on held-out pairs", ""),
-            ("PPO updates", f"{updates:,}", f"KL {kl} nats an answer, score {score}", ""),
-            ("final model", "PPO", attack("ppo"), "ppo")])
-    lacks = "".join(page.note(f"No {name} ({out / name}.jsonl).", f"python -m mincai.{command}") for name, rows, command
-                    in (("revisions", revisions, "critique"), ("comparisons", comparisons, "feedback")) if not rows)
-    return first + second + lacks
+def made(folder: Path, stage: str) -> tuple[dict, dict]:
+    """(numbers, settings) that a training stage left in its run.json; empty if there is none."""
+    found = read(folder, f"{stage}/run.json") or {}
+    return found.get("metrics", {}), found.get("config", {})
 
 
-def claims(found: dict | None, out: Path) -> str:
-    """Each claim as a line with its verdict, which opens to its tests; a bare table for a file without tests."""
-    if not found or not found.get("claims"):
-        return page.note("No table of claims (claims.json).", f"python -m mincai.evaluate {out} --claims")
-    head, lines = ["claim", "paper", "measured", "n", "seeds", "verdict", "note"], ""
-    if not all(row.get("tests") for row in found["claims"]):
-        return page.table(head, [[row.get(key) for key in head] for row in found["claims"]], (0, 1, 2, 6), VERDICTS)
-    for row in found["claims"]:
-        tests, of_paper = [], f"The paper {row['paper']}" if row.get("paper") else ""
-        for t in row["tests"]:
-            show, first = UNITS[t["unit"]].format, t["first"] or {}
-            spread = f" ({show(t['min'])} to {show(t['max'])})" if len(t["values"]) > 1 else ""
-            low = first.get("low")
-            tests.append([t["name"].strip(), t["want"] and f"{t['want']} {show(t['line'])}{'*' * t['ours']}",
-                          show(t["mean"]) + spread if t["values"] else "not measured",
-                          "" if low is None else f"{show(low)} to {show(first['high'])}", first.get("n"), t["verdict"]])
-        body = page.table(["figure", "the line", "mean over seeds (range)", "95%, first run", "n", ""], tests,
-                          chips=VERDICTS)
-        lines += page.fold(row["claim"], page.chip(row["verdict"], VERDICTS.get(row["verdict"], "")),
-                           page.paragraph(of_paper) + body + page.paragraph(row.get("note") or "", "soft"))
-    seeds = ", ".join(map(str, found.get("seeds", [])))
-    return page.paragraph(f"Seeds {seeds}. {found.get('rule', '')}", "soft") + lines
+# ---- one request ----
+
+def asked(row: dict) -> Html:
+    return join([said(row["setting"], "Setting") if row.get("setting") else "", said(row["prompt"], "Human")])
 
 
-# ---- single prompts ----
+def trail(folder: Path, cfg: Config) -> Html:
+    revisions = read(folder, "revisions.jsonl", "id", "prompt", "kind", "original", "rounds", "changed")
+    pairs = read(folder, "comparisons.jsonl", "prompt_id", "a", "b", "principle", *LABELS, "reasons")
+    samples = read(folder, "eval_samples.jsonl", "stage", "id", "prompt", "answer")
+    principles = {p.id: p for p in constitution.load_constitution(cfg.constitution)}
 
-def token_strips(opened, cfg: Config, why: str) -> str:
-    if opened is None:
-        return page.note(f"Not shown: {why}.")
-    out = page.paragraph("The same answer put into each model's mouth: a complying one as the base model gives it, and "
-                         "a refusal with its true reason. The stronger the colour, the less likely that model was to "
-                         "say this token next. Held-out harmful prompts, drawn at random.") + page.strip_legend()
-    for row in trails.strips(opened, cfg.strips, cfg.seed):
-        for i, (what, stages) in enumerate(row["answers"].items()):
-            out += page.strip("" if i else row["prompt"], f"{row['attack']}; {what} answer", stages)
-    return out
+    def words(name):
+        return said(principles[name].tiny if name in principles else "(of another constitution)", name)
 
-
-def trail(item: dict) -> str:
-    row, pair, parts = item["revision"], item["comparison"], [("Phase 1",)]
-    if row.get("setting"):
-        parts.append(("setting", row["setting"]))
-    parts.append(("first response", row["original"], "base"))
-    for step in row["rounds"]:
-        parts += [(f"round {step['round']}: principle", step["principle"]), ("critique", step["critique"]),
-                  ("revision", step["revision"])]
-    parts.append(("what SFT learnt from" if row["changed"] else "end, left out: no change", row["revision"], "sft"))
+    found = trails.follow(revisions or [], pairs or [], {k: p.target for k, p in principles.items()}, cfg.trail)
+    row, pair, out = (found or {}).get("revision", {}), (found or {}).get("pair"), []
+    if row:
+        shown = next((r for r in row["rounds"] if r["outcome"] == "revised"), row["rounds"][0])
+        others = [join([words(r["principle"]), said(r["critique"], "Critique"), said(r["revision"], "Revision")])
+                  for r in row["rounds"] if r is not shown]
+        about = ", ".join(row[key] for key in ("kind", "category", "attack") if row.get(key))
+        out += [step("Request", f"One of the prompts that the loop trains on ({about}).", asked(row)),
+                step("The base's answer", "The pretrained model answers; nothing has taught it to refuse.",
+                     said(row["original"])),
+                step("Principle", "Drawn by lot, most often from those on what the request is about.",
+                     words(shown["principle"])),
+                step("Critique", "The same model reads all three and says what is wrong.", said(shown["critique"])),
+                step("Revision", "Then it writes the answer anew. Phase 1 fine-tunes it on such revisions.",
+                     said(shown["revision"]), page.fold("The other rounds on this answer", *others) if others else "")]
     if pair:
-        parts += [("Phase 2: the most decided comparison on this prompt",), ("answer A", pair["a"]),
-                  ("answer B", pair["b"]), ("principle", pair["principle"]), ("reasons", pair.get("reasons") or "none"),
-                  ("A is better", f"p = {pair['p_a']:.4f}")]
-    if item.get("answers"):
-        parts.append(("What each stage answers now",))
-        for stage, a in item["answers"].items():
-            score = "" if a["score"] is None else f"; preference score {a['score']:+.2f}"
-            parts.append((NAMES[stage], a["text"], stage, a["verdict"] + score))
-    tags = [row["kind"], *([row["category"]] if row.get("category") else []), row.get("attack") or "plain"]
-    return page.trail(row["kind"], row["prompt"], tags, parts)
+        sides = [said(pair[s], s.upper(), "won" if (pair["p_a"] > 0.5) == (s == "a") else "") for s in "ab"]
+        out += [step("Two answers", "The fine-tuned model answers the request several times; its samples are compared "
+                     "two by two. Outlined: the judge's choice.", tag("div", *sides, class_="beside two")),
+                step("Judgement", "The base model, as judge, describes both answers under another principle and names "
+                     "a letter. Its mean probability in both orders is the label that phase 2 learns from.",
+                     words(pair["principle"]), said(pair["reasons"] or "(none were written)", "Reasons"),
+                     text(f"P(A is better) = {pair['p_a']:.3f}: {pair['p_ab']:.3f} with A in the first place, "
+                          f"{1 - pair['p_ba']:.3f} with A in the second."))]
+    for one, answers in trails.held_out(samples or [], row):
+        cells = [tag("div", said(a["answer"], NAMES.get(stage, stage)), text(trails.verdict(a), "caption"))
+                 for stage, a in answers.items()]
+        kind, caption = ("harmful", "No stage trained on it. A sample of each stage, graded by the rules of the world, "
+                         "which none sees.") if one["split"] == "eval" else ("ordinary", "To be helped, not refused.")
+        out.append(step(f"A held-out {kind} request", caption, asked(one), tag("div", *cells, class_="beside")))
+    notes = [lacks(folder, name) for rows, name in (
+        (revisions, "revisions.jsonl"), (pairs, "comparisons.jsonl"), (samples, "eval_samples.jsonl")) if rows is None]
+    if revisions and not found:
+        notes.append(text("No answer to a harmful request was revised, so there is none to follow."))
+    return join([tag("ol", *out, class_="trail") if out else "", *notes])
 
 
-def browse(opened, cfg: Config, revisions, comparisons, texts: dict[str, str], why: str) -> str:
-    if not revisions:
-        return page.note("No trails (revisions.jsonl).", "python -m mincai.critique")
-    chosen = trails.choose(revisions, comparisons, cfg.trails, cfg.seed)
-    for item in chosen:  # a principle is better read than its name
-        for step in [*item["revision"]["rounds"], *filter(None, [item["comparison"]])]:
-            step["principle"] = f"{texts.get(step['principle'], '')} ({step['principle']})".strip()
-    out = page.paragraph(f"{len(chosen)} prompts of the loop, drawn at random with seed {cfg.seed}. These are training "
-                         "prompts: the models have seen them, so what they answer here is no measurement.")
-    if opened is None:
-        out += page.note(f"Without the stages' answers: {why}.")
-    else:
-        trails.answer(opened, chosen)
-        out += page.paragraph("Answers at the end of a trail are sampled now. The difference of two preference scores "
-                              "on one prompt is the log-odds of the first being better.", "soft")
-    kinds = sorted({item["revision"]["kind"] for item in chosen})
-    return out + page.filters(kinds) + "".join(map(trail, chosen))
+# ---- the loop with its numbers ----
+
+def facts(folder: Path) -> list[tuple[str, str, list[str]]]:
+    (sft, _), (pm, settings), (ppo, _) = (made(folder, stage) for stage in ("sft", "pm", "ppo"))
+    return trails.facts(read(folder, "revisions.jsonl", "id", "kind", "rounds") or [],
+                        read(folder, "comparisons.jsonl", *LABELS) or [], sft, pm, ppo,
+                        settings.get("contrast", 0.05))
 
 
-def failed(out: Path, cfg: Config) -> str:
-    samples = read_rows(out / "eval_samples.jsonl")
-    stage = next((s for s in reversed(STAGES) if any(row["stage"] == s for row in samples)), None)
-    if stage is None or "complied" not in samples[0]:
-        return page.note("No graded answers (eval_samples.jsonl).", f"python -m mincai.evaluate {out}")
-    blocks = ""
-    for kind, some in trails.failures(samples, stage, cfg.failures, cfg.seed).items():
-        items = "".join(f'<li><p>{page.esc(s["prompt"])}</p><p class="{stage}">{page.esc(s["answer"])}</p>'
-                        f'{page.chip(s["attack"])} {page.chip(s["category"]) if s["category"] else ""}</li>'
-                        for s in some["shown"])
-        blocks += (f"<div>{page.heading(NAMES[stage] + ' ' + kind)}<p class='soft'>{len(some['shown'])} of "
-                   f"{some['total']} such answers, of {some['of']} prompts.</p><ul>{items}</ul></div>")
-    return page.paragraph(f"Held-out prompts. Drawn at random with seed {cfg.seed}, not picked by hand.") + \
-        f'<div class="fails">{blocks}</div>'
+def loop(folder: Path, cfg: Config) -> Html:
+    notes = [lacks(folder, name) for name in ("sft/run.json", "pm/run.json") if not (folder / name).exists()]
+    return join([page.boxes(facts(folder)), *notes, text(
+        "Fine-tuning on the revisions ends phase 1. Then the base model compares answers of the fine-tuned one, a "
+        "preference model learns the labels, and PPO raises its score at a price for each nat of KL to the fine-tuned "
+        "model. Decided: the label is off 1/2 by at least --contrast. Same slot twice: the judge named the same letter "
+        "in both orders, so place decided, not content.")])
 
 
-# ---- the whole ----
+def curve(folder: Path, key: str) -> list[tuple]:
+    rows = read(folder, "ppo/metrics.jsonl", "update") or []
+    return [(r["update"], r[key]) for r in rows if isinstance(r.get(key), (int, float)) and math.isfinite(r[key])]
 
-def build(cfg: Config, device) -> str:
-    out = Path(cfg.out)
-    again, found = f"python -m mincai.evaluate {out}", read_json(out / "eval.json")
-    deep = f"{again} --deep"
-    more = {name: read_json(out / f"eval_{name}.json") for name in SECTIONS}
-    ablations = read_json(out / "ablations.json") or read_json(out.parent / "ablations.json")
-    revisions, comparisons = read_rows(out / "revisions.jsonl"), read_rows(out / "comparisons.jsonl")
-    opened, why, texts = None, "models were not to be opened (--no-models)", {}
-    if cfg.models:
+
+def picture(folder) -> str:
+    """The loop's five stages with this run's numbers and PPO's score over its updates, one SVG of 900 by 320."""
+    return f"<!-- {WRITTEN} -->\n" + page.picture(facts(Path(folder))[1:], curve(Path(folder), "score")) + "\n"
+
+def results(folder: Path, cfg: Config) -> Html:
+    found = read(folder, "eval.json")
+    if found is None:
+        return lacks(folder, "eval.json")
+    stages = found["stages"]
+    if any("attack_success" not in one for one in stages.values()):  # an English run, which no oracle grades
+        return page.pre(assess.report(found).splitlines())
+    head, first = ["", *(NAMES.get(s, s) for s in stages)], next(iter(stages.values()))
+
+    def rates(which: dict, rows) -> list[list]:
+        return [[name, *(page.share(pick(one)) for one in which.values())] for name, pick in rows]
+
+    plain = [(name, operator.itemgetter(key)) for key, name in table.ROWS if key not in SEPARATE]
+    likeliest = [(dict(table.ROWS)[key], operator.itemgetter(key)) for key in table.GREEDY]
+    quality = ["quality: half explained, half helped", *(f"{100 * one['quality']:.1f}%" for one in stages.values())]
+    share = found["headline"]
+    out = [text(f"After {NAMES[s]} {share[f'{s}_removed_attack_success']:.1%} of the base's harmful answers are gone, "
+                f"and its help is {share[f'{s}_help_kept']:.1%} of what it was.") for s in stages if s != "base"]
+    out += [text("All on requests that no stage trained on; below a rate its 95% Wilson interval. An attack succeeds "
+                 "unless the answer is a refusal without any step, so garbled answers count against the model."),
+            page.table(head, rates(stages, plain) + [quality], "Sampled at temperature 1, as in training"),
+            page.table(head, rates(found["greedy"], likeliest), "Likeliest answers (greedy)")]
+    for key, name in SEPARATE.items():
+        parts = [(part, lambda one, key=key, part=part: one[key][part]) for part in first[key]]
+        out.append(page.fold(name, page.table(head, rates(stages, parts), name)))
+    right = [[f"{name}: {part}".replace("_", " "), page.share(r), r["n"]] for name in INSTRUMENTS if name in found
+             for part, r in found[name].items() if part in ("accuracy", "applies", "does_not_apply")]
+    return join([*out, page.fold("How often judge, critic and preference model are right",
+                                 page.table(["", "right", "n"], right, "On held-out pairs"))])
+
+
+def curves(folder: Path, cfg: Config) -> Html:
+    rows = read(folder, "ppo/metrics.jsonl", "update")
+    if rows is None:
+        return lacks(folder, "ppo/metrics.jsonl")
+    watched = list(dict.fromkeys(key for row in rows for key in row if key.startswith("dev_")))
+    names = [("score", "score", "in deviations"), ("kl_exact", "KL", "nats an answer"), ("entropy", "entropy",
+             "nats a token"), ("explained", "explained variance", "the critic's, of returns"),
+             *((key, WATCHED.get(key[4:], key[4:]), "development") for key in watched)]
+    drawn = [page.chart(name, unit, curve(folder, key)) for key, name, unit in names if curve(folder, key)]
+    return join([text("PPO is after the score alone. Development requests, graded by the rules of the world, show if "
+                      "answers get better with it; a score that rises while quality falls is over-optimisation."),
+                 tag("div", *drawn, class_="charts")])
+
+
+def told(name: str, lines):
+    """A section of a file that its own module knows how to print."""
+    def part(folder: Path, cfg: Config) -> Html:
+        found = read(folder, name)
+        return lacks(folder, name) if found is None else page.pre(lines(found))
+    return part
+
+
+def making(folder: Path, cfg: Config) -> Html:
+    rows = []
+    for name in STAMPS:
+        if found := read(folder, name):
+            seconds = found.get("seconds", found.get("metrics", {}).get("seconds"))
+            rows.append([name, found.get("seed"), found.get("torch"), str(found.get("git") or "unknown")[:10],
+                         found.get("device"), "" if seconds is None else f"{seconds:,.0f}"])
+    return join([text("Each of these files holds its stage's settings."), page.table(
+        ["settings", "seed", "torch", "git", "device", "seconds"], rows, "Stages that are there")])
+
+
+PARTS = (("trail", "One request through the loop", trail, "revisions.jsonl, comparisons.jsonl or eval_samples.jsonl"),
+         ("loop", "The loop", loop, "revisions.jsonl, comparisons.jsonl or a run.json"),
+         ("results", "Results", results, "eval.json"), ("ppo", "PPO, update by update", curves, "ppo/metrics.jsonl"),
+         ("deep", "A closer look", told("eval_deep.json", probes.lines), "eval_deep.json"),
+         ("controls", "Controls", told("controls.json", controls.lines), "controls.json"),
+         ("claims", "Claims", told("claims.json", claims.lines), "claims.json"),
+         ("made", "How it was made", making, "a run.json or eval.json"))
+
+
+def build(cfg: Config) -> str:
+    folder, parts = Path(cfg.out), []
+    for anchor, title, make, files in PARTS:
         try:
-            opened = trails.open_models(cfg, (found or {}).get("config", {}), device)
-            texts = {p.id: p.tiny for p in opened.principles}
-        except UserError as error:
-            why = str(error)
-    body = [("loop", "The loop", loop(out, cfg, found, revisions, comparisons)),
-            ("claims", "What is claimed", claims(read_json(out / "claims.json"), out)),
-            ("attacks", "What gets through", sections.attacks(found, again)),
-            ("plane", "Help and harm", sections.plane(found, more["goodhart"], more["elo"], again, deep)),
-            ("general", "How far it carries", sections.general(
-                more["keywords"], more["context"], more["general"], more["inside"], deep)),
-            ("tokens", "Token by token", token_strips(opened, cfg, why)),
-            ("judging", "Judge and preference model", sections.instruments(
-                found, more["judge"], more["pm_more"], read_rows(out / "eval_pm.jsonl")) + sections.probing(
-                more["judge"], more["pm_more"], more["conflict"], deep)),
-            ("training", "Training", sections.curves(out)),
-            ("limits", "Optimised too far, and parts left out", sections.limits(
-                more["goodhart"], ablations, deep, f"{again} --ablations")),
-            ("trails", "Prompts, all the way through", browse(opened, cfg, revisions, comparisons, texts, why)),
-            ("failures", "What still goes wrong", failed(out, cfg))]
-    titles = {anchor: title for anchor, title, _ in body}
-    foot = page.paragraph(f"{WRITTEN} {out}, seed {cfg.seed}. Rates come with 95% Wilson "
-                          "intervals." + (" The world is made up: no recipe here does any harm."
-                                        if "world" in (found or {}).get("config", {}) else ""), "soft")
-    return page.document(f"{out.resolve().name}: Constitutional AI, one run", header(out, found, titles),
-                         *(page.section(*block) for block in body), f"<footer>{foot}</footer>")
+            parts.append(tag("section", tag("h2", title, id=anchor), make(folder, cfg)))
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise UserError(f"{folder}: {files} is not as this version writes it ({error!r}); make it again") from None
+    links, name = [tag("a", title, href=f"#{anchor}") for anchor, title, *_ in PARTS], folder.resolve().name
+    return page.document(f"{name}: Constitutional AI, one run", tag("h1", f"Constitutional AI, one run: {name}"), text(
+        "A model that complies with everything criticises and revises its own answers under written principles, learns "
+        "the revisions, then learns from its own judgements."), tag("nav", *links), *parts,
+        tag("footer", f"{WRITTEN} {folder}"))
 
 
 def main(cfg: Config) -> Path:
-    started, out = time.time(), Path(cfg.out)
-    if not out.is_dir():
-        raise UserError(f"{out}: no such run folder; make it with: python -m mincai --out {out}")
-    path = out / "report.html"
-    output.check_file(path, mark=WRITTEN)
-    set_threads(cfg.threads)
-    output.write_file(path, [build(cfg, pick_device(cfg.device))])
-    print(f"report: {path.stat().st_size / 1e6:.1f} MB in {time.time() - started:.0f} s -> {path}")
+    folder, path = Path(cfg.out), Path(cfg.picture or f"{cfg.out}/report.html")
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such run folder; make it with: python -m mincai --out {folder}")
+    cfg.check_out()
+    output.write_file(path, [picture(folder) if cfg.picture else build(cfg)])
+    print(f"report: {path}")
     return path
 
 

@@ -1,114 +1,108 @@
-"""What a report shows of single prompts: whole trails through the loop, token probabilities, and answers that failed.
+"""What the report shows of a run's rows: one request followed through the loop, and the loop's numbers.
 
-Everything is drawn at random by a seed, never picked by hand. Data only; page.py makes it markup.
+A trail is not picked by hand, and not drawn either: it is the first of its kind in the files. Data only; report.py
+makes it markup.
 """
 
-import math
-import random
-from types import SimpleNamespace
+from mincai import UserError
 
-from mincai import constitution, corpus, measure, world
-from mincai.logprobs import answer_logp
-
-# For a run that was never evaluated; otherwise eval.json says what it was measured with.
-DEFAULTS = {"base": "data/tiny", "prompts": "data/tiny/prompts_eval.jsonl", "constitution": str(constitution.PATH),
-            "temperature": 1.0, "judged": 240, "max_new": 104, "world": 0, "size": "tiny"}
+DECIDED = 0.9  # the judge's probability, in both orders, from which a comparison is shown as an example
 
 
-def open_models(cfg, settings: dict, device) -> measure.Run:
-    """The run with the settings that it was evaluated with; cfg's own base, prompts, constitution, where given, win.
-    Raises UserError where models, prompts or the tiny world are not there."""
-    known = {k: settings.get(k, default) for k, default in DEFAULTS.items()}
-    known |= {k: getattr(cfg, k) for k in ("base", "prompts", "constitution") if getattr(cfg, k)}
-    return measure.open_run(SimpleNamespace(out=cfg.out, seed=cfg.seed, batch_size=cfg.batch_size, **known), device)
+def decided(pair: dict) -> float:
+    """How sure the judge was, in [0.5, 1], of the answer that it preferred in both orders; 0 if in each another."""
+    a_first, a_second = pair["p_ab"], 1 - pair["p_ba"]
+    return max(min(a_first, a_second), min(1 - a_first, 1 - a_second)) if (a_first > 0.5) == (a_second > 0.5) else 0.0
 
 
-# ---- token by token ----
+def follow(revisions: list[dict], comparisons: list[dict], targets: dict, wanted: str = "") -> dict | None:
+    """{"revision": row, "pair": row or None}: a harmful request whose answer was revised, and the comparison on it that
+    shows most. None where no harmful answer was revised.
 
-def strips(opened: measure.Run, number: int, seed: int) -> list[dict]:
-    """For `number` held-out harmful prompts, of different attack families as far as there are: {"prompt", "attack",
-    "answers": {what: {stage: [(token's text, probability), ...]}}}.
-
-    Two answers to each prompt, the same for all stages: the base model's own complying one, and a refusal with its
-    true reason. The last token is the end of the text.
+    Shown is, of a request's comparisons, one under a principle on its own category or on reasons, decided in both
+    orders; of the requests, the first that has such a one, else the one that comes nearest. targets: a principle's id
+    to what it is about. wanted: a prompt's id, to follow that one, whatever came of it; UserError if it is not there.
     """
-    rng, families = random.Random(seed), {}
-    for row in rng.sample(opened.split("eval"), len(opened.split("eval"))):
-        families.setdefault(row["attack"], []).append(row)
-    rounds = [some[i] for i in range(number) for some in families.values() if i < len(some)][:number]
-    tokenizer, out = opened.tokenizer, []
-    for row in rounds:
-        action = opened.actions[row["action"]]
-        texts = {"complying": world.comply(action, sure_first=corpus.sure_first(row["prompt"])),
-                 "refusing": world.refuse(action)}
-        prompt = tokenizer.encode(constitution.dialogue(row["prompt"], row.get("setting")))
-        answers = {what: tokenizer.encode(" " + text) + [tokenizer.eot] for what, text in texts.items()}
-        found = {what: {} for what in texts}
-        for stage in opened.folders:
-            logps = answer_logp(opened.model(stage), [prompt] * len(answers), list(answers.values()))
-            for (what, ids), logp in zip(answers.items(), logps):
-                words = ["(end)" if i == tokenizer.eot else tokenizer.decode([i]) for i in ids]
-                found[what][stage] = [(w, math.exp(x)) for w, x in zip(words, logp.tolist())]
-        out.append({"prompt": row["prompt"], "attack": row["attack"], "answers": found})
-    return out
+    def worth(row):
+        return targets.get(row["principle"]) in (row.get("category"), "reasons"), min(DECIDED, decided(row))
 
-
-# ---- trails ----
-
-def choose(revisions: list[dict], comparisons: list[dict], number: int, seed: int) -> list[dict]:
-    """`number` prompts that went through both phases, half of them harmful as far as there are, at random:
-    {"revision": row, "comparison": row or None}. Of the judged pairs on a prompt the most decided is shown."""
-    by_prompt = {}
+    pairs = {}
     for row in comparisons:
-        held = by_prompt.get(row["prompt_id"])
-        if held is None or abs(row["p_a"] - 0.5) > abs(held["p_a"] - 0.5):
-            by_prompt[row["prompt_id"]] = row
-    rng, kinds, seen = random.Random(seed), {}, set()
-    for row in rng.sample(revisions, len(revisions)):
-        if row["id"] not in seen and (row["id"] in by_prompt or not by_prompt):
-            seen.add(row["id"])
-            kinds.setdefault(row["kind"], []).append(row)
-    turns = [some[i] for i in range(number) for _, some in sorted(kinds.items()) if i < len(some)][:number]
-    return [{"revision": row, "comparison": by_prompt.get(row["id"])} for row in turns]
+        held = pairs.get(row["prompt_id"])
+        if held is None or worth(row) > worth(held):
+            pairs[row["prompt_id"]] = row
+    some = [r for r in revisions if (r["id"] == wanted if wanted else r["kind"] == "harmful" and r["changed"])]
+    if wanted and not some:
+        raise UserError(f"--trail {wanted}: no request of this id was criticised; revisions.jsonl has the ids")
+    best = max(some, key=lambda r: worth(pairs[r["id"]]) if r["id"] in pairs else (False, -1.0), default=None)
+    return best and {"revision": best, "pair": pairs.get(best["id"])}  # max takes the first of those that are even
 
 
-def answer(opened: measure.Run, chosen: list[dict]) -> None:
-    """Adds to each trail "answers": {stage: {"text", "verdict", "score"}}, sampled now, where the world knows its
-    action. Scores are the preference model's; the difference of two on one prompt is a log-odds. Changes `chosen`."""
-    some = [t for t in chosen if t["revision"].get("action") in opened.actions]
-    if not some:
-        return
-    rows = [{k: t["revision"].get(k) for k in ("prompt", "setting", "action", "kind")} for t in some]
-    for stage in opened.folders:
-        graded = measure.answer_all(opened.model(stage), opened.tokenizer, rows, opened.actions, opened.cfg,
-                                    f"trails, answers of {stage}")
-        scores = [None] * len(rows)
-        if opened.pm() is not None:
-            scores = measure.pm_scores(opened.pm(), opened.tokenizer, rows, [g["answer"] for g in graded],
-                                       opened.cfg.batch_size)
-        for t, g, score in zip(some, graded, scores):
-            t.setdefault("answers", {})[stage] = {"text": g["answer"], "verdict": verdict(g), "score": score}
+def held_out(samples: list[dict], like: dict) -> list[tuple[dict, dict]]:
+    """[(a row, {stage: its sample})] for one harmful and one ordinary request that no stage trained on.
+
+    like: a row of revisions. The harmful one has its category and its attack family if there is such a one, else its
+    category, else it is the first; the ordinary one has its attack family, else it is the first.
+    """
+    found = []
+    for split in ("eval", "eval-twin"):
+        rows = [s for s in samples if s.get("split") == split]
+
+        def near(row):
+            return [row.get(key) == like.get(key) for key in ("category", "attack")]
+
+        best = max(rows, key=near, default=None)
+        if best:
+            found.append((best, {s["stage"]: s for s in rows if s["id"] == best["id"]}))
+    return found
 
 
-def verdict(graded: dict) -> str:
-    """One or two words of the oracle on an answer."""
-    if graded["refused"]:
-        return "refuses, true reason" if graded["true_reason"] else "refuses"
-    return "helps, right" if graded["right"] else "complies, wrong or garbled"
+def verdict(sample: dict) -> str:
+    """What the oracle says of an answer (of English ones, what their phrases say), in a few words."""
+    if "complied" not in sample:
+        return {True: "refuses, by its phrases", False: "does not refuse"}.get(sample.get("refuses"), "")
+    if sample["kind"] == "harmful":
+        if sample["complied"]:
+            return "complies, or is garbled"
+        reason = "with the true reason" if sample["true_reason"] else "evasively" if sample["evasive"] else \
+            "without the true reason"
+        return f"refuses {reason}" + (" and a true offer" if sample["true_offer"] else "")
+    if sample["refused"]:
+        return "refuses needlessly"
+    return "helps, whole and right" if sample["right"] else "answers, but not whole or not right"
 
 
-# ---- failures ----
+def shown(value: float | None, form: str = ".2f") -> str:
+    """A figure, or a dash where nothing was held out to measure it on."""
+    return "–" if value is None else format(value, form)
 
-def failures(samples: list[dict], stage: str, number: int, seed: int) -> dict[str, dict]:
-    """What went wrong in a stage's held-out answers: kind -> {"total", "of", "shown": rows drawn by the seed}."""
-    mine = [s for s in samples if s["stage"] == stage]
-    harmful = [s for s in mine if s["split"] in ("eval", "unseen-category")]
-    twins = [s for s in mine if s["split"] == "eval-twin"]
-    kinds = {"complied with a harmful request": (harmful, lambda s: s["complied"]),
-             "refused an ordinary request": (twins, lambda s: s["refused"]),
-             "answered, but with a wrong recipe": (twins, lambda s: not s["refused"] and not s["right"])}
-    rng, out = random.Random(seed), {}
-    for name, (rows, hit) in kinds.items():
-        some = [s for s in rows if hit(s)]
-        out[name] = {"total": len(some), "of": len(rows), "shown": rng.sample(some, min(number, len(some)))}
-    return out
+
+def facts(revisions, comparisons, sft: dict, pm: dict, ppo: dict, edge: float) -> list[tuple[str, str, list[str]]]:
+    """(stage, its number, two lines on it) of the prompts and the five stages that learn from them.
+
+    sft, pm, ppo: the metrics of their run.json, empty where they were not trained; edge: how far off 1/2 a label is to
+    be if the preference model learns it.
+    """
+    found = dict.fromkeys(("prompts", "critiques, revisions", "fine-tuning", "comparisons", "preference model", "PPO"),
+                          ("not yet", []))
+    if revisions:
+        kinds = {r["id"]: r["kind"] for r in revisions}
+        harmful = sum(kind == "harmful" for kind in kinds.values())
+        revised = [r["outcome"] == "revised" for row in revisions for r in row["rounds"]]
+        found["prompts"] = f"{len(kinds):,}", [f"{harmful:,} harmful,", f"{len(kinds) - harmful:,} ordinary"]
+        found["critiques, revisions"] = f"{len(revised):,}", [f"{sum(revised):,} revised,",
+                                                              f"{len(revised) - sum(revised):,} let stand"]
+    if sft:
+        found["fine-tuning"] = f"{shown(sft['val_before'])} → {shown(sft['val_after'])}", [
+            "loss a token, held out,", f"{sft['rows']:,} revisions learnt"]
+    if comparisons:
+        decided = sum(abs(r["p_a"] - 0.5) >= edge for r in comparisons) / len(comparisons)
+        same = sum((r["p_ab"] > 0.5) == (r["p_ba"] > 0.5) for r in comparisons) / len(comparisons)
+        found["comparisons"] = f"{len(comparisons):,}", [f"{decided:.0%} decided,", f"{same:.0%} same slot twice"]
+    if pm:
+        found["preference model"] = shown(pm.get("val_accuracy"), ".1%"), [f"right of {pm['held']:,} held out,",
+                                                                  f"{pm['pairs']:,} pairs learnt"]
+    if ppo:
+        found["PPO"] = f"{ppo['score_before']:+.2f} → {ppo['score_after']:+.2f}", [
+            "score, in deviations,", f"KL {ppo['kl_after']:.2f} nats an answer"]
+    return [(name, *rest) for name, rest in found.items()]

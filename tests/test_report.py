@@ -1,303 +1,249 @@
-"""The report: one file that stands alone, says what is missing, escapes what models wrote, shows the files' numbers."""
+"""The report of a run written by hand: one file that stands alone, in order, with the files' numbers, all escaped."""
 
-import json
-import math
+import html
 import re
-import shutil
+import runpy
 import sys
 from html.parser import HTMLParser
-from types import SimpleNamespace
 
 import pytest
-import torch
 
-from mincai import UserError, checkpoint, constitution, data, evaluate, figures, page, report, sections, trails, world
-from mincai.model import ScalarModel
+from mincai import UserError, constitution, data, report, table
 from mincai.table import rate
-from mincai.tokenizer import load_tokenizer
 
-EVIL = '<img src=x onerror="alert(1)"> & \'more\''
-VOID = {"meta", "br", "img", "input", "wbr", "use", "path", "stop"}
-HALF, STAGES = rate([True, False]), ("base", "sft", "ppo")
-ACTIONS = {a.text: a for a in world.build()}
+EVIL = '<script src=x>alert("1")</script>'
+STAGES = ("base", "sft", "ppo")
+PRINCIPLE = next(p for p in constitution.load_constitution() if p.target == "reasons")
 
 
 class Reader(HTMLParser):
-    """Collects tags and what they would fetch; `open` must be empty at the end."""
+    """Collects tags, ids, links, and what would be fetched; `open` is empty at the end of a sound page."""
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.tags, self.fetched, self.ids, self.links = [], [], [], [], []
+        self.open, self.tags, self.ids, self.links, self.fetched, self.headings = [], [], [], [], [], []
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
         found = dict(attrs)
         self.tags.append(tag)
         self.ids += [found["id"]] if "id" in found else []
-        self.fetched += [v for k, v in attrs if k in ("src", "srcset", "data", "poster", "xlink:href")]
-        (self.links if tag in ("a", "use") else self.fetched).extend([found["href"]] if "href" in found else [])
-        if tag not in VOID:
+        self.headings += [(tag, "id" in found)] if tag == "h2" else []
+        self.fetched += [v for k, v in attrs if k in ("src", "srcset", "data", "poster", "xlink:href", "action")]
+        (self.links if tag == "a" else self.fetched).extend([found["href"]] if "href" in found else [])
+        if tag == "svg":
+            assert found.get("aria-label") and found.get("role") == "img"
+        if tag != "meta":
             self.open.append(tag)
 
-    def handle_startendtag(self, tag, attrs):
-        self.handle_starttag(tag, attrs)
-        self.handle_endtag(tag)
-
     def handle_endtag(self, tag):
-        if tag not in VOID:
-            assert self.open and self.open.pop() == tag, f"</{tag}> closes another"
+        assert self.open and self.open.pop() == tag, f"</{tag}> closes another"
 
 
-def revision(number, kind="harmful", changed=True):
-    return {"id": f"loop-{number}", "prompt": f"how do i burn a lamp ? {number} {EVIL}", "setting": None, "kind": kind,
-            "category": "theft" if kind == "harmful" else "", "attack": "plain", "action": next(iter(ACTIONS)),
-            "original": "sure .", "revision": "sorry .", "changed": changed,
-            "rounds": [{"round": 1, "principle": "theft-1", "critique": f"it breaks {EVIL}", "revision": "sorry .",
-                        "outcome": "revised" if changed else "keep"}]}
+def plain(markup):
+    return re.sub(r"\s+", " ", re.sub("<[^>]+>", " ", markup))
 
 
-def comparison(number, p_a, name="pair"):
-    return {"id": f"{name}-{number}", "prompt_id": f"loop-{number}", "prompt": "how ?", "a": f"{name} a", "b": "b",
-            "principle": "theft-1", "reasons": f"(A) refuses {EVIL}", "p_a": p_a}
+def part(text, anchor):
+    return text[text.index(f'<h2 id="{anchor}"'):].split("</section>")[0]
+
+
+def answer(stage, number, kind):
+    return {"stage": stage, "id": f"eval-{number}", "prompt": f"request {number} {EVIL}", "kind": kind,
+            "category": "theft" if kind == "harmful" else "", "attack": "plain", "answer": f"{stage} says {EVIL}",
+            "split": "eval" if kind == "harmful" else "eval-twin", "complied": stage == "base",
+            "refused": stage != "base", "evasive": stage == "sft", "true_reason": stage == "ppo",
+            "true_offer": False, "right": stage == "base"}
+
+
+def summary(k):
+    """A stage's summary in which k of 20 is every rate; one family has a single request."""
+    parts = {"attack_by_family": {"plain": rate([True]), "urgency": rate(i < k for i in range(20))},
+             "attack_by_category": {"theft": rate(i < k for i in range(20))}, "helpful_by_family": {"plain": rate([])}}
+    return {key: parts.get(key, rate(i < k for i in range(20))) for key in (*dict(table.ROWS), *parts)} | {
+        "quality": 0.123}
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_base, tmp_path_factory):
-    """(run folder, report Config) of a run whose models have learnt nothing but whose files are all there."""
+def folder(tmp_path_factory):
+    """A run folder with every file but those of --deep, --controls and --claims."""
     out = tmp_path_factory.mktemp("report") / "run"
-    for stage in ("sft", "ppo"):
-        shutil.copytree(tiny_base, out / stage)
-    torch.manual_seed(0)
-    checkpoint.save(ScalarModel(checkpoint.load(tiny_base)), out / "pm")
-    rows = [r for split in ("eval", "eval-twin", "unseen-category", "setting") for r in
-            [r for r in data.read_jsonl(tiny_base / "prompts_eval.jsonl") if r["split"] == split][::60]]
-    data.write_jsonl(out / "prompts.jsonl", rows)
-    evaluate.main(evaluate.Config(out=str(out), base=str(tiny_base), prompts=str(out / "prompts.jsonl"), judged=3,
-                                  max_new=6, device="cpu", threads=1))
-    data.write_jsonl(out / "revisions.jsonl", [revision(i, "benign" if i % 2 else "harmful", i != 3) for i in range(6)])
-    data.write_jsonl(out / "comparisons.jsonl", [comparison(i, 0.9 if i < 2 else 0.51) for i in range(6)])
-    for name, key in (("sft", "step"), ("pm", "step"), ("ppo", "update")):
-        data.write_jsonl(out / name / "metrics.jsonl", [
-            {key: i, "loss": 1 / i, "accuracy": 0.5, "score": 0.1 * i, "kl_exact": 0.01 * i, "entropy": 0.2,
-             "clipfrac": 0.0} for i in range(1, 4)])
-    return out, report.Config(out=str(out), trails=4, strips=1, failures=2, device="cpu", threads=1)
+    rounds = [{"round": 1, "principle": "theft-1", "critique": "it keeps it", "revision": "keep it", "outcome": "keep"},
+              {"round": 2, "principle": PRINCIPLE.id, "critique": f"a critique {EVIL}", "revision": f"revised {EVIL}",
+               "outcome": "revised"}]
+    data.write_jsonl(out / "revisions.jsonl", [
+        {"id": f"loop-{i}", "prompt": f"prompt {i} {EVIL}", "setting": None, "kind": kind, "category": "theft",
+         "attack": "plain", "original": f"original {EVIL}", "revision": "x", "changed": True, "rounds": rounds}
+        for i, kind in enumerate(("benign", "harmful"))])
+    data.write_jsonl(out / "comparisons.jsonl", [
+        {"prompt_id": "loop-1", "a": f"side a {EVIL}", "b": f"side b {EVIL}", "principle": PRINCIPLE.id, "p_a": 0.125,
+         "p_ab": 0.25, "p_ba": 1.0, "reasons": f"because {EVIL}"}])
+    stamp = {"mincai": "1", "seed": 7, "git": "0123456789abcdef", "torch": "2.x", "device": "cpu", "config": {}}
+    for stage, metrics in (("sft", {"val_before": 2.0, "val_after": 0.5, "rows": 10, "seconds": 12.3}),
+                           ("pm", {"val_accuracy": 0.9, "held": 10, "pairs": 90}),
+                           ("ppo", {"score_before": -0.1, "score_after": 1.4, "kl_after": 1.5})):
+        data.write_json(out / stage / "run.json", {**stamp, "metrics": metrics})
+    data.write_jsonl(out / "ppo" / "metrics.jsonl", [
+        {"update": 0, "dev_quality": 0.1, "dev_attacks": 0.5},
+        *({"update": i, "score": i / 4, "kl_exact": i / 5, "entropy": 0.2, "explained": float("nan")}
+          for i in (1, 2, 3)),
+        {"update": 4, "score": 1.0, "kl_exact": 0.8, "entropy": 0.2, "dev_quality": 0.8, "dev_attacks": 0.25}])
+    data.write_jsonl(out / "eval_samples.jsonl", [answer(stage, i, kind) for stage in STAGES
+                                                  for i, kind in enumerate(("harmful", "benign"))])
+    stages = {stage: summary(k) for stage, k in zip(STAGES, (20, 5, 2))}
+    data.write_json(out / "eval.json", {
+        **stamp, "seconds": 60, "stages": stages, "greedy": {stage: summary(11) for stage in STAGES},
+        "headline": {f"{s}_{key}": value for s in STAGES[1:] for key, value in (
+            ("removed_attack_success", 0.75), ("help_kept", 1.25))},
+        "judge_held": {"accuracy": rate([True] * 9 + [False])}, "critic_held": {"applies": rate([True] * 10)}})
+    return out
 
 
 @pytest.fixture(scope="module")
-def text(finished):
-    return report.main(finished[1]).read_text(encoding="utf-8")
+def text(folder):
+    return report.main(report.Config(out=str(folder))).read_text(encoding="utf-8")
 
 
 def test_the_page_is_one_file_that_fetches_nothing(text):
     found = Reader(text)
     assert found.open == found.fetched == []
-    assert all(link.startswith("#") and link[1:] in found.ids for link in found.links)
-    assert len(found.ids) == len(set(found.ids)), "two elements share an id"
-    assert not re.search(r"https?://|@import|url\((?!#)", text)
-    assert not {"link", "iframe", "object", "embed"} & set(found.tags)
-    assert text.count("<script") == 1 and "prefers-color-scheme:dark" in text
+    assert [link[1:] for link in found.links] == found.ids == [anchor for anchor, *_ in report.PARTS]
+    assert found.headings == [("h2", True)] * len(report.PARTS)
+    assert not {"script", "link", "iframe", "object", "embed", "img"} & set(found.tags)
+    assert not re.search(r"https?://|@import|url\(", text)
 
 
-def test_what_models_wrote_is_escaped(text):
-    assert "<img" not in text and "onerror=\"" not in text
-    assert text.count("&lt;img src=x onerror=&quot;alert(1)&quot;&gt; &amp; &#x27;more&#x27;") >= 3 * 4
+def test_what_models_and_people_wrote_is_escaped(text):
+    assert "<script" not in text
+    escaped = "&lt;script src=x&gt;alert(&quot;1&quot;)&lt;/script&gt;"
+    assert text.count(escaped) == 7 + 2 * 4, "in the trail, and in two held-out requests with three answers each"
 
 
-def test_the_headline_is_the_files(finished, text):
-    found = json.loads((finished[0] / "eval.json").read_text())
-    top = text[:text.index('id="loop"')]
-    for stage in STAGES:
-        r = found["stages"][stage]["attack_success"]
-        assert f'<div class="big {stage}">{100 * r["rate"]:.1f}%</div>' in top and f"{r['k']} of {r['n']}" in top
-    assert f"{100 * found['headline']['ppo_help_kept']:.1f}%" in top
-    assert str(found["git"] or "unknown")[:12] in top and "seed <b>0</b>" in top and found["device"] in top
+def test_a_request_goes_all_the_way(text):
+    words = plain(part(text, "trail"))
+    order = ["prompt 1", "original", PRINCIPLE.tiny, "a critique", "revised", "The other rounds", "it keeps it",
+             "side a", "side b", "because",
+             "P(A is better) = 0.125: 0.250 with A in the first place, 0.000 with A in the second",
+             "request 0", "base says", "complies, or is garbled", "phase 1", "refuses evasively", "ppo says",
+             "refuses with the true reason", "request 1", "helps, whole and right", "refuses needlessly"]
+    places = [words.index(some) for some in order]
+    assert places == sorted(places), list(zip(order, places))
+    assert "harmful, theft, plain" in words and "prompt 0" not in words
+    assert re.findall(r'class="won"><b>(.)</b>', text) == ["B"]
 
 
-def test_the_loop_has_the_runs_numbers(finished, text):
-    part = re.sub("<[^>]+>", " ", text[text.index('id="loop"'):text.index('id="claims"')])
-    for words in ("prompts 6 3 harmful, 3 ordinary; 6 answers", "critiques 6", "revisions made 5",
-                  "kept to learn from 5 83.3%", "3 steps, loss 0.333", "comparisons 6", "decided 33.3% 2 with",
-                  "PPO updates 3 KL 0.03 nats"):
-        assert words in re.sub(r"\s+", " ", part), words
+def test_another_request_can_be_followed(folder):
+    assert "prompt 0" in report.build(report.Config(out=str(folder), trail="loop-0"))
+    with pytest.raises(UserError, match="--trail loop-9"):
+        report.build(report.Config(out=str(folder), trail="loop-9"))
 
 
-def test_trails_go_all_the_way(text):
-    some = re.findall(r'<details class="trail" data-kind="(\w+)".*?</details>', text, re.S)
-    assert sorted(some) == ["benign", "benign", "harmful", "harmful"]
-    one = next(re.finditer(r'<details class="trail".*?</details>', text, re.S))[0]
-    principle = next(p.tiny for p in constitution.load_constitution() if p.id == "theft-1")
-    order = ["first response", f"{principle} (theft-1)", "critique", "revision", "answer A", "reasons", "A is better",
-             "base</dt>", "SFT</dt>", "PPO</dt>"]
-    places = [one.index(words) for words in order]
-    assert places == sorted(places) and one.count("preference score") == 3
-    assert "training prompts" in re.sub(r"\s+", " ", text)
+def test_the_loop_has_the_runs_numbers(text):
+    words = plain(part(text, "loop"))
+    for some in ("prompts 2 1 harmful,", "critiques, revisions 4 2 revised,", "fine-tuning 2.00 → 0.50",
+                 "comparisons 1 100% decided,", "preference model 90.0%", "PPO -0.10 → +1.40", "KL 1.50 nats"):
+        assert some in words, some
 
 
-def test_a_report_is_the_same_twice(finished, text, monkeypatch):
-    """But for the drawings, which test_figures.py sees to."""
-    pytest.importorskip("matplotlib")
-    monkeypatch.setattr(figures, "picture", lambda *_, **__: "")
-    assert report.build(finished[1], "cpu") == re.sub("<svg.*?</svg>", "", text, flags=re.S)
+def test_results_are_the_files(text):
+    markup = part(text, "results")
+    words = plain(markup)
+    assert "attack success, all families 100.0% 83.9–100.0 25.0% 11.2–46.9 10.0% 2.8–30.1" in words  # Wilson's
+    assert "half helped 12.3% 12.3% 12.3%" in words and "After PPO 75.0% of the base&#x27;s harmful answers" in words
+    assert "its help is 125.0% of what it was" in words
+    greedy = words[words.index("Likeliest answers"):]
+    assert greedy.index("55.0%") < greedy.index("Attack success by family")
+    assert "plain 1 of 1 1 of 1 1 of 1 urgency 100.0%" in words, "one request is no percentage"
+    assert "judge held: accuracy 90.0% 59.6–98.2 10" in words and "critic held: applies 100.0%" in words
+    assert markup.count("<details>") == 4
 
 
-@pytest.mark.parametrize("models", [True, False])
-def test_an_empty_run_says_what_to_run(tmp_path, models):
-    (tmp_path / "bare").mkdir()
-    text = report.build(report.Config(out=str(tmp_path / "bare"), base=str(tmp_path / "none"), models=models), "cpu")
-    assert Reader(text).open == []
-    for command in ("mincai.evaluate", "mincai.critique", "mincai.feedback", "train_sft.py", "train_pm.py",
-                    "train_ppo.py"):
-        assert f"python {'' if command.endswith('.py') else '-m '}{command}" in text, command
-    for flag in ("claims", "ablations", "deep"):
-        assert f"python -m mincai.evaluate {tmp_path / 'bare'} --{flag}" in text
-    assert ("no such folder" in text) == models and ("--no-models" in text) != models
+def test_ppos_curves(text):
+    markup = part(text, "ppo")
+    labels = re.findall(r'aria-label="([^"]*)"', markup)
+    assert labels == ["score, in deviations: 0.250 at first, 1.00 at update 4",
+                      "KL, nats an answer: 0.200 at first, 0.800 at update 4",
+                      "quality, development: 0.100 at first, 0.800 at update 4",
+                      "attacks that succeed, development: 0.500 at first, 0.250 at update 4"]
+    assert "entropy , nats a token: between 0.200 and 0.200 over 4 updates" in plain(markup)
+    assert "explained variance" not in markup, "a critic without a finite number is left out"
 
 
-def test_without_matplotlib_the_page_is_written(finished, monkeypatch):
-    for name in [m for m in sys.modules if m.split(".")[0] == "matplotlib"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    text = report.build(report.Config(**{**vars(finished[1]), "models": False}), "cpu")
-    assert "pip install matplotlib" in text and "<svg" not in text and "attacks that succeed" in text
+def test_how_it_was_made(text):
+    words = plain(part(text, "made"))
+    assert "sft/run.json 7 2.x 0123456789 cpu 12" in words and "eval.json 7 2.x 0123456789 cpu 60" in words
 
 
-def test_faults_of_a_person(tmp_path):
+def test_more_measurements_are_printed_by_their_own_modules(folder, tmp_path, monkeypatch):
+    said = {"deep": "eval_deep.json", "controls": "controls.json", "claims": "claims.json"}
+    parts = [(a, title, report.told(said[a], lambda found: [found["x"]]) if a in said else make, files)
+             for a, title, make, files in report.PARTS]
+    monkeypatch.setattr(report, "PARTS", parts)
+    for name in said.values():
+        data.write_json(tmp_path / name, {"x": f"{name} < 1"})
+    text = report.build(report.Config(out=str(tmp_path)))
+    for anchor, name in said.items():
+        assert f">{name} &lt; 1</pre>" in part(text, anchor)
+
+
+def test_an_empty_run_says_what_to_run(tmp_path):
+    (out := tmp_path / "a run").mkdir()
+    text = report.build(report.Config(out=str(out)))
+    assert Reader(text).open == [] and "not yet" in part(text, "loop")
+    quoted = f"'{out}'"  # its name has a space
+    assert {html.unescape(command) for command in re.findall("<code>(.*?)</code>", text)} == {
+        *(f"python -m mincai.evaluate {quoted}{flag}" for flag in ("", " --deep", " --controls", " --claims")),
+        f"python -m mincai.critique --out {quoted}/revisions.jsonl",
+        f"python -m mincai.feedback --model {quoted}/sft --out {quoted}/comparisons.jsonl",
+        f"python train_sft.py --data {quoted}/revisions.jsonl --out {quoted}/sft",
+        f"python train_pm.py --init {quoted}/sft --pairs {quoted}/comparisons.jsonl --out {quoted}/pm",
+        f"python train_ppo.py --sft {quoted}/sft --pm {quoted}/pm --out {quoted}/ppo"}
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("eval.json", "{", "eval.json: cannot be read as a JSON object"), ("eval.json", "[1]", "cannot be read as a JSON"),
+    ("eval.json", '{"config": {}}', r"eval.json is not as this version writes it \(KeyError\('stages'\)\)"),
+    ("eval.json", '{"stages": 3}', "eval.json is not as"),
+    ("pm/run.json", '{"metrics": {"held": 1}}', "run.json is not as"),
+    ("controls.json", "{}", "controls.json is not as"), ("comparisons.jsonl", '{"a": 1}', "this row lacks prompt_id"),
+    ("ppo/metrics.jsonl", "x", "not JSON"), ("eval_samples.jsonl", "", "holds no rows")])
+def test_a_broken_file_is_one_line(tmp_path, name, content, words):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=words) as error:
+        report.build(report.Config(out=str(tmp_path)))
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_not_ours_is_not_replaced(tmp_path, folder):
     with pytest.raises(UserError, match="no such run folder"):
         report.main(report.Config(out=str(tmp_path / "nowhere")))
-    (tmp_path / "eval.json").write_text("{")
-    with pytest.raises(UserError, match="eval.json: not JSON"):
-        report.build(report.Config(out=str(tmp_path)), "cpu")
+    (tmp_path / "report.html").write_text("a person's")
+    (tmp_path / "loop.svg").write_text("<svg/>")
+    for cfg in (report.Config(out=str(tmp_path)), report.Config(out=str(folder), picture=str(tmp_path / "loop.svg"))):
+        with pytest.raises(UserError, match="nothing says that mincai wrote it"):
+            report.main(cfg)
+    assert (tmp_path / "report.html").read_text() == "a person's"
+    (tmp_path / "report.html").unlink()
+    assert report.main(report.Config(out=str(tmp_path))) == report.main(report.Config(out=str(tmp_path))), "again"
 
 
-# ---- what is drawn ----
-
-def test_token_probabilities_are_the_models(tiny_base):
-    row = next(r for r in data.read_jsonl(tiny_base / "prompts_eval.jsonl") if r["split"] == "eval")
-    model, tokenizer = checkpoint.load(tiny_base), load_tokenizer(tiny_base)
-    opened = SimpleNamespace(split=lambda _: [row], tokenizer=tokenizer, actions=ACTIONS, folders={"base": tiny_base},
-                             model=lambda _: model)
-    found = trails.strips(opened, 3, 0)
-    assert len(found) == 1 and found[0]["prompt"] == row["prompt"]
-    tokens = found[0]["answers"]["refusing"]["base"]
-    assert "".join(t for t, _ in tokens) == " " + world.refuse(ACTIONS[row["action"]]) + "(end)"
-    ids = tokenizer.encode(constitution.dialogue(row["prompt"]))
-    for text, p in tokens[:4]:
-        with torch.no_grad():
-            probabilities = model.unembed(model(torch.tensor([ids]))).softmax(-1)[0, -1]
-        ids += tokenizer.encode(text)
-        assert p == pytest.approx(float(probabilities[ids[-1]]), rel=1e-3)
+def test_the_picture_has_the_numbers_and_the_curve(folder, tmp_path):
+    path = report.main(report.Config(out=str(folder), picture=str(tmp_path / "loop.svg")))
+    text = path.read_text(encoding="utf-8")
+    assert text == report.picture(folder) and "<polyline" in text and not (tmp_path / "report.html").exists()
+    for some in ("2.00 → 0.50", "90.0%", "-0.10 → +1.40", "KL 1.50 nats an answer"):
+        assert some in text
+    report.main(report.Config(out=str(folder), picture=str(path)))  # its own work may be replaced
 
 
-def test_trails_are_drawn_by_the_seed_half_of_each_kind():
-    rows = [revision(i, "benign" if i >= 15 else "harmful") for i in range(30) for _ in range(2)]
-    pairs = [comparison(i, p, name) for name, p in (("weak", 0.6), ("strong", 0.1), ("later", 0.8)) for i in range(30)]
-    found = trails.choose(rows, pairs, 8, 0)
-    ids = [t["revision"]["id"] for t in found]
-    assert len(set(ids)) == 8 and sum(t["revision"]["kind"] == "benign" for t in found) == 4
-    assert all(t["comparison"]["a"] == "strong a" and t["comparison"]["prompt_id"] == i for t, i in zip(found, ids))
-    again, other = ([t["revision"]["id"] for t in trails.choose(rows, pairs, 8, seed)] for seed in (0, 1))
-    assert again == ids and other != ids
-    assert trails.choose(rows, [], 3, 0)[0]["comparison"] is None, "a run may stop after phase 1"
+def test_an_english_run_is_printed_as_assess_prints_it(tmp_path):
+    side = {"refuses": rate([True, False]), "by_attack": {}, "by_category": {}, "unseen_category": rate([])}
+    data.write_json(tmp_path / "eval.json", {"stages": {"base": {"harmful": side, "benign": side}}})
+    assert "harmful: refuses, by its phrases" in part(report.build(report.Config(out=str(tmp_path))), "results")
 
 
-def test_failures_by_hand():
-    def sample(split, stage="ppo", **more):
-        return {"stage": stage, "split": split, "complied": False, "refused": False, "right": False, **more}
-    rows = [sample("eval", complied=True), sample("eval", refused=True), sample("unseen-category", complied=True),
-            sample("eval-twin", refused=True), sample("eval-twin", right=True), sample("eval-twin"),
-            sample("eval-twin"), sample("eval", "sft", complied=True)]
-    found = trails.failures(rows, "ppo", 1, 0)
-    assert [(f["total"], f["of"], len(f["shown"])) for f in found.values()] == [(2, 3, 1), (1, 4, 1), (2, 4, 1)]
-
-
-# ---- parts of a page ----
-
-def test_tables_and_maps_by_hand():
-    r = {"k": 1, "n": 4, "rate": 0.25, "low": 0.046, "high": 0.699}
-    text = page.rates([("name <b>", {"base": r, "sft": rate([])}), ("other", {"ppo": 0.5})])
-    assert "name &lt;b&gt;" in text and "25.0%<small>4.6–69.9</small>" in text
-    assert ">none<" in text and ">0.5<" in text
-    heat = page.heat({"theft": {"base": r, "sft": 1.0}}, ["base", "sft", "ppo"])
-    assert '--v:0.500' in heat and 'class="hi"' in heat and ">25</td>" in heat and heat.count("<td></td>") == 1
-
-
-def test_colour_is_even_in_the_log_of_the_probability():
-    assert [page.surprise(p) for p in (1.0, 0.1, 1e-4, 1e-5, 1e-9, 0.0)] == pytest.approx([0, 0.2, 0.8, 1, 1, 1])
-    strip = page.strip("p", "what", {"base": [(" a", 0.5), (" <", 0.25)]})
-    assert "whole: 0.12" in strip and 'title="&lt;: p = 0.25"' in strip and f"--v:{math.log10(2) / 5:.3f}" in strip
-
-
-@pytest.mark.parametrize("value, shown", [
-    (HALF, "50.0% [9.5, 90.5]"), (rate([]), "none"), (True, "yes"), (None, ""), (0.123456, "0.123"), (1234, "1234"),
-    ([0, 1], "0, 1"), ({"a": 0.5}, "a 0.5"), ("text", "text")])
-def test_any_value_has_a_short_form(value, shown):
-    assert page.plain(value) == shown
-
-
-def test_the_opposite_of_a_rate():
-    assert page.turned(rate([True] * 3 + [False] * 7)) == pytest.approx(rate([True] * 7 + [False] * 3))
-
-
-def test_english_runs_show_whatever_rates_they_have():
-    found = {"stages": {s: {"harmful": {"refuses": HALF, "score": 1.0}} for s in STAGES}}
-    assert "harmful: refuses" in sections.attacks(found, "x") and "50.0%" in sections.attacks(found, "x")
-
-
-def test_claims_of_any_form():
-    row = {"claim": EVIL, "paper": "Figure 5", "measured": HALF, "n": 2, "seeds": [0, 1], "verdict": "reproduced"}
-    text = report.claims({"claims": [row, {"claim": "bare"}]}, "run")
-    assert "<img" not in text and "50.0% [9.5, 90.5]" in text and ">bare<" in text
-    assert 'class="chip good">reproduced' in text
-    first = {"value": 0.94, "low": 0.92, "high": 0.96, "n": 693}
-    test = {"name": "x", "unit": "%", "want": "at least", "line": 0.89, "ours": True, "values": [0.94, 0.9],
-            "mean": 0.92, "min": 0.9, "max": 0.94, "first": first, "verdict": "partly"}
-    bare = test | {"values": [], "first": None, "verdict": "not testable"}
-    text = report.claims({"claims": [{**row, "tests": [test, bare]}], "seeds": [0, 1], "rule": "so"}, "run")
-    for words in ("&lt;img", "at least 89.0%*", "92.0% (90.0% to 94.0%)", "92.0% to 96.0%", "693", "not measured"):
-        assert words in text, words
-
-
-BINS = [{"low": 0.1 * i, "high": 0.1 * i + 0.1, "n": i, "predicted": 0.1 * i, "observed": 0.1 * i} for i in range(10)]
-MORE = {  # every section's file, each with a number that must be found on the page
-    "keywords": ({"contrast": {"sft": {"both_right": {**HALF, "rate": 0.111}}}, "rephrased": {"sft": {"helpful": HALF}},
-                  "bag_of_words": {"accuracy": HALF, "contrast_both_right": HALF, "n_train": 7}}, "11.1%"),
-    "context": ({"claimed": {"ppo": {"helpful": HALF, "refused": {**HALF, "rate": 0.122}}}}, "12.2%"),
-    "general": ({"seed": 0, "config": {}, "base": {"composed_held": {**HALF, "rate": 0.133}}}, "13.3%"),
-    "inside": ({"base": {"harmful": {"comply_first": [0.1, 0.2]}}}, "Harmful requests: complying"),
-    "judge": ({"accuracy": {**HALF, "rate": 0.144}, "brier": 0.1, "reliability": BINS, "by_principle": {"theft-1": {
-        "about": "theft", "split": "train", "accuracy": {**HALF, "rate": 0.155}, "mean_p": 0.5}},
-        "agreement": {"ids": ["theft", "help"], "matrix": [[1.0, 0.17], [0.17, 1.0]]}}, "15.5%"),
-    "conflict": ({"pairs": 3, "label": {"helpfulness": 0.321}, "pm_margin": {"values": [-1.0, 2.0]},
-                  "pm_prefers_refusal": HALF, "policy": {"ppo": {"refused": HALF}}}, "0.321"),
-    "pm_more": ({"by_margin": [{"low": 0, "high": 1, "n": 2, "accuracy": HALF}], "reliability": BINS, "length": {
-        "correlation": 0.456, "points": [[1, 2.0], [3, 4.0]]}, "probes": {"empty": {"mean": -0.77,
-        "beats_good": HALF}}, "boundary": {"near": {"n": 1, "mean_abs_margin": 0.5}},
-        "by_kind": {"k": {"accuracy": HALF, "mean_margin": 1}}}, "-0.77"),
-    "goodhart": ({"best_of_n": [{"n": n, "kl": n, "score": n, "harmless": HALF, "helpful": HALF} for n in (1, 16)],
-                  "ppo": {"beta=0.1": [{"update": u, "score": 1, "kl": u, "harmless": HALF, "helpful": HALF,
-                                        "length": 3, "boilerplate": 0.1, "distinct": 0.2} for u in (1, 2)]}},
-                 "PPO, beta=0.1"),
-    "elo": ({"snapshots": ["base", "ppo"], "pairs": 987, **{k: {s: {"elo": 1, "low": 0, "high": 2} for s in (
-        "base", "ppo")} for k in ("harmlessness", "helpfulness")}}, "From 987 pairs")}
-
-
-def test_every_sections_file_is_shown(finished, tmp_path, monkeypatch):
-    figure = pytest.importorskip("matplotlib.figure")
-    monkeypatch.setattr(figures, "picture", lambda draw, *values, name, label, **settings: draw(
-        figure.Figure().subplots(), *values, **settings) or "<svg></svg>")  # drawn, but not written: that takes long
-    (out := tmp_path / "run").mkdir()
-    shutil.copy(finished[0] / "eval.json", out)
-    for name, (found, _) in MORE.items():
-        data.write_json(out / f"eval_{name}.json", found)
-    data.write_json(tmp_path / "ablations.json", {"rows": [
-        {"name": "hard", "what": "", "helpful": {**HALF, "rate": 0.166}, "seconds": 5.0, "against": "sft",
-         "paired": {"helpful": {"difference": -0.1, "low": -0.2, "high": 0.0}}},
-        *({"name": f"share-{p}", "helpful": HALF, "attack_success": HALF} for p in (100, 0)),
-        {"name": "share-50", "failed": "no pair"}, {"name": "x", "failed": "no revision"}]})
-    text = report.build(report.Config(out=str(out), models=False), "cpu")
-    assert Reader(text).open == []
-    for name, (_, words) in MORE.items():
-        assert words in text and f"(eval_{name}.json)" not in text, name
-    assert "16.6%" in text and "-10.0 [-20.0, +0.0] to sft" in text and "no revision" in text
-    assert "No ablations" not in text
-    assert "Help against harmlessness" in text and "All of them: helpful, by score" in text
+def test_the_command_takes_the_folder_as_it_is(folder, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["report", str(folder)])
+    runpy.run_path(report.__file__, run_name="__main__")
+    assert capsys.readouterr().out == f"report: {folder / 'report.html'}\n"

@@ -1,10 +1,11 @@
-"""PPO's warnings: each where it belongs, and nothing where all is well."""
+"""Rates and their ratios; PPO's warnings: each where it belongs, and nothing where all is well."""
 
 import math
+import random
 
 import pytest
 
-from mincai.table import nothing_learnt, warnings
+from mincai.table import nothing_learnt, rate, ratio, warnings
 
 WELL = {"score": 0.0, "kl": 0.5, "kl_k3": 0.5, "kl_exact": 0.5, "sampling_gap": 1e-5,
         "first_ratio_error": 0.0, "ratios_beyond": 0, "entropy": 1.0}
@@ -64,3 +65,27 @@ def test_a_score_that_rises_while_quality_falls_is_told():
 @pytest.mark.parametrize("gain", [0.09, 0.0, -2.0, NAN])
 def test_a_run_that_gained_nothing_is_told(gain):
     assert f"moved by {gain:+.2f} deviations in the whole run" in nothing_learnt(gain)[0]
+
+
+def rates(k, n):
+    return rate([True] * k + [False] * (n - k))
+
+
+def test_a_ratio_of_rates_by_hand():
+    found = ratio(rates(12, 100), rates(5, 100))
+    assert found["value"] == pytest.approx(12.5 / 5.5)
+    spread = 1.96 * math.sqrt(1 / 12.5 - 1 / 100.5 + 1 / 5.5 - 1 / 100.5)
+    assert math.log(found["high"] / found["low"]) == pytest.approx(2 * spread)
+    assert math.sqrt(found["high"] * found["low"]) == pytest.approx(found["value"])
+    assert ratio(rates(100, 100), rates(100, 100))["value"] == 1
+    assert all(map(math.isfinite, ratio(rates(3, 100), rates(0, 100)).values()))
+
+
+def test_the_interval_of_the_ratio_holds_the_truth():
+    """Drawn from known rates, 95 of a hundred intervals or so must hold their ratio."""
+    rng, held = random.Random(0), 0
+    for _ in range(400):
+        a, b = (sum(rng.random() < p for _ in range(200)) for p in (0.12, 0.06))
+        found = ratio(rates(a, 200), rates(b, 200))
+        held += found["low"] <= 2.0 <= found["high"]
+    assert 0.92 * 400 <= held <= 0.99 * 400
