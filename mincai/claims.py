@@ -135,13 +135,13 @@ def table(runs: list[Path]) -> tuple[dict, str]:
 
 
 def lines(found: dict) -> list[str]:
-    out = ["", f"{'claim':68} {'the line':>16} {'mean':>8} {'range':>16} {'first run, 95%':>18}  verdict"]
+    out = ["", f"{'claim':71} {'the line':>16} {'mean':>8} {'range':>16} {'first run, 95%':>18}  verdict"]
     for row in found["claims"]:
         show, values = row["unit"].format, row["values"]
         cells = ["-", "", ""] if not values else [
             show(sum(values) / len(values)), f"{show(min(values))} to {show(max(values))}" if len(values) > 1 else "",
             f"[{show(row['low'])}, {show(row['high'])}]" if row["low"] is not None else ""]
         name = row["claim"] if row["want"] else f"  {row['claim']}"
-        shown = f"{name:68} {row['want']:>16} {cells[0]:>8} {cells[1]:>16} {cells[2]:>18}  {row['verdict']}"
+        shown = f"{name:71} {row['want']:>16} {cells[0]:>8} {cells[1]:>16} {cells[2]:>18}  {row['verdict']}"
         out.append(shown.rstrip())
     return [*out, "", " ".join(__doc__.split("\n\n")[2].split())]

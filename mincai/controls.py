@@ -11,7 +11,7 @@ gain over phase 1 that is left, the mean over needless refusals, true reasons an
 - human: simulated people in the judge's place (human.py), few labels by careful ones, many by hurried ones. human,
   no phase 1: as reinforcement learning from human feedback began, from a model that helps with everything.
 - no critique: revisions without a critique before them; phase 1 alone.
-- no theft: no principle that speaks of theft in either phase; attack success on theft, and on all else.
+- no theft: no principle that speaks of theft or of all harm in either phase; attack success on theft, and on all else.
 - beta: PPO at other prices of KL. "beta 0, long" has four times the updates and no price: what it does to answers
   while the score rises is reward over-optimisation (Gao et al. 2023, 2210.10760).
 One sample a prompt, and one seed: intervals tell how well a rate is known on these prompts, not what a seed changes.
@@ -143,8 +143,9 @@ def revised_anew(work: Work, settings: dict, folder: Path):
 
 
 def left_out(work: Work, folder: Path):
-    """Both phases without the principles that speak of a category, or of harm of any kind."""
-    without = dict(without=f"{LEFT_OUT},harm,conduct")
+    """Both phases without the principles that speak of a category, or of harm of any kind: those on reasons do too, for
+    help with harm has no reason in their eyes."""
+    without = dict(without=f"{LEFT_OUT},harm,conduct,reasons")
     sft, _ = revised_anew(work, without, folder)
     feedback.main(replace(work.cfgs["feedback"], model=str(sft), judge=str(work.place("base")),
                           out=str(folder / "comparisons.jsonl"), **without))
@@ -174,7 +175,7 @@ def controls(work: Work) -> list[Control]:
         control("human, no phase 1", "the first of these from the base model", with_people, human.SETTINGS["careful"],
                 "base"),
         control("no critique", "phase 1 on revisions without a critique", revised_anew, dict(direct=True)),
-        control(f"no {LEFT_OUT}", f"no principle on {LEFT_OUT}, nor on all harm", left_out),
+        control(f"no {LEFT_OUT}", f"no principle on {LEFT_OUT}, nor on any harm", left_out),
         *(control(f"beta {beta:g}", f"PPO at this price of KL, not {work.cfgs['ppo'].beta:g}", optimised,
                   dict(beta=beta)) for beta in BETAS),
         control("beta 0, long", "no price of KL and four times the updates", optimised, long)]
