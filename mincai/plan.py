@@ -211,12 +211,12 @@ def assess(cfg, shape, tested) -> Stage:
 
 
 def evaluate(cfg, shape, tested) -> Stage:
-    """Three stages answer, and their likeliest compliance is read. The judge is put to `judged`
-    pairs three times, in both orders, and the critic twice, on three kinds of answers."""
+    """Three stages answer, sampled and greedily, and their likeliest compliance is read. The judge is
+    put to `judged` pairs twice, in both orders, and the critic twice, on two kinds of principles."""
     rows, prompt = len(tested), mean(lengths(tested))
-    measured = cfg.judged * (3 * 2 + 2 * 3)
-    return Stage("evaluate", 3 * rows, 6 * rows * prompt + measured * 2 * prompt,
-                 (3 * rows + measured) * cfg.max_new, memory=_sampling(cfg, shape),
+    measured = cfg.judged * (2 * 2 + 2 * 2)
+    return Stage("evaluate", 3 * rows, 9 * rows * prompt + measured * 2 * prompt,
+                 (6 * rows + measured) * cfg.max_new, memory=_sampling(cfg, shape),
                  disk=_jsonl(3 * rows, 2 * prompt + cfg.max_new))
 
 

@@ -143,7 +143,8 @@ def test_evaluations_count_the_rows_they_answer():
     rows = [{**LOOP[0], "split": split} for split in ("eval", "eval", "unseen-category", "loop")]
     assert plan.assess(assess.Config(), SHAPES["gpt2"], rows).rows == 3 * 3
     assert plan.assess(assess.Config(number=1), SHAPES["gpt2"], rows).rows == 3
-    assert plan.evaluate(evaluate.Config(), SHAPE, rows).rows == 3 * 4
+    found = plan.evaluate(evaluate.Config(judged=10, max_new=5), SHAPE, rows)
+    assert found.rows == 3 * 4 and found.written == (2 * 3 * 4 + 10 * 8) * 5  # each answered twice
 
 
 def test_time_is_tokens_by_rates(slow):
