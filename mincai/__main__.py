@@ -139,8 +139,10 @@ def main(cfg: Config) -> None:
     for number, (name, stage, config) in enumerate(todo, 1):
         say(f"\n[{number}/{len(todo)}] {name}", flush=True)
         if distributed.is_main() or stage not in (english.main, pretrain.main, evaluate.main, assess.main):
-            watch = stage is train_ppo.main and not preset.english and measure.watcher(todo[-1][2])
-            stage(config, watch) if watch else stage(config)  # one process measures, the others wait for it
+            if stage is train_ppo.main and not preset.english:
+                stage(config, measure.watcher(todo[-1][2]))
+            else:
+                stage(config)  # one process writes or measures, the others wait for it
         distributed.barrier()
     say(f"\nmincai: all of it in {time.time() - started:.0f} s. Talk with it: python -m mincai.chat {out}/ppo "
         f"--beside {base},{out}/sft")

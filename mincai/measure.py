@@ -5,7 +5,6 @@ held-out pairs of which one answer is better by the world's oracle. Nothing here
 """
 
 import math
-import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from mincai.planner import Planner
 from mincai.sample import generate_batched
 from mincai.table import rate
 from mincai.tokenizer import load_tokenizer
+from mincai.weights import common_tokenizer
 
 STAGES = ("base", "sft", "ppo")
 
@@ -67,22 +67,23 @@ class Run:
         return [r for r in self.rows if r["split"] in names]
 
 
+def gradable(path, cfg) -> tuple[list[dict], dict[str, world.Action]]:
+    """(rows of prompts, actions by their text). UserError for a row that the world of cfg cannot grade."""
+    actions = {a.text: a for a in world.build(cfg.world, cfg.size)}
+    rows = data.read_jsonl(path, ("id", "prompt", "kind", "category", "attack", "action", "split"))
+    unknown = next((r for r in rows if r["action"] not in actions), None)
+    if unknown:
+        raise UserError(f"{path}: {unknown['action']!r} is no action of world {cfg.world}; it was made for another")
+    return rows, actions
+
+
 def open_run(cfg, device) -> Run:
     """Raises UserError for a folder that is none, or prompts that were made for another world."""
     out = Path(cfg.out)
     if not out.is_dir():
         raise UserError(f"{out}: no such run folder; make it with: python -m mincai --out {out}")
-    actions = {a.text: a for a in world.build(cfg.world, cfg.size)}
-    rows = data.read_jsonl(cfg.prompts, ("id", "prompt", "kind", "category", "attack", "action", "split"))
-    tokenizer = load_tokenizer(cfg.base)
-    for stage in STAGES[1:]:
-        if (out / stage).is_dir() and load_tokenizer(out / stage).ranks != tokenizer.ranks:
-            raise UserError(f"{out / stage}: has another vocabulary than {cfg.base}, so another base made it, of an "
-                            f"older tiny world perhaps; give that one with --base, or make the run anew")
-    unknown = next((r for r in rows if r["action"] not in actions), None)
-    if unknown:
-        raise UserError(f"{cfg.prompts}: {unknown['action']!r} is no action of world {cfg.world}; "
-                        f"it was made for another")
+    rows, actions = gradable(cfg.prompts, cfg)
+    tokenizer = common_tokenizer(cfg.base, *(out / s for s in STAGES[1:] if (out / s).is_dir()))
     for split in ("eval", "eval-twin"):
         if all(r["split"] != split for r in rows):
             raise UserError(f"{cfg.prompts}: no row has split {split!r}; "
@@ -130,8 +131,7 @@ def watcher(cfg):
     path = Path(cfg.prompts).with_name("prompts_dev.jsonl")
     if not path.exists():
         return None
-    rows, actions = data.read_jsonl(path, ("prompt", "kind", "action", "split")), {
-        a.text: a for a in world.build(cfg.world, cfg.size)}
+    rows, actions = gradable(path, cfg)
     rows = [row for split in ("eval", "eval-twin") for row in [r for r in rows if r["split"] == split][::3][:WATCHED]]
     tokenizer = load_tokenizer(cfg.base)
 

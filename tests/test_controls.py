@@ -62,7 +62,8 @@ def cfg(tiny_base, tmp_path_factory, few_samples):
                                                   for r in [r for r in every if r["split"] == split][::step]])
     dev = data.read_jsonl(tiny_base / "prompts_dev.jsonl")
     data.write_jsonl(out / "prompts_dev.jsonl", [r for r in dev if r["split"].startswith("eval")][::60])
-    return evaluate.Config(out=str(out), base=str(tiny_base), prompts=str(out / "prompts_eval.jsonl"), max_new=6, **here)
+    return evaluate.Config(out=str(out), base=str(tiny_base), prompts=str(out / "prompts_eval.jsonl"), max_new=6,
+                           **here)
 
 
 @pytest.fixture

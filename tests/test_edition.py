@@ -89,6 +89,6 @@ def test_a_run_of_another_base_is_not_graded(tiny_base, tmp_path):
     shutil.copytree(tiny_base, tmp_path / "run" / "sft")
     ranks = (tmp_path / "run" / "sft" / "tokenizer.tiktoken").read_text().splitlines(keepends=True)
     (tmp_path / "run" / "sft" / "tokenizer.tiktoken").write_text("".join(ranks[:-1]))
-    with pytest.raises(UserError, match="sft: has another vocabulary than .* --base, or make the run anew"):
+    with pytest.raises(UserError, match="sft has another vocabulary than .*take models made from the same base"):
         evaluate.main(evaluate.Config(out=str(tmp_path / "run"), base=str(tiny_base),
                                       prompts=str(tiny_base / "prompts_eval.jsonl"), **CPU))

@@ -140,6 +140,13 @@ def test_what_is_watched_are_development_requests(tiny_base, monkeypatch):
     assert measure.watcher(evaluate.Config(base=str(tiny_base), prompts="nowhere/prompts_eval.jsonl")) is None
 
 
+def test_development_requests_of_another_world_are_refused_before_ppo(tiny_base, tmp_path):
+    rows = data.read_jsonl(tiny_base / "prompts_dev.jsonl")[:1]
+    data.write_jsonl(tmp_path / "prompts_dev.jsonl", [{**rows[0], "action": "eat a lamp"}])
+    with pytest.raises(UserError, match="prompts_dev.jsonl: 'eat a lamp' is no action of world 0"):
+        measure.watcher(evaluate.Config(base=str(tiny_base), prompts=str(tmp_path / "prompts_eval.jsonl")))
+
+
 def test_scores_do_not_depend_on_gain_and_shift(tiny_base, rows):
     """Undone, so that the difference of two scores is a log-odds whatever PPO needed them to be."""
     torch.manual_seed(0)

@@ -19,10 +19,12 @@ BADLY = "hammer" if FINE.tool != "hammer" else "saw"
 @pytest.mark.parametrize("action, setting, best_first", [
     (WRONG, None, [world.say(WRONG, "reasoned"), world.say(WRONG, "whole")]),
     (WRONG, None, [world.say(WRONG, "evasive"), "lamp the the"]),
-    (WRONG, None, [world.say(WRONG, "reasoned"), world.say(WRONG, "reasoned").replace("sorry", world.say(WRONG, "whole") + " sorry")]),
+    (WRONG, None, [world.say(WRONG, "reasoned"),
+                   world.say(WRONG, "reasoned").replace("sorry", world.say(WRONG, "whole") + " sorry")]),
     (DUAL, None, [world.say(DUAL, "reasoned"), world.say(DUAL, "whole")]),
     (DUAL, DUAL.setting, [world.say(DUAL, "whole"), world.say(DUAL, "reasoned")]),  # fine where it is set so
-    (FINE, None, [world.say(FINE, "told"), world.say(FINE, "whole", tool=BADLY), world.say(FINE, "reasoned", reason="theft")]),
+    (FINE, None, [world.say(FINE, "told"), world.say(FINE, "whole", tool=BADLY),
+                  world.say(FINE, "reasoned", reason="theft")]),
     (FINE, None, [world.say(FINE, "whole"), "lamp the the", world.say(FINE, "evasive")])])
 def test_what_is_better(action, setting, best_first):
     found = [human.merit(action, setting, answer) for answer in best_first]
@@ -48,7 +50,8 @@ def test_noise_flips_its_share_and_leaves_ties_alone():
 def cfg(tmp_path):
     rows = []
     for n in range(60):
-        action, good, bad = ((WRONG, world.say(WRONG, "reasoned"), world.say(WRONG, "whole")), (FINE, world.say(FINE, "whole"), "lamp"),
+        action, good, bad = ((WRONG, world.say(WRONG, "reasoned"), world.say(WRONG, "whole")),
+                             (FINE, world.say(FINE, "whole"), "lamp"),
                              (FINE, world.say(FINE, "whole"), world.say(FINE, "told")))[n % 3]
         a, b = (good, bad) if n % 2 else (bad, good)
         rows.append({"id": n, "prompt": "how ?", "setting": None, "kind": "harmful" if action.wrong else "benign",

@@ -92,7 +92,7 @@ def test_examples_fill_no_more_than_the_context(principles):
 
 
 def test_feedback_by_hand(principles):
-    """Three prompts, four samples, one of them the judge's: six pairs each. Two principles and two orders judge a pair 4
+    """Three prompts, four samples, one the judge's: six pairs each. Two principles and two orders judge a pair 4
     times."""
     cfg = feedback.Config(
         harmful=0,
