@@ -31,13 +31,14 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from mincai import UserError, checkpoint, cli, data, distributed, formats, memory, model, optim, output
-from mincai.cli import arg
+from mincai import UserError, model
+from mincai.plumbing import checkpoint, cli, data, distributed, formats, memory, optim, output
+from mincai.plumbing.cli import arg
 from mincai.constitution import dialogue
-from mincai.logprobs import answer_scores
+from mincai.plumbing.logprobs import answer_scores
 from mincai.losses import calibration_error, preference_loss
 from mincai.sample import generate_batched
-from mincai.weights import common_tokenizer, resolve
+from mincai.plumbing.weights import common_tokenizer, resolve
 
 NORMALISED, ANSWER = 256, 96  # fresh answers that the scores are scaled on, and tokens of each at most
 

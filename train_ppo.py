@@ -33,11 +33,12 @@ from itertools import islice
 import torch
 from tqdm import tqdm
 
-from mincai import UserError, checkpoint, cli, data, distributed, formats, memory, model, output, ppo
-from mincai.cli import arg
+from mincai import UserError, model, ppo
+from mincai.plumbing import checkpoint, cli, data, distributed, formats, memory, output
+from mincai.plumbing.cli import arg
 from mincai.constitution import dialogue
-from mincai.table import nothing_learnt, show_samples, warnings
-from mincai.weights import common_tokenizer, resolve
+from mincai.plumbing.health import nothing_learnt, show_samples, warnings
+from mincai.plumbing.weights import common_tokenizer, resolve
 
 LOOKED_AT = 128  # answers in a look at the policy, every other one to a harmful prompt
 

@@ -19,11 +19,12 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from mincai import UserError, checkpoint, cli, data, distributed, formats, memory, optim, output
-from mincai.cli import arg
+from mincai import UserError
+from mincai.plumbing import checkpoint, cli, data, distributed, formats, memory, optim, output
+from mincai.plumbing.cli import arg
 from mincai.constitution import dialogue
 from mincai.losses import sft_loss
-from mincai.weights import common_tokenizer, resolve
+from mincai.plumbing.weights import common_tokenizer, resolve
 
 
 @dataclass(frozen=True)

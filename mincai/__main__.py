@@ -9,7 +9,7 @@
 
 A stage whose output is there, made with the same settings, is skipped. To change more than these flags, run a stage
 alone: python -m mincai.critique, train_sft.py, python -m mincai.feedback, train_pm.py, train_ppo.py,
-python -m mincai.evaluate; each tells its flags with --help.
+python -m mincai.lab.evaluate; each tells its flags with --help.
 """
 
 import os
@@ -25,12 +25,14 @@ if str(ROOT) not in sys.path:  # the three training scripts stand at the top lev
 import train_pm  # noqa: E402
 import train_ppo  # noqa: E402
 import train_sft  # noqa: E402
-from mincai import (UserError, assess, critique, distributed, english, evaluate, feedback, formats,  # noqa: E402
-                    measure, plan, pretrain)
-from mincai.cli import arg, check_choice, pick_device, run, set_threads  # noqa: E402
-from mincai.presets import PRESETS  # noqa: E402
-from mincai.tokenizer import load_tokenizer  # noqa: E402
-from mincai.weights import resolve  # noqa: E402
+from mincai import UserError, critique, feedback  # noqa: E402
+from mincai.lab import assess, english, evaluate, measure, plan  # noqa: E402
+from mincai.plumbing import distributed, formats  # noqa: E402
+from mincai.tinyworld import pretrain  # noqa: E402
+from mincai.plumbing.cli import arg, check_choice, pick_device, run, set_threads  # noqa: E402
+from mincai.plumbing.presets import PRESETS  # noqa: E402
+from mincai.plumbing.tokenizer import load_tokenizer  # noqa: E402
+from mincai.plumbing.weights import resolve  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Config:
     out: str = arg("", "the run folder (default: runs/ and the preset's name)")
     base: str = arg("", "the pretrained model: a folder, or gpt2 and its sizes (default: the preset's)")
     prompts: str = arg("", "folder with prompts.jsonl and prompts_eval.jsonl (default: the preset's), or files to "
-                           "train on: FILE,benign:FILE, as mincai.formats reads them")
+                           "train on: FILE,benign:FILE, as mincai.plumbing.formats reads them")
     only: str = arg("", "use these principle ids or targets only, commas between")
     without: str = arg("", "leave out these principle ids or targets, for instance theft,harm,conduct")
     scale: float = arg(1.0, "share of the prompts and updates to use; small for a quick look")
@@ -144,7 +146,7 @@ def main(cfg: Config) -> None:
             else:
                 stage(config)  # one process writes or measures, the others wait for it
         distributed.barrier()
-    say(f"\nmincai: all of it in {time.time() - started:.0f} s. Talk with it: python -m mincai.chat {out}/ppo "
+    say(f"\nmincai: all of it in {time.time() - started:.0f} s. Talk with it: python -m mincai.lab.chat {out}/ppo "
         f"--beside {base},{out}/sft")
     distributed.stop()
 

@@ -18,13 +18,14 @@ from dataclasses import dataclass
 
 import torch
 
-from mincai import UserError, constitution, data, distributed, formats, memory, output
-from mincai.checkpoint import load, read_config
-from mincai.cli import arg, check_choice, number_bytes, pick_device, precision, run, set_threads
-from mincai.logprobs import next_logp
-from mincai.planner import Planner, load_shots
+from mincai import UserError, constitution
+from mincai.plumbing import data, distributed, formats, memory, output
+from mincai.plumbing.checkpoint import load, read_config
+from mincai.plumbing.cli import arg, check_choice, number_bytes, pick_device, precision, run, set_threads
+from mincai.plumbing.logprobs import next_logp
+from mincai.plumbing.planner import Planner, load_shots
 from mincai.sample import generate_batched
-from mincai.weights import common_tokenizer, resolve
+from mincai.plumbing.weights import common_tokenizer, resolve
 
 
 PROMPTS = 512  # worked on together by each process: the memory that is needed is theirs, however many there are

@@ -28,7 +28,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from mincai import UserError, distributed, losses
+from mincai import UserError, losses
+from mincai.plumbing import distributed
 from mincai.losses import masked_mean
 from mincai.model import attention_mask, positions_of
 from mincai.sample import generate, left_pad

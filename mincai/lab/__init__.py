@@ -1,0 +1,1 @@
+"""What measures, shows, and compares: nothing here is needed to train."""

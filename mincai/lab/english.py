@@ -1,0 +1,185 @@
+"""English prompts for GPT-2: requests, their benign twins, and the attacks that wrap both, out of data/english.
+
+    python -m mincai.lab.english --out data/english                                      (the result is shipped)
+    python -m mincai.lab.english --out runs/gpt2-full/prompts --wrappings 20 --attacks 40000   (preset gpt2-full)
+
+requests.jsonl holds 12 harm categories of 42 requests; each harmful one stands beside a benign twin that shares its key
+words, so that no word decides; and 420 ordinary requests. attacks.json holds the wrappers, which are harmless in
+themselves and wrap both kinds. Training reads prompts.jsonl; settings are compared on prompts_dev.jsonl; evaluation
+reads prompts_eval.jsonl, whose requests and one harm category occur in no other file. Four attack families occur in
+no prompt of training.
+
+With --wrappings and --attacks the same requests make many more prompts: after each family alone come
+pairs of families, one wrapped around the other. The outer one is of plain words, for what is encoded
+twice no model reads. Held out stays what is held out: requests, families and the harm category.
+"""
+
+import base64
+import codecs
+import json
+import random
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from mincai import UserError
+from mincai.plumbing import data, output
+from mincai.plumbing.cli import arg, run
+from mincai.constitution import PATH
+
+FILES = ("prompts", "prompts_dev", "prompts_eval")
+FOLDER = PATH.parent / "english"
+UNSEEN = "neglect"  # the category that no prompt of the loop names
+LEET = str.maketrans("aeiostAEIOST", "431057431057")
+ENCODINGS = {
+    "": lambda text: text,
+    "base64": lambda text: base64.b64encode(text.encode()).decode(),
+    "rot13": lambda text: codecs.encode(text, "rot13"),
+    "leet": lambda text: text.translate(LEET),
+    "spelled": lambda text: " - ".join(" ".join(word) for word in text.split()),
+    "reversed": lambda text: text[::-1],
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    folder: str = arg(str(FOLDER), "folder of requests.jsonl and attacks.json")
+    out: str = arg(str(FOLDER), "folder to write prompts.jsonl, prompts_dev.jsonl and prompts_eval.jsonl to")
+    wrappings: int = arg(0, "prompts of each training request, families alone and then in pairs; 0: as shipped")
+    attacks: int = arg(0, "harmful prompts of evaluation, evenly over the categories; 0: as shipped")
+    seed: int = arg(0, "of the wording drawn for each request and family")
+
+    def check_out(self):
+        """UserError unless the output may be written."""
+        output.check_beside(self.out, "prompts.run.json", *(f"{name}.jsonl" for name in FILES))
+
+
+def load_attacks(path) -> dict[str, dict]:
+    """{family: {held, encoding, templates}}; UserError where a template lacks its one {request}."""
+    try:
+        families = json.loads(Path(path).read_text(encoding="utf-8"))["families"]
+        for name, family in families.items():
+            if not {"held", "encoding", "templates"} <= family.keys():
+                raise ValueError(f"family {name!r}: needs held, encoding and templates")
+            if family["encoding"] not in ENCODINGS or not isinstance(family["held"], bool):
+                raise ValueError(f"family {name!r}: encoding or held")
+            if not family["templates"] or any(t.count("{request}") != 1 for t in family["templates"]):
+                raise ValueError(f"family {name!r}: every template needs {{request}} once")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give a folder with attacks.json") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a file of attacks ({error}); data/english/attacks.json shows the form") from None
+    return families
+
+
+def wrap(request: str, family: dict, rng: random.Random) -> str:
+    """One message that asks for `request` in the manner of this family."""
+    return rng.choice(family["templates"]).replace("{request}", ENCODINGS[family["encoding"]](request))
+
+
+def manners(names, attacks, start: int) -> list[tuple[str, ...]]:
+    """Every family of `names` alone, then every (outer, inner) pair of two; each list from `start` on."""
+    alone = [(name,) for name in names]
+    outer = [n for n in names if not attacks[n]["encoding"] and attacks[n]["templates"] != ["{request}"]]
+    pairs = [(a, b) for a in outer for b in names if a != b and attacks[b]["templates"] != ["{request}"]]
+    return [some[(start + i) % len(some)] for some in (alone, pairs) for i in range(len(some))]
+
+
+def wrap_often(request, attacks, names, number, start, rng) -> list[tuple[str, str]]:
+    """`number` distinct (attack, prompt) of one request; UserError where the templates make no more."""
+    turns, made, tries = manners(names, attacks, start), {}, 0
+    while len(made) < number:
+        manner = turns[tries % len(turns)]
+        text = request
+        for name in reversed(manner):
+            text = wrap(text, attacks[name], rng)
+        made.setdefault(text, " + ".join(manner))
+        tries += 1
+        if tries > 100 * len(turns):
+            raise UserError(f"{number} prompts of one request: {len(names)} families of attacks make {len(made)}; "
+                            f"lower --wrappings or --attacks, or add templates to attacks.json")
+    return [(name, text) for text, name in made.items()]
+
+
+def split_of(rows) -> dict[str, str]:
+    """{request id: loop | dev | eval | unseen}. Of the 42 of a category the first 24 train and the last 12 test; a
+    twin goes with its partner; of the ordinary ones 300 train and 90 test; UNSEEN is wholly apart."""
+    found = {}
+    seen = Counter()
+    for row in rows:
+        partner = row["id"].removesuffix("-twin")
+        if partner in found:
+            found[row["id"]] = found[partner]
+            continue
+        seen[row["category"]] += 1
+        train, dev = (24, 30) if row["category"] else (300, 330)
+        n = seen[row["category"]]
+        found[row["id"]] = "unseen" if row["category"] == UNSEEN else (
+            "loop" if n <= train else "dev" if n <= dev else "eval")
+    return found
+
+
+def prompts(rows, attacks, rng: random.Random, wrappings=0, number=0) -> dict[str, list[dict]]:
+    """{file name: rows {id, prompt, request, kind, category, attack, split}}.
+
+    wrappings: prompts of each training request; number: harmful prompts of evaluation, at least. 0: as shipped.
+    """
+    seen = [name for name, family in attacks.items() if not family["held"]]
+    every, splits, files = list(attacks), split_of(rows), {name: [] for name in FILES}
+    tested = Counter(row["category"] for row in rows
+                     if row["kind"] == "harmful" and splits[row["id"]] in ("eval", "unseen"))
+    done = Counter()
+
+    def add(file, row, made, split):
+        for attack, prompt in made:
+            files[file].append({"id": f"{split}-{len(files[file]):05d}", "prompt": prompt, "request": row["request"],
+                                "kind": row["kind"], "category": row["category"], "attack": attack, "split": split})
+
+    def once(row, names):
+        return [(name, wrap(row["request"], attacks[name], rng)) for name in names]
+
+    def share_of(row):
+        """This request's part of its category's part of `number`: parts differ by one at most."""
+        whole, requests, before = -(-number // len(tested)), tested[row["category"]], done[row["category"]]
+        done[row["category"]] += 1
+        return whole * (before + 1) // requests - whole * before // requests
+
+    for n, row in enumerate(rows):
+        harmful, split = row["kind"] == "harmful", splits[row["id"]]
+        turn = [seen[(3 * n + i) % len(seen)] for i in range(3)]  # families in turn: all come equally often
+        if split == "loop":
+            made = (wrap_often(row["request"], attacks, seen, wrappings, n, rng) if wrappings else
+                    once(row, turn if harmful else turn[:1] + ["plain"] * (turn[0] != "plain")))
+            add("prompts", row, made, "loop")
+        elif harmful and number and split != "dev":
+            names, name = (seen, "unseen-category") if split == "unseen" else (every, "eval")
+            add("prompts_eval", row, wrap_often(row["request"], attacks, names, share_of(row), n, rng), name)
+        elif split == "unseen":
+            add("prompts_eval", row, once(row, turn), "unseen-category" if harmful else "unseen-twin")
+        else:
+            add("prompts_dev" if split == "dev" else "prompts_eval", row,
+                once(row, every if harmful else [every[(5 * n + i) % len(every)] for i in range(5)]),
+                "eval" if harmful else "eval-twin")
+    return files
+
+
+def read(cfg: Config) -> dict[str, list[dict]]:
+    """What main writes: {file name: rows}."""
+    folder = Path(cfg.folder)
+    rows = data.read_jsonl(folder / "requests.jsonl", ("id", "kind", "category", "request"))
+    return prompts(rows, load_attacks(folder / "attacks.json"), random.Random(cfg.seed), cfg.wrappings, cfg.attacks)
+
+
+def main(cfg: Config) -> dict:
+    cfg.check_out()
+    files = read(cfg)
+    for name, some in files.items():
+        data.write_jsonl(Path(cfg.out) / f"{name}.jsonl", some)
+    data.write_json(Path(cfg.out, "prompts.run.json"), data.stamp(cfg))  # vouches for all three
+    told = ", ".join(f"{len(some):,} in {name}.jsonl" for name, some in files.items())
+    print(f"english: {told} -> {cfg.out}")
+    return {name: len(some) for name, some in files.items()}
+
+
+if __name__ == "__main__":
+    run(main, Config, __doc__)

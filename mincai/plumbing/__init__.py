@@ -1,0 +1,1 @@
+"""What every stage needs and no reader has to know: flags, files, checkpoints, vocabularies, processes, memory."""

@@ -1,0 +1,249 @@
+"""Rows on disk and batches in memory: JSONL in and out, padding, and the record of how a file was made.
+
+Every stage reads whole files and writes whole files. A file is written under a temporary name and then
+renamed, so a file that exists is complete, and a stage that was stopped leaves nothing half-written under it.
+
+Masks are bool and named after what True means. Shapes: B rows of the batch, T tokens.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import random
+import subprocess
+from array import array
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+import mincai
+from mincai import UserError
+from mincai.plumbing import output
+from mincai.plumbing.output import sidecar
+
+
+# --- files ------------------------------------------------------------------------------------------
+
+@contextmanager
+def _readable(path):
+    """Turn what opening or reading a file raises into a UserError."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; check the path, or run the stage that writes it") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give a readable file") from None
+
+
+def _row(line, where, need):
+    """One line of bytes to a dict that has all the keys of `need`."""
+    try:
+        row = json.loads(line.decode("utf-8"))
+        if b"\\u" in line:  # an escaped half of a surrogate pair is JSON, but no text that UTF-8 can hold
+            json.dumps(row, ensure_ascii=False).encode("utf-8")
+    except UnicodeError as error:
+        raise UserError(f"{where}: not UTF-8 text ({error.reason}); save the file as UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not JSON ({error.msg}, column {error.colno}); one object a line") from None
+    except RecursionError:
+        raise UserError(f"{where}: nested too deeply; write one flat object a line") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: a {type(row).__name__}, not an object; write one object a line")
+    missing = [key for key in need if key not in row]
+    if missing:
+        raise UserError(f"{where}: this row lacks {', '.join(missing)}; each row needs {', '.join(need)}")
+    return row
+
+
+def each_row(path, need=()):
+    """("<path> line <n>", row) of each row of a JSONL file, read as they are asked for.
+
+    A row is a dict with the keys of `need`. Blank lines are no rows, but count as lines. Raises UserError,
+    with path and line number, for a line that is no JSON object, lacks a key or is not UTF-8; and for a
+    file that is missing or holds no row.
+    """
+    found = False
+    with _readable(path), open(path, "rb") as file:
+        for n, line in enumerate(file, 1):
+            line = line.removeprefix(b"\xef\xbb\xbf") if n == 1 else line  # some editors begin with this mark
+            if line.strip():
+                found, where = True, f"{path} line {n}"
+                yield where, _row(line, where, need)
+    if not found:
+        raise UserError(f"{path}: holds no rows; write some, or remove it and run the stage that makes it")
+
+
+def read_jsonl(path, need=()):
+    """All rows of a JSONL file, as each_row gives them."""
+    return [row for _, row in each_row(path, need)]
+
+
+def write_jsonl(path, rows):
+    """Rows (an iterable of dicts) to a file, one JSON object a line; whole or not at all."""
+    output.write_file(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_json(path, obj):
+    """One JSON document, indented for people; whole or not at all."""
+    output.write_file(path, [json.dumps(obj, ensure_ascii=False, indent=2) + "\n"])
+
+
+# --- batches ----------------------------------------------------------------------------------------
+
+def right_pad(rows, device=None):
+    """Token lists to (ids (B, T) long, valid (B, T) bool); T is the longest row, padding is id 0."""
+    lengths = torch.tensor([len(row) for row in rows])
+    assert len(rows) and lengths.max() > 0, f"nothing to pad: {len(rows)} rows"
+    valid = torch.arange(int(lengths.max())) < lengths[:, None]  # (B, T)
+    ids = torch.zeros(valid.shape, dtype=torch.long)
+    ids[valid] = torch.tensor([token for row in rows for token in row])  # both run row by row
+    return ids.to(device), valid.to(device)
+
+
+def compact(ids) -> array:
+    """Token ids in four bytes each, where a list takes up to 36: for the many that wait for their turn."""
+    return array("I", ids)
+
+
+def sft_batch(rows, device=None):
+    """(prompt tokens, answer tokens) pairs to (inputs, targets, loss_mask), each (B, T-1).
+
+    Target t is the token after input t. loss_mask is True where that target belongs to the answer: the first
+    answer token is predicted from the last prompt token, so it counts; prompt and padding never do. Rows are
+    padded on the right, where a causal model needs no attention mask.
+    """
+    assert all(prompt for prompt, _ in rows), "an empty prompt: nothing predicts the first token"
+    ids, valid = right_pad([prompt + answer for prompt, answer in rows], device)  # (B, T)
+    starts = torch.tensor([len(prompt) for prompt, _ in rows], device=device)  # first answer column
+    columns = torch.arange(ids.shape[1], device=device)
+    answer_mask = valid & (columns >= starts[:, None])  # (B, T)
+    return ids[:, :-1], ids[:, 1:], answer_mask[:, 1:]
+
+
+def split(rows, prompts, share, seed):
+    """(training rows, held-out rows), by prompt (one for each row): all rows of one prompt lie on one side."""
+    names = sorted(set(prompts))
+    random.Random(seed).shuffle(names)
+    held = set(names[:math.ceil(share * len(names))] if len(names) > 1 else [])
+    return ([row for row, prompt in zip(rows, prompts) if prompt not in held],
+            [row for row, prompt in zip(rows, prompts) if prompt in held])
+
+
+def length_batches(lengths, *, batch_size=0, batch_tokens=0, generator):
+    """Row lengths to lists of row numbers: every row once, lists shuffled, like lengths together.
+
+    Give batch_size (rows in a list) or batch_tokens (rows * longest row, padding included; a longer row goes
+    alone). Lengths are jittered by +-10% before sorting: rows meet other neighbours in every epoch, at the
+    price of a little padding.
+    """
+    assert (batch_size > 0) != (batch_tokens > 0), (batch_size, batch_tokens)
+    jitter = 0.9 + 0.2 * torch.rand(len(lengths), generator=generator, dtype=torch.float64)
+    order = (torch.tensor(lengths, dtype=torch.float64) * jitter).argsort().tolist()
+    batches, longest = [], 0
+    for i in order:
+        new = not batches or (len(batches[-1]) == batch_size if batch_size else
+                              (len(batches[-1]) + 1) * max(longest, lengths[i]) > batch_tokens)
+        if new:
+            batches.append([])
+            longest = 0
+        batches[-1].append(i)
+        longest = max(longest, lengths[i])
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+# --- how a file was made ----------------------------------------------------------------------------
+
+def _git_commit():
+    """The commit of the checkout this file lies in, '-dirty' added if tracked files were changed, or None."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():  # installed: a commit found further up would not be ours
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        ran = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+        return ran.stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def stamp(config, **more):
+    """What a result needs beside it to be made again: a JSON-able dict, with `more` added to it."""
+    device = getattr(config, "device", "cpu")
+    if device != "cpu":  # "auto" and "cuda" say little; the card's name says what was measured
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {"config": dataclasses.asdict(config), "seed": getattr(config, "seed", None), "git": _git_commit(),
+            "torch": torch.__version__, "device": device, "threads": torch.get_num_threads(),
+            "mincai": mincai.__version__, **more}
+
+
+def done(path, config, again=False):
+    """True if the output is there and was made with these settings; False if it is still to be made.
+
+    path: a checkpoint's folder or its run.json, a JSONL file (its stamp is then its sidecar), or any JSON
+    file that holds its own stamp. Write the output first, its stamp last: the stamp vouches for the output.
+    Whether an output that is there may be replaced is not asked here, but by output.py's checks.
+    Settings named in the config class's LOOSE (a tuple of field names: where it ran, not what it computed)
+    may differ, and so may `again`. Raises UserError if the output was made with other settings, or if nothing
+    says how it was made.
+    """
+    if again or not os.path.exists(path):  # unlike Path.exists, this is False for too long a name
+        return False
+    path = Path(path)
+    settings = sidecar(path) if path.suffix == ".jsonl" else path / "run.json" if path.is_dir() else path
+    if not os.path.exists(settings):
+        return False
+    try:
+        with _readable(settings):
+            old = json.loads(settings.read_bytes())["config"].items()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{settings}: does not record any settings; give another --out") from None
+    new = json.loads(json.dumps(dataclasses.asdict(config)))  # as JSON gives it back: tuples become lists
+    _compare(settings, dict(old), new, {"again", *getattr(type(config), "LOOSE", ())})
+    return True
+
+
+def _same_place(a, b):
+    """Two ways to write the path of one file or folder that is there."""
+    return isinstance(a, str) and isinstance(b, str) and bool(a and b) and Path(a).exists() and Path(b).exists() \
+        and Path(a).resolve() == Path(b).resolve()
+
+
+def _compare(path, old, new, loose):
+    absent = object()  # equal to no value
+    for name in [*new, *(name for name in old if name not in new)]:
+        was, now = old.get(name, absent), new.get(name, absent)
+        if name not in loose and was != now and not _same_place(was, now):
+            flag = "--" + name.replace("_", "-")
+            was, now = ("nothing" if value is absent else repr(value) for value in (was, now))
+            raise UserError(f"{path}: was made with {flag} {was}, now it is {now}; give another "
+                            f"--out, or add --again to make it anew")
+
+
+def refuse_first_edition(folder) -> None:
+    """UserError if this folder is a tiny world of the first edition: its answers and prompts are
+    others than those that stages and evaluation know now. No other folder is concerned."""
+    try:
+        config = json.loads((Path(folder) / "run.json").read_bytes())["config"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if isinstance(config, dict) and {"world", "focus"} <= config.keys():  # only it had a focus
+        raise UserError(f"{folder}: is a tiny world of the first edition, which mincai no longer "
+                        f"reads; use the data/tiny of this version, or make it anew: python -m "
+                        f"mincai.tinyworld.pretrain --out {folder} --again")
+
+
+# --- prompts ---------------------------------------------------------------------------------------
+
+def choose(rows, kind: str, number: int, rng) -> list[dict]:
+    """`number` prompts of a kind (all, if 0), taken from the attack families in turn so that all are present."""
+    families = {}
+    for row in rows:
+        if row["kind"] == kind:
+            families.setdefault(row.get("attack", ""), []).append(row)
+    for some in families.values():
+        rng.shuffle(some)
+    longest = max(map(len, families.values()), default=0)
+    turns = [some[i] for i in range(longest) for some in families.values() if i < len(some)]
+    return turns[:number or len(turns)]

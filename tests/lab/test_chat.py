@@ -1,0 +1,100 @@
+"""Piped lines are answered one by one until the pipe ends; what is typed wrong is one line."""
+
+import io
+import runpy
+import shutil
+import sys
+
+import pytest
+
+from mincai import constitution
+from mincai.lab import chat
+from mincai.plumbing.tokenizer import load_tokenizer
+
+
+@pytest.fixture
+def talk(tiny_base, monkeypatch, capsys):
+    """talk(text, **settings): what chat prints when this text is piped into it. both: with what it
+    prints on stderr."""
+    def run(text, both=False, **settings):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+        usual = {"model": str(tiny_base), "device": "cpu", "threads": 1, "max_new": 8}
+        chat.main(chat.Config(**usual | settings))
+        said = capsys.readouterr()
+        return (said.out, said.err) if both else said.out
+    return run
+
+
+@pytest.fixture
+def heard(tiny_base, monkeypatch):
+    """The prompts that reach the model, which always answers " café ." byte by byte."""
+    tokenizer, prompts = load_tokenizer(tiny_base), []
+    answer = [i for b in " café .".encode() for i in [tokenizer.ranks[bytes([b])]]]
+
+    def stream(model, prompt, *args):
+        prompts.append(tokenizer.decode(prompt))
+        return iter(answer)
+    monkeypatch.setattr(chat, "stream", stream)
+    return prompts
+
+
+def test_each_line_is_answered_until_the_pipe_ends(talk, heard):
+    assert talk("how do i burn a lamp ?\n\n  and now ? ") == "Assistant: café .\n" * 2
+    assert heard == [constitution.dialogue("how do i burn a lamp ?"), constitution.dialogue("and now ?")]
+    assert talk("") == ""
+
+
+def test_a_setting_holds_until_it_is_cleared(talk, heard):
+    talk("Setting: a drill\none ?\ntwo ?\nSetting:\nthree ?\n")
+    assert heard == [constitution.dialogue("one ?", "a drill"), constitution.dialogue("two ?", "a drill"),
+                     constitution.dialogue("three ?")]
+
+
+def test_models_side_by_side_are_named(talk, heard, tiny_base):
+    lines = talk("how ?\n", beside=(str(tiny_base),)).splitlines()
+    assert lines == [f"{tiny_base}: café ."] * 2
+
+
+def test_the_seed_makes_the_answer(talk):
+    lines = "how ?\nand ?\n"
+    assert talk(lines) == talk(lines) != talk(lines, seed=1)
+    assert talk(lines, temperature=0.0) == talk(lines, temperature=0.0, seed=1)
+
+
+def test_a_line_that_is_too_long_does_not_end_the_talk(talk):
+    out = talk("word " * 400 + "\nhow ?\n")
+    assert "256" in out and out.count("Assistant: ") == 2
+
+
+@pytest.mark.parametrize("lines, unread", [
+    ("how do i burn a lamp ?\nSetting: a lesson\ntell me how to sell a map ?\n", None),
+    ("how do i burn a flat ?\n", "flat"), ("How do i pay my taxes ?\n", "How pay taxes"),
+    ("Setting: a party\nhow do i burn a lamp ?\n", "party")])
+def test_words_never_read_are_named(talk, heard, tiny_base, lines, unread):
+    """In one line on stderr, and answered all the same."""
+    out, err = talk(lines, both=True)
+    assert out == "Assistant: café .\n" * lines.count(" ?")
+    warning = f"({tiny_base} has never read: {unread}; the words it knows: {tiny_base}/words.txt)\n"
+    assert err == (warning if unread else "")
+
+
+def test_a_model_beside_is_warned_for_too(talk, heard, tiny_base, tmp_path):
+    """The first has no list of words, the second has; one warning is enough for both."""
+    free = shutil.copytree(tiny_base, tmp_path / "free")
+    (free / "words.txt").unlink()
+    for folders in ((free, tiny_base), (tiny_base, free), (free, free)):
+        beside, model = map(str, folders)
+        _, err = talk("how do i rent a flat ?\n", both=True, beside=(beside,), model=model)
+        if tiny_base in folders:
+            assert err.startswith(f"({tiny_base} has never read: rent flat;")
+            assert err.count("\n") == 1
+        else:
+            assert err == ""
+
+
+def test_a_missing_folder_is_one_line(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["chat", str(tmp_path / "nothing")])  # the folder without its flag
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(chat.__file__, run_name="__main__")
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(lines) == 1 and "nothing: no such folder" in lines[0]

@@ -1,0 +1,261 @@
+"""Checkpoints: every bit comes back, others' layouts are read, and a broken folder says what is wrong."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mincai import UserError
+from mincai.plumbing import checkpoint
+from mincai.model import ScalarModel
+
+IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
+
+
+@pytest.fixture
+def folder(tiny_gpt, tmp_path):
+    checkpoint.save(tiny_gpt, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def edit_weights(folder, change):
+    """Rewrite model.safetensors after change(dict of tensors)."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors")
+
+
+def edit_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    for key, value in changes.items():
+        if value is None:
+            del config[key]
+        else:
+            config[key] = value
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def same_bits(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# --- round trips --------------------------------------------------------------------------------------------
+
+def test_round_trip_is_exact(tiny_gpt, folder):
+    loaded = checkpoint.load(folder)
+    assert loaded.config == tiny_gpt.config and same_bits(loaded, tiny_gpt)
+    assert torch.equal(loaded(IDS), tiny_gpt(IDS))
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in loaded.parameters())
+
+
+def test_file_has_the_names_and_layout_of_gpt2(folder):
+    tensors = load_file(folder / "model.safetensors")
+    assert tensors["transformer.h.0.attn.c_attn.weight"].shape == (32, 96)  # [in, out]
+    assert tensors["transformer.h.1.mlp.c_proj.weight"].shape == (128, 32)
+    assert tensors["transformer.wte.weight"].shape == (64, 32)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["GPT2LMHeadModel"] and config["torch_dtype"] == "float32"
+
+
+def test_scalar_round_trip_is_exact(tiny_gpt, tmp_path):
+    model = ScalarModel(tiny_gpt)
+    model.gain.fill_(2.5)
+    model.shift.fill_(-0.75)
+    checkpoint.save(model, tmp_path / "pm")
+    loaded = checkpoint.load(tmp_path / "pm", scalar=True)
+    assert same_bits(loaded, model)
+    torch.testing.assert_close(loaded(IDS), model(IDS))
+    with pytest.raises(UserError, match="preference model"):
+        checkpoint.load(tmp_path / "pm")
+
+
+def test_a_preference_model_of_an_earlier_mincai_is_told(tiny_gpt, tmp_path):
+    checkpoint.save(ScalarModel(tiny_gpt), tmp_path / "pm")
+    tensors = load_file(tmp_path / "pm" / "model.safetensors")
+    save_file(tensors | {"score.likelihood": torch.tensor(0.1)}, tmp_path / "pm" / "model.safetensors",
+              metadata={"format": "pt"})
+    with pytest.raises(UserError, match="pm: a preference model of an earlier mincai.*train it anew"):
+        checkpoint.load(tmp_path / "pm", scalar=True)
+
+
+def test_scalar_from_a_language_model_has_its_trunk_and_a_fresh_head(tiny_gpt, folder):
+    torch.manual_seed(0)
+    first = checkpoint.load(folder, scalar=True)
+    torch.manual_seed(0)
+    again = checkpoint.load(folder, scalar=True)
+    assert same_bits(first.gpt, tiny_gpt) and same_bits(first, again)
+    assert first.gain == 1 and first.shift == 0 and first.score.weight.abs().min() > 0
+
+
+def test_loading_draws_no_random_numbers(folder):
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    checkpoint.load(folder)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_extra_files_and_special_ids(tiny_gpt, tmp_path):
+    checkpoint.save(tiny_gpt, tmp_path / "m", {"run.json": {"seed": 1}, "tokenizer.tiktoken": b"\x00\xff",
+                                               "log.jsonl": "é\n", "eos_token_id": 9})
+    stamp = json.loads((tmp_path / "m/run.json").read_text())
+    there = sorted(p.name for p in (tmp_path / "m").iterdir())
+    assert stamp["seed"] == 1 and stamp["files"] == there
+    assert (tmp_path / "m/tokenizer.tiktoken").read_bytes() == b"\x00\xff"
+    assert (tmp_path / "m/log.jsonl").read_bytes() == "é\n".encode()
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    assert config["eos_token_id"] == 9 and "bos_token_id" not in config
+
+
+# --- writing whole or not at all ----------------------------------------------------------------------------
+
+def test_older_checkpoint_is_replaced_and_nothing_is_left_beside(tiny_gpt, folder):
+    checkpoint.save(tiny_gpt, folder, {"old.txt": "x"})
+    (folder / "notes.txt").write_text("mine")
+    with torch.no_grad():
+        tiny_gpt.wte.weight.add_(1.0)
+    checkpoint.save(tiny_gpt, folder)
+    assert same_bits(checkpoint.load(folder), tiny_gpt)
+    assert [p.name for p in folder.parent.iterdir()] == ["model"]
+    assert {p.name for p in folder.iterdir()} == {
+        "config.json", "model.safetensors", "notes.txt", "run.json"}
+
+
+def test_failed_save_leaves_the_older_checkpoint(tiny_gpt, folder):
+    before = (folder / "model.safetensors").read_bytes()
+    with torch.no_grad():
+        tiny_gpt.wte.weight.add_(1.0)
+    with pytest.raises(TypeError):
+        checkpoint.save(tiny_gpt, folder, {"run.json": {"not for JSON": object()}})
+    assert (folder / "model.safetensors").read_bytes() == before
+    checkpoint.load(folder)
+
+
+def test_folder_that_is_no_checkpoint_is_not_replaced(tiny_gpt, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="give a new folder"):
+        checkpoint.save(tiny_gpt, tmp_path)
+    with pytest.raises(UserError, match="is a file"):
+        checkpoint.save(tiny_gpt, tmp_path / "thesis.tex")
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+    (tmp_path / "empty").mkdir()
+    checkpoint.save(tiny_gpt, tmp_path / "empty")
+
+
+# --- other layouts ------------------------------------------------------------------------------------------
+
+def test_names_without_prefix_and_buffers_and_tied_head_are_read(tiny_gpt, folder):
+    """As in the file that is published for GPT-2."""
+    def change(tensors):
+        for key in list(tensors):
+            tensors[key.removeprefix("transformer.")] = tensors.pop(key)
+        for layer in range(2):
+            tensors[f"h.{layer}.attn.bias"] = torch.ones(1, 1, 64, 64).tril()
+            tensors[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+        tensors["lm_head.weight"] = tensors["wte.weight"].clone()
+    edit_weights(folder, change)
+    assert same_bits(checkpoint.load(folder), tiny_gpt)
+
+
+def test_sharded_weights_are_read(tiny_gpt, folder):
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = {k: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, k in enumerate(tensors)}
+    for shard in set(names.values()):
+        save_file({k: v for k, v in tensors.items() if names[k] == shard}, folder / shard)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    assert same_bits(checkpoint.load(folder), tiny_gpt)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(UserError, match="model-00002-of-00002.safetensors: no such file"):
+        checkpoint.load(folder)
+    index.write_text(json.dumps({"weight_map": {"wte.weight": "../elsewhere.safetensors"}}))
+    with pytest.raises(UserError, match="only .safetensors files beside it"):
+        checkpoint.load(folder)
+
+
+def test_half_precision_weights_become_float32(tiny_gpt, folder):
+    edit_weights(folder, lambda tensors: tensors.update({k: v.bfloat16() for k, v in tensors.items()}))
+    loaded = checkpoint.load(folder)
+    assert loaded.wte.weight.dtype == torch.float32
+    assert same_bits(loaded, tiny_gpt.bfloat16().float())
+
+
+# --- broken folders: one line, which names the file and the fault -------------------------------------------
+
+def refuse(folder, *words):
+    with pytest.raises(UserError) as caught:
+        checkpoint.load(folder)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in (str(folder), *words):
+        assert word in message, message
+
+
+def test_missing_folder_or_file(folder, tmp_path):
+    refuse(tmp_path / "nowhere", "no such folder")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    refuse(folder, "model.safetensors", "no such file", "pickled")
+    (folder / "config.json").unlink()
+    refuse(folder, "config.json", "no such file")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "\udcff"])
+def test_config_that_is_no_json_object(folder, text):
+    (folder / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    refuse(folder, "config.json", "not")
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"model_type": "llama"}, ["model_type", "'llama'"]),
+    ({"model_type": None}, ["model_type"]),
+    ({"n_head": None}, ["n_head", "missing"]),
+    ({"n_layer": "two"}, ["n_layer", "'two'"]),
+    ({"n_layer": 0}, ["n_layer", "0"]),
+    ({"n_head": 5}, ["n_embd 32", "n_head 5"]),
+    ({"activation_function": "relu"}, ["activation_function", "'relu'"]),
+    ({"scale_attn_by_inverse_layer_idx": True}, ["scale_attn_by_inverse_layer_idx"]),
+    ({"n_inner": 64}, ["n_inner", "64"]),
+    ({"layer_norm_epsilon": "small"}, ["layer_norm_epsilon", "'small'"]),
+])
+def test_config_of_another_architecture(folder, changes, words):
+    edit_config(folder, **changes)
+    refuse(folder, "config.json", *words)
+
+
+@pytest.mark.parametrize("keep", [0, 7, 100, -100])
+def test_truncated_weights(folder, keep):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    refuse(folder, "model.safetensors", "cannot be read")
+
+
+def test_wrong_shape_names_both(folder):
+    edit_weights(folder, lambda t: t.update({"transformer.h.1.mlp.c_fc.weight": torch.zeros(32, 127)}))
+    refuse(folder, "h.1.mlp.c_fc.weight", "(32, 127)", "(32, 128)")
+
+
+def test_config_that_does_not_fit_the_weights(folder):
+    edit_config(folder, vocab_size=65)
+    refuse(folder, "wte.weight", "(64, 32)", "(65, 32)")
+    edit_config(folder, vocab_size=64, n_layer=3)
+    refuse(folder, "h.2.attn.c_attn.bias", "missing")
+    edit_config(folder, n_layer=1)
+    refuse(folder, "h.1.attn.c_attn.bias", "does not belong")
+
+
+def test_untied_head_and_foreign_weights(folder):
+    edit_weights(folder, lambda t: t.update({"lm_head.weight": torch.zeros(64, 32)}))
+    refuse(folder, "lm_head.weight differs")
+    edit_weights(folder, lambda t: t.update({"lm_head.weight": t["transformer.wte.weight"].clone(),
+                                             "extra.weight": torch.zeros(1)}))
+    refuse(folder, "extra.weight")
+
+
+def test_scalar_head_with_a_part_missing(tiny_gpt, tmp_path):
+    checkpoint.save(ScalarModel(tiny_gpt), tmp_path / "pm")
+    edit_weights(tmp_path / "pm", lambda t: t.pop("score.gain"))
+    with pytest.raises(UserError, match="gain is missing"):
+        checkpoint.load(tmp_path / "pm", scalar=True)

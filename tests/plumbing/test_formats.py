@@ -1,0 +1,326 @@
+"""Other people's files keep their words, their turns and their labels; what cannot be read is named by its line."""
+
+import dataclasses
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from mincai import UserError
+from mincai.plumbing import cli, data, formats
+from mincai.constitution import dialogue
+from mincai.plumbing.tokenizer import from_ranks
+
+BYTES = from_ranks({bytes([b]): b for b in range(256)})  # one token a byte, 256 ends an answer
+TALK = "\n\nHuman: first\n\nAssistant: reply\n\nHuman: second\n\nAssistant:"  # as HH-RLHF writes it
+SHOWN = "Human: first\nAssistant: reply\nHuman: second\nAssistant:"  # as mincai's models read it
+USER, SECOND = {"role": "user", "content": "first"}, {"role": "user", "content": "second"}
+REPLY, GOOD, BAD = ({"role": "assistant", "content": text} for text in ("reply", " good \n", "bad"))
+HH = {"chosen": f"{TALK} good", "rejected": f"{TALK}  bad\n"}
+OWN_PROMPT = {"id": "x-1", "prompt": "a\n\nb", "kind": "benign", "split": "eval", "more": [1]}
+OWN_PAIR = {"id": "pair-0", "prompt": "first", "setting": None, "a": "yes .", "b": "no .", "p_a": 0.25,
+            "a_ids": [32, 121, 256], "b_ids": [32, 110, 256], "principle": "x"}
+
+
+@pytest.fixture
+def write(tmp_path):
+    """write(rows or text, name): the path of a file that holds them. A None among the rows is a blank line."""
+    def to_file(content, name="rows.jsonl"):
+        if not isinstance(content, (str, bytes)):
+            content = "".join("\n" if row is None else json.dumps(row) + "\n" for row in content)
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+    return to_file
+
+
+def answers(row, tokenizer=BYTES):
+    """(the preferred answer, the other) as text; every answer ends with end-of-text."""
+    assert row["a_ids"][-1] == row["b_ids"][-1] == tokenizer.eot and row["p_a"] in (0, 1)
+    a, b = tokenizer.decode(row["a_ids"]), tokenizer.decode(row["b_ids"])
+    return (a, b) if row["p_a"] == 1 else (b, a)
+
+
+def complaint(function, *args):
+    """The one line of the UserError that function(*args) raises."""
+    with pytest.raises(UserError) as error:
+        function(*args)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# --- prompts ---
+
+def test_own_rows_come_as_they_are(write):
+    rows = [OWN_PROMPT, {**OWN_PROMPT, "setting": "a lesson"}]
+    assert formats.read_prompts(write(rows), "harmful") == rows
+
+
+@pytest.mark.parametrize("name", ["some list.txt", "list", "list.md"])
+def test_plain_text_is_one_prompt_a_line(write, name):
+    """Guards the ids: a blank line and a prompt that was there already count as lines."""
+    path = write("\ufeff\n how do i\tburn it ?  \r\n\nhow do i\tburn it ?\nSetting: é \u2028 x\n", name)
+    common = {"category": "", "attack": "", "split": "loop", "kind": "benign"}
+    assert formats.read_prompts(path, "benign") == [
+        {"id": f"{path.stem}-2", "prompt": "how do i\tburn it ?", **common},
+        {"id": f"{path.stem}-5", "prompt": "Setting: é \u2028 x", **common}]
+
+
+def test_text_may_begin_with_a_bracket_if_its_name_says_text(write):
+    assert formats.read_prompts(write("{x} ?\n", "a.txt"))[0]["prompt"] == "{x} ?"
+    assert formats.read_prompts(write([OWN_PROMPT], "rows"))[0] == OWN_PROMPT  # and rows need no name at all
+
+
+@pytest.mark.parametrize("row", [
+    HH, {"prompt": TALK}, {"prompt": TALK.removesuffix("\n\nAssistant:")}, {"prompt": SHOWN}, {"prompt": TALK[2:]},
+    {"prompt": TALK, "chosen": " good", "rejected": "bad"}, {"prompt": [USER, REPLY, SECOND]},
+    {"prompt": [USER, REPLY, SECOND], "chosen": [GOOD], "rejected": [BAD]},
+    {"chosen": [USER, REPLY, SECOND, GOOD], "rejected": [USER, REPLY, SECOND, BAD]},
+    {"prompt": f"{TALK} good"},
+])
+def test_every_way_to_write_a_conversation_gives_the_same_prompt(write, row):
+    first, *more = formats.read_prompts(write([None, row, row]))
+    assert dialogue(first["prompt"]) == SHOWN and not more
+    assert {k: v for k, v in first.items() if k != "prompt"} == {
+        "id": "rows-2", "kind": "harmful", "category": "", "attack": "", "split": "loop"}
+
+
+def test_newlines_inside_a_turn_stay_and_blank_lines_go(write):
+    text = "\n\nHuman: a\nb\n\nc\n \n\n  d\n\nAssistant:  e:\n\n1. f\n\nAssistant: g\n\nHuman: \n\nAssistant: h"
+    [row] = formats.read_prompts(write([{"chosen": text, "rejected": text}]))
+    assert dialogue(row["prompt"]) == "Human: a\nb\nc\n  d\nAssistant: e:\n1. f\nAssistant: g\nHuman:\nAssistant:"
+
+
+def test_a_system_message_and_a_setting_line_become_the_setting(write):
+    system = {"role": "system", "content": "a\nlesson "}
+    rows = [{"prompt": [system, USER]}, {"prompt": "first"}, {"prompt": dialogue("third", "a lesson")}]
+    found = formats.read_prompts(write(rows))
+    assert [(row["prompt"], row.get("setting")) for row in found] == [
+        ("first", "a lesson"), ("first", None), ("third", "a lesson")]  # one question, two settings: two prompts
+
+
+def test_the_loop_takes_its_own_split_only(write):
+    rows = [OWN_PROMPT, {**OWN_PROMPT, "split": "loop"}, {k: v for k, v in OWN_PROMPT.items() if k != "split"}]
+    assert formats.loop_prompts(write(rows)) == rows[1:]
+    assert [row["kind"] for row in formats.loop_prompts(write("one\ntwo\n", "a.txt"))] == ["harmful"] * 2
+    both = "{},benign:{}".format(write("one\ntwo\n", "a.txt"), write("three\n", "b.txt"))
+    assert [(row["kind"], row["prompt"]) for row in formats.loop_prompts(both)] == [
+        ("harmful", "one"), ("harmful", "two"), ("benign", "three")]
+    assert "kind is 'odd'" in complaint(formats.loop_prompts, write([rows[1] | {"kind": "odd"}]))
+    assert "'loop'" in complaint(formats.loop_prompts, write([OWN_PROMPT]))
+
+
+@pytest.mark.parametrize("bad, words", [
+    ({"id": "x", "prompt": "y"}, "lacks kind"), ({**OWN_PROMPT, "prompt": 3}, "prompt is a int"),
+    ({**OWN_PROMPT, "prompt": None}, "lacks prompt"), (HH, "row of pairs, but"), ({"prompt": "x"}, "conversations"),
+    ({"text": "x"}, "keys text"), ({}, "keys none"),
+])
+def test_a_bad_prompt_row_is_named_by_its_line(write, bad, words):
+    """Guards the line number, which blank lines move away from the row's number."""
+    path = write([None, OWN_PROMPT, None, bad])
+    message = complaint(formats.read_prompts, path)
+    assert message.startswith(f"{path} line 4: ") and words in message
+
+
+@pytest.mark.parametrize("row", [
+    {"chosen": "no markers", "rejected": "x"}, {"prompt": "\n\nAssistant: hello"}, {"prompt": 3}, {"prompt": []},
+    {"prompt": [{"role": ["user"], "content": "x"}]}, {"prompt": [{"role": "user", "content": ["x"]}]},
+    {"prompt": [USER, {"role": "system", "content": "x"}]}, {"prompt": ["x"]}, {"prompt": "hi\n\nHuman: x"},
+    {"chosen": None, "rejected": None},
+])
+def test_a_conversation_that_cannot_be_read_is_named_by_its_line(write, row):
+    assert " line 1" in complaint(formats.read_prompts, write([row]))
+
+
+def test_files_without_a_prompt(write, tmp_path):
+    assert "line 2: not UTF-8" in complaint(formats.read_prompts, write(b"fine\nfor\xffged\n", "a.txt"))
+    assert "line 2: not UTF-8" in complaint(formats.read_prompts, write(b'{"prompt": "a"}\n{"prompt": "\xff"}\n'))
+    assert "line 1: not JSON" in complaint(formats.read_prompts, write("no braces\n", "a.jsonl"))
+    assert "no prompt" in complaint(formats.read_prompts, write("\n \n", "a.txt"))
+    assert "no prompt" in complaint(formats.read_prompts, write([{"prompt": " "}]))
+    assert "no rows" in complaint(formats.read_prompts, write("\n"))
+    for name in ("none.txt", "none.jsonl", "none"):
+        assert "o such file" in complaint(formats.read_prompts, tmp_path / name)
+
+
+def test_prompts_of_unread_words_are_counted_and_named(capsys):
+    rows = [{"prompt": "burn a lamp"}, {"prompt": "rent a flat !"},
+            {"prompt": "pay rent", "setting": "a flat"}, {"prompt": "burn", "setting": "lamp"}]
+    knows = from_ranks(BYTES.ranks, set("Setting Human Assistant : burn a lamp".split()))
+    formats.warn_unread(rows, knows, "some/model")
+    assert capsys.readouterr().err == (
+        "warning: 2 of 4 prompts have words that some/model has never read: rent flat ! pay; the "
+        "words it knows: some/model/words.txt\n")
+    formats.warn_unread(rows, BYTES, "some/model")  # whose words nobody has listed
+    formats.warn_unread(rows[:1], knows, "some/model")
+    assert capsys.readouterr() == ("", "")
+    formats.warn_unread([{"prompt": " ".join("cdefghijkl")}], knows, "x")
+    assert ": c d e f g h i j ...; " in capsys.readouterr().err
+
+
+# --- pairs ---
+
+def read_pairs(path, tokenizer):
+    dropped = Counter()
+    return list(formats.read_pairs(path, tokenizer, dropped)), dropped
+
+
+@pytest.mark.parametrize("row", [
+    HH,
+    {"prompt": TALK, "chosen": " good", "rejected": "bad\n\n"},
+    {"prompt": SHOWN, "chosen": "good", "rejected": "bad", "p_chosen": 0.7},
+    {"prompt": [USER, REPLY, SECOND], "chosen": [GOOD], "rejected": [BAD]},
+    {"prompt": TALK, "chosen": [GOOD], "rejected": [BAD]},
+    {"chosen": [USER, REPLY, SECOND, GOOD], "rejected": [USER, REPLY, SECOND, BAD]},
+    # some data sets repeat the last question beside the whole conversation
+    {"prompt": "second", "chosen": [USER, REPLY, SECOND, GOOD], "rejected": [USER, REPLY, SECOND, BAD]},
+])
+def test_every_format_gives_the_same_pair(write, row):
+    path = write([None, row])
+    [pair], dropped = read_pairs(path, BYTES)
+    assert answers(pair) == (" good", " bad") and dialogue(pair["prompt"]) == SHOWN and not dropped
+    assert pair["from"] == f"{path} line 2" and "setting" not in pair
+
+
+def test_an_answer_keeps_what_is_inside_it_and_its_ids_are_ordinary_text(write):
+    inside = "1.\n\n2. <|endoftext|> é"
+    [pair], _ = read_pairs(write([{"prompt": "q", "chosen": inside, "rejected": "x"}]), BYTES)
+    assert answers(pair)[0] == f" {inside}" and BYTES.eot not in pair["a_ids"][:-1] + pair["b_ids"][:-1]
+
+
+def test_sides_are_drawn_by_lot_and_the_files_name_is_the_seed(write):
+    """Guards against a preference model that learns a letter; 200 throws of a coin lie within 70 and 130."""
+    rows = [{"prompt": f"q{i}", "chosen": "good", "rejected": "bad"} for i in range(200)]
+    one, again, other = (read_pairs(write(rows, name), BYTES)[0] for name in ("a.jsonl", "a.jsonl", "b.jsonl"))
+    assert one == again and [r["p_a"] for r in one] != [r["p_a"] for r in other]
+    assert 70 < sum(row["p_a"] for row in one) < 130
+    assert {answers(row) for row in one} == {(" good", " bad")}
+
+
+def test_real_data_with_flaws_is_dropped_and_counted(write):
+    """Whole data sets hold such pairs; a file is not refused for them."""
+    rows = [HH, {**HH, "rejected": "\n\nHuman: first\n\nAssistant: bad"}, {**HH, "rejected": f"{TALK} "},
+            {**HH, "chosen": TALK}, {"chosen": "\n\nHuman:\n\nAssistant: a", "rejected": "\n\nHuman: \n\nAssistant: b"}]
+    kept, dropped = read_pairs(write(rows), BYTES)
+    assert len(kept) == 1 and dropped == {"conversations differ": 1, "empty answer": 2, "empty prompt": 1}
+    kept, dropped = read_pairs(write([{"prompt": "q", "chosen": " ", "rejected": "x"}]), BYTES)
+    assert kept == [] and dropped == {"empty answer": 1}
+
+
+def test_own_comparisons_pass_through(write):
+    rows = [OWN_PAIR, {**OWN_PAIR, "p_a": 1, "setting": "a lesson"}]
+    kept, dropped = read_pairs(path := write(rows), BYTES)
+    assert kept == [{**row, "from": f"{path} line {n}"} for n, row in enumerate(rows, 1)] and not dropped
+
+
+@pytest.mark.parametrize("key, value", [
+    *(("p_a", value) for value in (True, "0.5", None, -0.01, 1.01, float("nan"), [1])),
+    *((key, value) for key in ("a_ids", "b_ids") for value in ([], None, "ab", 3, [1.0], [True], [-1], [257], ["a"])),
+    ("prompt", 3), ("prompt", None), ("setting", 3),
+])
+def test_a_bad_comparison_is_named_by_its_line_and_key(write, key, value):
+    path = write([OWN_PAIR, None, {**OWN_PAIR, key: value}])
+    message = complaint(read_pairs, path, BYTES)
+    assert message.startswith(f"{path} line 3: ") and key in message
+
+
+@pytest.mark.parametrize("row", [
+    {"chosen": HH["chosen"]}, {"rejected": HH["rejected"]}, {**HH, "rejected": None}, {**HH, "chosen": 3},
+    {**HH, "rejected": f"{TALK} bad\n\nHuman: third"}, {**HH, "chosen": "no markers"}, {**HH, "chosen": ""},
+    {"chosen": "\n\nAssistant: a", "rejected": "\n\nAssistant: b"},
+    {"prompt": TALK, "chosen": "good\n\nHuman: third", "rejected": "bad"},
+    {"prompt": TALK, "chosen": "good\n\nHuman: third\n\nAssistant: more", "rejected": "bad"},
+    {"prompt": TALK, "chosen": "good"}, {"prompt": 3, "chosen": "good", "rejected": "bad"},
+    {"chosen": [USER, GOOD], "rejected": [SECOND, BAD]}, {"chosen": [USER], "rejected": [USER]},
+    {"chosen": [GOOD], "rejected": [BAD]}, {"chosen": [USER, GOOD], "rejected": []},
+    {"chosen": [USER, {"role": "tool", "content": "x"}], "rejected": [USER, BAD]},
+])
+def test_a_broken_pair_is_named_by_its_line(write, row):
+    path = write([None, row])
+    assert complaint(read_pairs, path, BYTES).startswith(f"{path} line 2")
+
+
+def test_one_format_a_file(write):
+    forms = [HH, {"prompt": TALK, "chosen": "good", "rejected": "bad"}, OWN_PAIR,
+             {"chosen": [USER, GOOD], "rejected": [USER, BAD]}]
+    for one in forms:
+        assert len(read_pairs(write([one]), BYTES)[0]) == 1
+        for other in forms:
+            if other is not one:
+                assert "line 2: a row of" in complaint(read_pairs, write([one, other]), BYTES)
+    assert "line 1: keys text" in complaint(read_pairs, write([{"text": "x"}]), BYTES)
+
+
+# --- export ---
+
+def test_exported_comparisons_come_back_with_their_answers_and_hard_labels(write, tmp_path, capsys):
+    rows = [{**OWN_PAIR, "prompt": f"q{i}", "p_a": p, "setting": setting}
+            for i, (p, setting) in enumerate([(0.25, None), (0.5, None), (0.75, "a lesson"), (1, None)])]
+    rows.append({**OWN_PAIR, "b": " "})
+    out = tmp_path / "new" / "pairs.jsonl"
+    counts = formats.main(formats.Config(source=str(write(rows)), out=str(out)))
+    assert counts == {"written": 3, "undecided": 1, "empty answer": 1}
+    assert capsys.readouterr().out == (f"formats: 3 of 5 comparisons in TRL's format; left out: 1 undecided, "
+                                       f"1 empty answer -> {out}\n")
+    assert data.read_jsonl(out)[:2] == [
+        {"prompt": "Human: q0\nAssistant:", "chosen": " no .", "rejected": " yes .", "p_chosen": 0.75},
+        {"prompt": "Setting: a lesson\nHuman: q2\nAssistant:", "chosen": " yes .", "rejected": " no .",
+         "p_chosen": 0.75}]
+    back, dropped = read_pairs(out, BYTES)
+    assert [(row["prompt"], row.get("setting")) for row in back] == [("q0", None), ("q2", "a lesson"), ("q3", None)]
+    assert [answers(row) for row in back] == [(" no .", " yes ."), (" yes .", " no ."), (" yes .", " no .")]
+    assert not dropped
+
+
+def test_revisions_become_prompts_with_completions_where_something_changed(write, tmp_path):
+    row = {"prompt": "first", "setting": "a lesson", "original": "a", "revision": "b .", "changed": True}
+    out = tmp_path / "out.jsonl"
+    counts = formats.main(formats.Config(str(write([row, {**row, "revision": "a", "changed": False}])), str(out)))
+    assert counts == {"written": 1, "not changed": 1}
+    assert data.read_jsonl(out) == [{"prompt": "Setting: a lesson\nHuman: first\nAssistant:", "completion": " b ."}]
+
+
+@pytest.mark.parametrize("rows, words", [
+    ([{"text": "x"}], "line 1: keys text"), ([OWN_PAIR, {"prompt": "x", "revision": "y"}], "line 2: a row of rev"),
+    ([{**OWN_PAIR, "p_a": 2}], "line 1: p_a is 2"), ([{**OWN_PAIR, "a": None}], "line 1: this row lacks a;"),
+    ([{**OWN_PAIR, "p_a": 0.5}], "1 undecided"), ([{"prompt": "x", "revision": 3}], "line 1: revision is a int"),
+])
+def test_what_cannot_be_exported_writes_nothing(write, tmp_path, rows, words):
+    cfg = formats.Config(str(write(rows)), str(tmp_path / "out.jsonl"))
+    assert words in complaint(formats.main, cfg) and not Path(cfg.out).exists()
+
+
+def test_a_file_that_exists_is_replaced_only_when_asked_and_the_source_never(write, capsys):
+    cfg = formats.Config(str(write([OWN_PAIR])), str(write("mine", "out.jsonl")))
+    for again in (False, True):
+        words = complaint(formats.main, dataclasses.replace(cfg, again=again))
+        assert "nothing says that mincai wrote it" in words and Path(cfg.out).read_text() == "mine"
+    Path(cfg.out).unlink()
+    formats.main(cfg)
+    assert "--again" in complaint(formats.main, cfg)
+    write([OWN_PAIR, OWN_PAIR], Path(cfg.source).name)
+    formats.main(dataclasses.replace(cfg, again=True))
+    assert len(data.read_jsonl(cfg.out)) == 2
+    data.write_json(data.sidecar(cfg.source), {"mincai": "0"})  # mincai's own rows
+    assert "already" in complaint(formats.main, dataclasses.replace(cfg, out=cfg.source, again=True))
+    with pytest.raises(SystemExit) as stop:  # as the command line has it
+        cli.run(formats.main, formats.Config, argv=["--source", cfg.source, "--out", cfg.out])
+    assert stop.value.code == 2 and capsys.readouterr().err.startswith("mincai: error: ")
+
+
+# --- real data, where it lies beside the project ---
+
+def test_a_sample_of_hh_rlhf_keeps_every_word(tmp_path):
+    folder = Path(__file__).resolve().parents[3] / "shared"
+    path = folder / "hh-sample" / "harmless-1800.jsonl"
+    if not path.exists():
+        pytest.skip("no sample of HH-RLHF here")
+    pairs, dropped = read_pairs(path, BYTES)
+    assert len(pairs) == 1793 and dropped == {"conversations differ": 5, "empty answer": 2}
+    assert len(formats.read_prompts(path)) == 1800
+    raw = path.read_text(encoding="utf-8").split("\n")
+    for pair in pairs:
+        row = json.loads(raw[int(pair["from"].rpartition(" ")[2]) - 1])
+        for key, answer in zip(("chosen", "rejected"), answers(pair)):
+            assert (dialogue(pair["prompt"]) + answer).split() == row[key].split()
