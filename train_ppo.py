@@ -1,136 +1,121 @@
-"""Phase 2: reinforcement learning from AI feedback (Bai et al. 2022, arXiv 2212.08073, section 4.1).
+"""Phase 2: reinforcement learning from AI feedback (Bai et al. 2022, arXiv 2212.08073, section
+4.1).
 
-    python train_ppo.py --sft runs/tiny/sft --pm runs/tiny/pm --out runs/tiny/ppo
+    python train_ppo.py --model runs/tiny/sft --pm runs/tiny/pm --out runs/tiny/ppo
 
-Each update: draw prompts; sample an answer to each at temperature 1; score it with the preference model;
-pay -beta times the log-ratio to the fine-tuned model on every token (Ziegler et al. 2019, equation 2);
-estimate advantages; take a few clipped steps (mincai/ppo.py). Four networks: the policy and its frozen
-reference, both the fine-tuned model; the frozen preference model; and the critic, which starts as a copy of
-it. Only prompts of the split "loop" are used, so that held-out prompts stay held out.
+Each update: draw prompts; sample an answer to each at temperature 1; score it with the preference
+model; pay -beta times the log-ratio to the fine-tuned model on every token (Ziegler et al. 2019,
+equation 2); estimate advantages; take a few clipped steps (mincai/ppo.py). Four networks: the
+policy and its frozen reference, both the fine-tuned model; the frozen preference model; and the
+critic, which starts as a copy of it. Only prompts of the split "loop" are used, half of them
+harmful, so that held-out prompts stay held out.
 
-Prints a line of key numbers and three sampled answers every --print-every updates, and warns of what should never be
-seen. Writes the policy's checkpoint folder with metrics.jsonl (one row an update), samples.jsonl (the printed answers)
-and run.json beside the weights. A healthy run: first_ratio_error 0, ratio_mean 1 +- 0.05, clipfrac below 0.2,
-approxkl below 0.02, explained rising above 0.3, kl rising slowly.
+Prints a line of key numbers and three sampled answers every PRINT_EVERY updates, and warns of what
+should never be seen. Writes the policy's checkpoint folder with metrics.jsonl (one row an update),
+samples.jsonl (the printed answers) and run.json beside the weights. A healthy run:
+first_ratio_error 0, ratio_mean 1 +- 0.05, clipfrac below 0.2, approxkl below 0.02, explained rising
+above 0.3, kl rising slowly.
 
 What was gained is measured apart, because two updates answer different prompts: before the first
-update and after the last, the policy answers the same prompts with the same random numbers (`look`).
-The last line and run.json (score_before, score_after) hold these.
+update and after the last, the policy answers the same prompts with the same random numbers
+(`look`). The last line and run.json (score_before, score_after) hold these.
 
 The score is what PPO is after, so it cannot tell whether answers get better. A caller who has
 something that can gives it as main(cfg, watch): watch(policy) -> {name: number}, called before the
-first update, every --print-every updates and after the last. The numbers are printed, and stand in
-metrics.jsonl as dev_<name>; those from before the first update in a row of their own, update 0.
+first update, whenever samples are printed, and after the last. The numbers are printed, and stand
+in metrics.jsonl as dev_<name>; those from before the first update in a row of their own, update 0.
 Nothing is learnt from them. One named quality (higher is better) is held against the score.
 """
 
-import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 
 import torch
 from tqdm import tqdm
 
-from mincai import UserError, model, ppo
-from mincai.plumbing import checkpoint, cli, data, distributed, formats, memory, output
-from mincai.plumbing.cli import arg
+from mincai import UserError, ppo
 from mincai.constitution import dialogue
-from mincai.plumbing.health import nothing_learnt, show_samples, warnings
-from mincai.plumbing.weights import common_tokenizer, resolve
+from mincai.plumbing import cli, distributed, formats
+from mincai.plumbing.cli import arg
+from mincai.plumbing.health import examples, nothing_learnt, show_samples, warnings
+from mincai.plumbing.stage import Settings, begin
 
+GAMMA, LAM = (
+    1.0,
+    0.95,
+)  # discount of later rewards; GAE's lambda: 1 trusts sampled rewards, 0 the critic
+MISSING_EOS = 1.0  # taken from the score of an answer that does not end by itself
+KL_HORIZON = 10_000  # answers over which beta is steered to --kl-target
+PRINT_EVERY = 4  # updates between printed samples, or a thirtieth of all
 LOOKED_AT = 128  # answers in a look at the policy, every other one to a harmful prompt
 
 
 @dataclass(frozen=True)
-class Config:
-    sft: str = arg("runs/tiny/sft", "checkpoint folder of the fine-tuned model, where the policy starts")
-    pm: str = arg("runs/tiny/pm", "checkpoint folder of the preference model")
-    prompts: str = arg("data/tiny/prompts.jsonl", "file of prompts; rows of the split 'loop' are used")
+class Config(Settings):
+    model: str = arg("runs/tiny/sft", "the fine-tuned model, where the policy starts")
+    pm: str = arg("runs/tiny/pm", "the preference model")
+    prompts: str = arg(
+        "data/tiny/prompts.jsonl", "file of prompts; rows of the split 'loop' are used"
+    )
+    updates: int = arg(16, "how many times answers are sampled and learnt from", least=1)
+    batch_size: int = arg(128, "answers in an update, one a prompt", least=1)
+    max_new: int = arg(48, "longest answer in tokens", least=1)
+    epochs: int = arg(2, "passes over one batch of answers", least=1)
+    minibatches: int = arg(2, "optimiser steps in a pass", least=1)
+    micro_batch: int = arg(64, "answers in one forward pass, fewer need less memory", least=1)
+    lr: float = arg(2e-4, "learning rate of the policy, falling to 0 over the updates", least=0)
+    critic_lr: float = arg(3e-4, "learning rate of the critic, falling likewise", least=0)
+    warmup: int = arg(
+        1, "first updates: rates rise, and at the very start the critic alone learns", least=0
+    )
+    beta: float = arg(0.2, "price of a nat of KL to the start, in deviations of the score", least=0)
+    kl_target: float = arg(
+        0.0, "nats an answer to steer to by changing beta; 0 leaves beta", least=0
+    )
+    clip: float = arg(0.2, "how far a ratio from 1, a value from its old one may move", least=1e-6)
     out: str = arg("runs/tiny/ppo", "folder to write the trained policy to")
-    updates: int = arg(16, "how many times answers are sampled and learned from")
-    batch: int = arg(128, "answers in an update, one a prompt")
-    benign_share: float = arg(0.5, "part of every batch that is drawn from prompts that are not harmful")
-    max_new: int = arg(48, "longest answer in tokens")
-    epochs: int = arg(2, "passes over one batch of answers")
-    minibatches: int = arg(2, "optimiser steps in a pass")
-    micro_batch: int = arg(64, "answers in one forward pass; lower it when memory is short")
-    lr: float = arg(2e-4, "learning rate of the policy, falling in a line to 0 over the updates")
-    critic_lr: float = arg(3e-4, "learning rate of the critic, falling likewise")
-    freeze: int = arg(0, "blocks of the policy from the bottom, embeddings with them, that stay as they are; 0: none")
-    critic_warmup: int = arg(1, "updates at the start in which only the critic learns")
-    warmup: int = arg(1, "updates, a network's first ones, in which its learning rate rises")
-    beta: float = arg(0.2, "price of a nat of KL to the fine-tuned model, in deviations of its score")
-    kl_target: float = arg(0.0, "KL in nats an answer to steer to by changing beta; 0 leaves beta alone")
-    kl_horizon: int = arg(10000, "answers over which beta is steered; longer is gentler")
-    gamma: float = arg(1.0, "discount of later rewards")
-    lam: float = arg(0.95, "GAE's lambda: 1 trusts the sampled rewards, 0 the critic")
-    clip: float = arg(0.2, "how far from 1 the probability ratio is still rewarded")
-    value_clip: float = arg(0.2, "how far a value may move in one update, in deviations of the score")
-    max_norm: float = arg(1.0, "largest norm of each gradient")
-    approx_kl_stop: float = arg(0.0, "leave a batch when the policy moved 1.5 times this in k2; 0 never does")
-    missing_eos_penalty: float = arg(1.0, "taken from the score of an answer that does not end by itself")
-    snapshots: int = arg(4, "write the policy to OUT/snapshots every so many updates; 0 never does")
-    print_every: int = arg(4, "updates between printed samples")
-    dtype: str = arg("float32", "float32, or bfloat16 for matrix products")
-    compile: bool = arg(False, "compile policy and critic first; pays on a GPU and long runs")
-    seed: int = arg(0, "of the prompts' order, the sampling and the minibatches")
-    device: str = arg("auto", "auto, cpu or cuda")
-    threads: int = arg(0, "CPU threads, 0 chooses")
-    again: bool = arg(False, "train anew though the output is there")
-    LOOSE = ("out", "print_every", "device", "threads", "again")  # settings that do not make another policy
-
-    def outputs(self):
-        """The files that are written to `out`."""
-        at = range(self.snapshots, self.updates + 1, self.snapshots) if self.snapshots else ()
-        names = ("config.json", "model.safetensors", "tokenizer.tiktoken")
-        return [*checkpoint.FILES, "samples.jsonl",
-                *(f"snapshots/u{u:03d}/{name}" for u in at for name in names)]
-
-    def check_out(self):
-        """UserError unless the output may be written."""
-        output.check_folder(self.out, self.outputs())
 
 
-def check(cfg):
+def check(cfg) -> int:
     """The number of answers in a forward pass; UserError for settings that cannot go together."""
-    for name in ("updates", "batch", "max_new", "epochs", "minibatches", "micro_batch", "print_every"):
-        if getattr(cfg, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: give at least 1")
-    if cfg.batch % cfg.minibatches:
-        raise UserError(f"--batch {cfg.batch} is no multiple of --minibatches {cfg.minibatches}; make it one")
-    if not 0 <= cfg.benign_share <= 1:
-        raise UserError(f"--benign-share {cfg.benign_share}: give a number from 0 to 1")
-    if cfg.batch // cfg.minibatches % distributed.world():
-        raise UserError(f"a minibatch of {cfg.batch // cfg.minibatches} answers cannot be shared evenly among "
-                        f"{distributed.world()} processes; change --batch or --minibatches")
-    minibatch = cfg.batch // cfg.minibatches // distributed.world()
+    if cfg.batch_size % cfg.minibatches:
+        raise UserError(
+            f"--batch-size {cfg.batch_size} is no multiple of --minibatches {cfg.minibatches}; make it one"
+        )
+    minibatch, others = divmod(cfg.batch_size // cfg.minibatches, distributed.world())
+    if others:
+        raise UserError(
+            f"a minibatch of {cfg.batch_size // cfg.minibatches} answers cannot be shared evenly among "
+            f"{distributed.world()} processes; change --batch-size or --minibatches"
+        )
     micro_batch = min(cfg.micro_batch, minibatch)
     if minibatch % micro_batch:  # else old and new log-probs would be computed in different slices
-        raise UserError(f"--micro-batch {micro_batch} does not divide a minibatch of {minibatch} answers; "
-                        "give a divisor")
+        raise UserError(
+            f"--micro-batch {micro_batch} does not divide a minibatch of {minibatch} answers; give a divisor"
+        )
     return micro_batch
 
 
-def read_prompts(cfg, tokenizer, limit):
+def read_prompts(cfg, tokenizer, limit) -> tuple[list, list, int]:
     """(token lists of harmful prompts, of the others, how many left no room for an answer)."""
-    pools, dropped = {True: [], False: []}, 0
+    pools, dropped = {"harmful": [], "benign": []}, 0
     rows = formats.loop_prompts(cfg.prompts)
-    formats.warn_unread(rows, tokenizer, cfg.sft)
+    formats.warn_unread(rows, tokenizer, cfg.model)
     for row in rows:
         ids = tokenizer.encode(dialogue(row["prompt"], row.get("setting")))
         if len(ids) + cfg.max_new > limit:
             dropped += 1
         else:
-            pools[row["kind"] == "harmful"].append(ids)
-    for harmful, share in ((True, 1 - cfg.benign_share), (False, cfg.benign_share)):
-        if round(cfg.batch * share) and not pools[harmful]:
-            kind = "harmful" if harmful else "benign"
-            raise UserError(f"{cfg.prompts}: no {kind} prompt of the split 'loop' fits ({dropped} too long "
-                            f"for {limit} tokens with --max-new); add some (--prompts FILE,benign:FILE) or change "
-                            f"--benign-share")
-    return pools[True], pools[False], dropped
+            pools["harmful" if row["kind"] == "harmful" else "benign"].append(ids)
+    for kind, pool in pools.items():
+        if not pool:
+            raise UserError(
+                f"{cfg.prompts}: no {kind} prompt of the split 'loop' fits ({dropped} too long for {limit} "
+                f"tokens with --max-new); add some (--prompts FILE,benign:FILE)"
+            )
+    return pools["harmful"], pools["benign"], dropped
 
 
 def shuffled(rows, generator):
@@ -143,166 +128,164 @@ def shuffled(rows, generator):
 def learning_rate(cfg, top, u, first):
     """The rate at update u, counted from 1, of a network that learns from update `first` on.
 
-    It rises in a line over --warmup updates: Adam's first steps are as long as any, but go by a scale
-    of the gradient that is known from a few minibatches only. And it falls in a line to 0 at the end.
+    It rises in a line over --warmup updates: Adam's first steps are as long as any, but go by a
+    scale of the gradient that is known from a few minibatches only. And it falls in a line to 0 at
+    the end.
     """
     rise = min(1.0, max(0, u - first + 1) / (cfg.warmup + 1))
     return top * rise * (1 - (u - 1) / cfg.updates)
 
 
 def same_prompts(cfg, harmful, benign):
-    """What `look` asks: the same prompts in every run, as many as fill batches of --batch or LOOKED_AT."""
-    turns = [shuffled(some, torch.Generator().manual_seed(0)) for some in (harmful, benign) if some]
-    size = min(cfg.batch, LOOKED_AT)
-    return [next(turns[i % len(turns)]) for i in range(LOOKED_AT // size * size)]
+    """What `look` asks: the same prompts in every run, as many as fill batches of --batch-size or
+    LOOKED_AT."""
+    turns = [shuffled(some, torch.Generator().manual_seed(0)) for some in (harmful, benign)]
+    size = min(cfg.batch_size, LOOKED_AT)
+    return [next(turns[i % 2]) for i in range(LOOKED_AT // size * size)]
 
 
-def look(cfg, policy, ref, critic, prompts, score_fn, **settings) -> dict:
-    """What the policy answers to these prompts, with the same random numbers in every call: mean and
-    deviation of the score, KL to the reference (nats an answer), and the share that ended by itself."""
-    generator, parts = torch.Generator(ref.device).manual_seed(0), []
-    for i in range(0, len(prompts), cfg.batch):
-        batch = ppo.rollout(policy, ref, critic, prompts[i:i + cfg.batch], max_new=cfg.max_new,
-                            generator=generator, **settings)
+def look(nets, prompts, score_fn, batch_size, **settings) -> dict:
+    """What the policy answers to these prompts, with the same random numbers in every call: mean
+    and deviation of the score, KL to the reference (nats an answer), and the share that ended by
+    itself.
+
+    nets: policy, reference and critic. settings: those of ppo.rollout.
+    """
+    generator, parts = torch.Generator(nets[1].device).manual_seed(0), []
+    for i in range(0, len(prompts), batch_size):
+        some = prompts[i : i + batch_size]
+        batch = ppo.rollout(*nets, some, generator=generator, **settings)
         scores, ended = ppo.score(batch, score_fn, stop=settings["stop"], missing_eos_penalty=0.0)
         parts.append((scores, torch.where(batch.mask, batch.kl, 0.0).sum(1), ended.float()))
     scores, kl, ended = (torch.cat(part) for part in zip(*parts))
-    return {"score": float(scores.mean()), "score_std": float(scores.std(unbiased=False)),
-            "kl": float(kl.mean()), "eos": float(ended.mean())}
+    found = {"score": scores.mean(), "score_std": scores.std(unbiased=False)}
+    found |= {"kl": kl.mean(), "eos": ended.mean()}
+    return {name: float(number) for name, number in found.items()}
+
+
+def in_words(row, *names):
+    names += tuple(name for name in row if name.startswith("dev_"))
+    return "  ".join(f"{name} {row[name]:.3f}" for name in names)
 
 
 def main(cfg: Config, watch=None) -> dict:
-    if data.done(cfg.out, cfg, cfg.again):
-        print(f"train_ppo: {cfg.out} is there already, made with these settings (--again to redo)")
+    stage = begin("train_ppo", cfg)
+    if stage is None:
         return {"skipped": True}
-    cfg.check_out()
-    start = time.time()
-    cli.set_threads(cfg.threads)
-    device = distributed.start(cli.pick_device(cfg.device))
     micro_batch = check(cfg)
-    torch.manual_seed(cfg.seed)
     order = torch.Generator().manual_seed(cfg.seed)  # of prompts and minibatches
-    sampling = torch.Generator(device).manual_seed(cfg.seed + 1)  # another stream than the order's
-    sft = resolve(cfg.sft)
-    configs = checkpoint.read_config(sft), checkpoint.read_config(cfg.pm)
+    # Another stream than the order's
+    sampling = torch.Generator(stage.device).manual_seed(cfg.seed + 1)
+    (folder, pm_folder), tokenizer, configs = stage.open(cfg.model, cfg.pm)
     if configs[0].vocab_size != configs[1].vocab_size:
-        raise UserError(f"{cfg.pm} has {configs[1].vocab_size} tokens, {cfg.sft} has {configs[0].vocab_size}; train "
-                        f"the preference model from the same model")
-    tokenizer = common_tokenizer(sft, cfg.pm)
-    harmful, benign, dropped = read_prompts(cfg, tokenizer, min(config.block_size for config in configs))
-    memory.announce("ppo", configs[0], device, "--micro-batch, --batch or --max-new",
-                    length=max(map(len, harmful + benign)) + cfg.max_new,
-                    batch=cfg.batch // distributed.world(), answer=cfg.max_new, micro_batch=micro_batch,
-                    dtype_bytes=cli.number_bytes(cfg.dtype), cache_bytes=cli.number_bytes(cfg.dtype))
-    policy, ref = checkpoint.load(sft, device), checkpoint.load(sft, device).requires_grad_(False)
-    pm, critic = (checkpoint.load(cfg.pm, device, scalar=True) for _ in range(2))
-    pm.requires_grad_(False)
-    model.freeze(policy, cfg.freeze)  # a few rare samples teach; whatever else they move is what the model knows
-    draw_harmful, draw_benign = (shuffled(some, order) for some in (harmful, benign))
-    n_benign, stop = round(cfg.batch * cfg.benign_share), {tokenizer.eot}
-    files = {**tokenizer.files(), "bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot}
-    score_fn = ppo.preference_score(pm, micro_batch)
-    fused = policy.device.type == "cuda"
-    # eps 1e-5 as in Ziegler et al. and most PPO since; weight decay would pull the policy off its reference
-    learning = [p for p in policy.parameters() if p.requires_grad]
-    policy_optimizer = torch.optim.Adam(learning, lr=cfg.lr, eps=1e-5, fused=fused)
-    critic_optimizer = torch.optim.Adam(critic.parameters(), lr=cfg.critic_lr, eps=1e-5, fused=fused)
-    policy_net, critic_net = (distributed.wrap(torch.compile(m) if cfg.compile else m) for m in (policy, critic))
-    say = tqdm.write if distributed.is_main() else lambda _: None
-    say(f"train_ppo: {len(harmful)} harmful and {len(benign)} other prompts, {dropped} too long; "
-          f"{cfg.updates} updates of {cfg.batch} answers on {device}")
-    distributed.barrier()  # all have looked at the place before it changes
-    if distributed.is_main():
-        work = output.begin(cfg.out, cfg.outputs())  # where snapshots wait until all is made
+        raise UserError(
+            f"{cfg.pm} has {configs[1].vocab_size} tokens, {cfg.model} has {configs[0].vocab_size}; train the "
+            f"preference model from the same model"
+        )
+    limit = min(config.block_size for config in configs)
+    harmful, benign, dropped = read_prompts(cfg, tokenizer, limit)
+    sizes = dict(batch=cfg.batch_size // distributed.world(), micro_batch=micro_batch)
+    sizes |= dict(length=max(map(len, harmful + benign)) + cfg.max_new, answer=cfg.max_new)
+    stage.plan_memory("ppo", configs[0], "--micro-batch, --batch-size or --max-new", **sizes)
+    policy, ref = stage.load(folder), stage.load(folder).requires_grad_(False)
+    pm, critic = (stage.load(pm_folder, scalar=True) for _ in range(2))
+    score_fn, stop = ppo.preference_score(pm.requires_grad_(False), micro_batch), {tokenizer.eot}
+    # eps 1e-5 as in Ziegler et al. and most PPO since; weight decay would pull the policy off its
+    # reference
+    adam = partial(torch.optim.Adam, eps=1e-5, fused=policy.device.type == "cuda")
+    policy_learner, critic_learner = (
+        ppo.Learner(distributed.wrap(net), adam(net.parameters())) for net in (policy, critic)
+    )
+    nets = policy_learner.net, ref, critic_learner.net
+    settings = dict(max_new=cfg.max_new, stop=stop, micro_batch=micro_batch)
+    how = ppo.Steps(
+        cfg.epochs, cfg.minibatches, micro_batch, cfg.clip, cfg.clip, precision=stage.precision
+    )
+    stage.say(
+        f"{len(harmful)} harmful and {len(benign)} other prompts, {dropped} too long; {cfg.updates} updates of "
+        f"{cfg.batch_size} answers on {stage.device}"
+    )
+    turns = shuffled(harmful, order), shuffled(benign, order)
     beta, log, shown, same = cfg.beta, [], [], same_prompts(cfg, harmful, benign)
-    precision = partial(cli.precision, device, cfg.dtype)
 
     def measured():
         """Where the policy stands: its answers to the same prompts."""
-        with precision():
-            return look(cfg, policy_net, ref, critic_net, same, score_fn, stop=stop, micro_batch=micro_batch)
+        with stage.precision():
+            return look(nets, same, score_fn, cfg.batch_size, **settings)
 
     def watched():
         """What the caller's watch says; on one process, which the others wait for."""
         if watch is None or not distributed.is_main():
             return {}
-        with torch.no_grad(), precision():
+        with torch.no_grad(), stage.precision():
             return {f"dev_{name}": float(number) for name, number in watch(policy).items()}
-
-    def in_words(row, *names):
-        return "  ".join(f"{name} {row[name]:.3f}" for name in (*names, *(k for k in row if k.startswith("dev_"))))
 
     before, dev = measured(), watched()
     if dev:
         log.append({"update": 0, **dev})
-        say(f"update 0: {in_words(dev)}")
+        stage.say(f"update 0: {in_words(dev)}")
 
     # --- the loop ---
-    bar = tqdm(range(1, cfg.updates + 1), desc="ppo", unit="update", disable=distributed.disable_bar())
-    for u in bar:
+    bar = tqdm(range(cfg.updates), desc="ppo", unit="update", disable=distributed.disable_bar())
+    for u in (done + 1 for done in bar):
         tick = time.time()
-        prompts = [*islice(draw_harmful, cfg.batch - n_benign), *islice(draw_benign, n_benign)]
-        prompts = [prompts[i] for i in torch.randperm(cfg.batch, generator=order).tolist()]  # mix minibatches
-        with precision():
-            batch = ppo.rollout(policy_net, ref, critic_net, prompts, max_new=cfg.max_new, stop=stop,
-                                micro_batch=micro_batch, generator=sampling)
-            scores, ended = ppo.score(batch, score_fn, stop=stop, missing_eos_penalty=cfg.missing_eos_penalty)
-        adv, returns = ppo.advantages(batch, scores, beta=beta, gamma=cfg.gamma, lam=cfg.lam)
+        n_benign = round(cfg.batch_size / 2)
+        prompts = [*islice(turns[0], cfg.batch_size - n_benign), *islice(turns[1], n_benign)]
+        mixed = torch.randperm(cfg.batch_size, generator=order)  # both kinds in each minibatch
+        prompts = [prompts[i] for i in mixed.tolist()]
+        with stage.precision():
+            batch = ppo.rollout(*nets, prompts, generator=sampling, **settings)
+            scores, ended = ppo.score(batch, score_fn, stop=stop, missing_eos_penalty=MISSING_EOS)
+        adv, returns = ppo.advantages(batch, scores, beta=beta, gamma=GAMMA, lam=LAM)
         if u == 1:
-            raw = scores + cfg.missing_eos_penalty * ~ended
-            mean, deviation = float(raw.mean()), float(raw.std(unbiased=False))
-            say(f"update 1: fresh answers score {mean:+.2f}, deviation {deviation:.2f}; "
-                f"the preference model was scaled to 0 and 1 on such answers")
-        lr = learning_rate(cfg, cfg.lr, u, first=cfg.critic_warmup + 1)
+            raw = scores + MISSING_EOS * ~ended
+            stage.say(
+                f"update 1: fresh answers score {float(raw.mean()):+.2f}, deviation "
+                f"{float(raw.std(unbiased=False)):.2f}; the preference model was scaled to 0 and 1 on such answers"
+            )
+        lr = learning_rate(cfg, cfg.lr, u, first=cfg.warmup + 1)
         critic_lr = learning_rate(cfg, cfg.critic_lr, u, first=1)
-        for optimizer, rate in ((policy_optimizer, lr), (critic_optimizer, critic_lr)):
-            for group in optimizer.param_groups:
+        for learner, rate in ((policy_learner, lr), (critic_learner, critic_lr)):
+            for group in learner.optimizer.param_groups:
                 group["lr"] = rate
+        how = replace(how, train_policy=u > cfg.warmup)
         try:
-            metrics = ppo.update(
-                policy_net, critic_net, policy_optimizer, critic_optimizer, batch, adv, returns,
-                epochs=cfg.epochs, minibatches=cfg.minibatches, micro_batch=micro_batch, clip=cfg.clip,
-                value_clip=cfg.value_clip, max_norm=cfg.max_norm, generator=order,
-                approx_kl_stop=cfg.approx_kl_stop, train_policy=u > cfg.critic_warmup,
-                precision=precision)
+            metrics = ppo.update(policy_learner, critic_learner, batch, adv, returns, how, order)
         except UserError as error:
             raise UserError(f"update {u} of {cfg.updates}, {error}") from None
-        row = {"update": u, **ppo.diagnostics(batch, scores, ended, returns, beta=beta), **metrics,
-               "lr": lr, "critic_lr": critic_lr, "episodes": u * cfg.batch,
-               "episodes_per_s": cfg.batch / (time.time() - tick)}
-        due = u % cfg.print_every == 0 or u == cfg.updates
+        row = {"update": u, **ppo.diagnostics(batch, scores, ended, returns, beta=beta), **metrics}
+        row |= {"lr": lr, "critic_lr": critic_lr, "episodes": u * cfg.batch_size}
+        row["episodes_per_s"] = cfg.batch_size / (time.time() - tick)
+        due = u % max(PRINT_EVERY, cfg.updates // 30) == 0 or u == cfg.updates
         log.append(row | watched() if due else row)
-        bar.set_postfix(score=f"{row['score']:+.2f}", kl=f"{row['kl_exact']:.2f}", eos=f"{row['eos']:.2f}")
-        lines = warnings(log, gap=1e-3 if cfg.dtype == "float32" else 0.3)
+        bar.set_postfix(score=f"{row['score']:+.2f}", kl=f"{row['kl_exact']:.2f}")
+        for line in warnings(log, gap=1e-3 if cfg.dtype == "float32" else 0.3):
+            stage.warn(line)
         if due:
-            lines.append(f"update {u}: " + in_words(log[-1], "score", "kl_exact", "beta", "entropy", "length", "eos",
-                                                    "explained", "clipfrac"))
-            shown += [{"update": u, **row} for row in ppo.examples(batch, scores, beta, tokenizer.decode)]
-            lines += show_samples(shown[-3:])
-        say("\n".join(lines)) if lines else None
+            names = "score", "kl_exact", "beta", "entropy", "length", "eos", "explained", "clipfrac"
+            some = examples(batch, scores, beta, tokenizer.decode)
+            shown += [{"update": u, **sample} for sample in some]
+            lines = [f"update {u}: {in_words(log[-1], *names)}", *show_samples(some)]
+            stage.say("\n".join(lines))
         if cfg.kl_target > 0:  # Ziegler et al. 2019, equation 4: beta moves gently
             error = min(max(row["kl"] / cfg.kl_target - 1, -0.2), 0.2)
-            beta *= 1 + error * cfg.batch / cfg.kl_horizon
-        if cfg.snapshots and u % cfg.snapshots == 0 and distributed.is_main():
-            checkpoint.write(policy, work / "snapshots" / f"u{u:03d}", files)
+            beta *= 1 + error * cfg.batch_size / KL_HORIZON
 
     # --- what came of it ---
     after = measured()
     gain = (after["score"] - before["score"]) / max(before["score_std"], 1e-8)
-    result = {**log[-1], "score_before": before["score"], "score_after": after["score"], "score_gain": gain,
-              "kl_after": after["kl"], "eos_before": before["eos"], "eos_after": after["eos"],
-              "updates": cfg.updates, "seconds": time.time() - start}
-    if distributed.is_main():
-        checkpoint.save(policy, cfg.out, extra={
-            **files, "run.json": data.stamp(cfg, metrics=result),
-            "metrics.jsonl": "".join(json.dumps(r) + "\n" for r in log),
-            "samples.jsonl": "".join(json.dumps(r) + "\n" for r in shown)}, work=work)
-        print(f"train_ppo: wrote {cfg.out} in {result['seconds']:.0f} s: {cfg.updates} updates; score of "
-              f"fresh samples on the same {len(same)} prompts: {before['score']:+.3f} -> {after['score']:+.3f} "
-              f"({gain:+.2f} deviations), KL to the fine-tuned model {after['kl']:.2f} nats an answer, ended by "
-              f"themselves {before['eos']:.0%} -> {after['eos']:.0%}")
-        for line in nothing_learnt(gain):
-            print(line)
+    result = {**log[-1], "score_before": before["score"], "score_after": after["score"]}
+    result |= {"score_gain": gain, "kl_after": after["kl"], "updates": cfg.updates}
+    result |= {"eos_before": before["eos"], "eos_after": after["eos"], "seconds": stage.seconds()}
+    stage.save_model(policy, tokenizer, result, log, samples=shown)
+    stage.say(
+        f"wrote {cfg.out} in {result['seconds']:.0f} s: {cfg.updates} updates; score of fresh samples on the same "
+        f"{len(same)} prompts: {before['score']:+.3f} -> {after['score']:+.3f} ({gain:+.2f} deviations), KL to the "
+        f"fine-tuned model {after['kl']:.2f} nats an answer, ended by themselves {before['eos']:.0%} -> "
+        f"{after['eos']:.0%}"
+    )
+    for line in nothing_learnt(gain):
+        stage.warn(line)
     distributed.barrier()
     return result
 

@@ -1,6 +1,9 @@
 """mincai: Constitutional AI from scratch. Start at README.md, then read constitution.py."""
 
+from pathlib import Path
+
 __version__ = "0.1.0"
+DATA = Path(__file__).resolve().parent.parent / "data"  # what is shipped, and weights once fetched
 
 
 class UserError(Exception):

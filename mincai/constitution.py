@@ -9,9 +9,10 @@ Three documents are all that the loop needs, each ending where the model goes on
                           Critique:                Principle: ...
                                                    Reasons:
 
-A prompt ends right after a colon, never with a space: GPT-2's vocabulary writes " word" with its space as one token,
-so a trailing space would leave the model a context it has never read. For the same reason an option's letter is
-scored inside its bracket: "Choice: (" is followed by "A" or "B", one token each in both vocabularies.
+A prompt ends right after a colon, never with a space: GPT-2's vocabulary writes " word" with its
+space as one token, so a trailing space would leave the model a context it has never read. For the
+same reason an option's letter is scored inside its bracket: "Choice: (" is followed by "A" or "B",
+one token each in both vocabularies.
 """
 
 import json
@@ -19,34 +20,33 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from mincai import UserError
+from mincai import DATA, UserError
 
-WORDINGS = ("tiny", "full")
-PATH = Path(__file__).resolve().parent.parent / "data" / "constitution.json"
+PATH = DATA / "constitution.json"
 KEEP = "keep the answer ."  # a revision that says: the answer stands. Copying it out would only add errors.
 
 
 @dataclass(frozen=True)
 class Principle:
     id: str
-    source: str    # the kind of document that people find such a principle in
-    target: str    # what it is about: a harm category, harm, help, truth, reasons, conduct
+    source: str  # the kind of document that people find such a principle in
+    target: str  # what it is about: a harm category, harm, help, truth, reasons, conduct
     topic: str
     polarity: str  # avoid | promote
-    scope: str     # content | manner | honesty | helpfulness
-    split: str     # train | held: held principles occur in no demonstration that the base model reads
+    scope: str  # content | manner | honesty | helpfulness
+    split: str  # train | held: held principles occur in no demonstration that the base model reads
     weight: float
-    text: str      # for a reader and for a model with room
+    text: str  # for a reader and for a model with room
     critique: str  # what to ask of a critique
     revision: str  # what to ask of a revision
-    compare: str   # what to ask of a choice between two answers
-    tiny: str      # for a model with a million parameters
-    about: str     # the one word of `tiny` that says what it is about
+    compare: str  # what to ask of a choice between two answers
+    tiny: str  # for a model with a million parameters
+    about: str  # the one word of `tiny` that says what it is about
 
-    def asks(self, use: str, wording: str) -> str:
-        """What a prompt says of it: the short text whatever the use, or in wording "full" the text with what to ask
-        of a "critique", or of a choice between two answers ("compare")."""
-        return self.tiny if wording == "tiny" else f"{self.text} {getattr(self, use)}"
+    def asks(self, use: str, full: bool) -> str:
+        """What a prompt says of it: the short text whatever the use, or in full the text with what
+        to ask of a "critique", or of a choice between two answers ("compare")."""
+        return f"{self.text} {getattr(self, use)}" if full else self.tiny
 
 
 def load_constitution(path=PATH) -> list[Principle]:
@@ -57,41 +57,40 @@ def load_constitution(path=PATH) -> list[Principle]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such constitution") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a constitution ({error}); see data/constitution.json for the form") from None
+        raise UserError(
+            f"{path}: not a constitution ({error}); see data/constitution.json for the form"
+        ) from None
     if not principles:
         raise UserError(f"{path}: a constitution without principles")
     return principles
 
 
-def select(principles, only: str = "", without: str = "", split: str = "train") -> list[Principle]:
-    """The principles of a split whose id or target is in `only` (all, if empty) and not in `without` (commas between).
+def select(principles, without: str = "", split: str = "train") -> list[Principle]:
+    """The principles of a split whose id and target are not in `without` (commas between).
 
     Everything that trains draws from split `train`; the held ones are for measuring.
     """
-    def named(p, names):
-        return p.id in names or p.target in names
-
-    def listed(names):
-        return [name.strip() for name in names.split(",") if name.strip()]
-
-    known = {p.id for p in principles} | {p.target for p in principles}
-    for name in listed(only) + listed(without):
-        if name not in known:
-            raise UserError(f"no principle or target is called {name!r}; targets: "
-                            + ", ".join(sorted({p.target for p in principles})))
-    kept = [p for p in principles if p.split == split and (not only or named(p, listed(only)))
-            and not named(p, listed(without))]
+    names = {name.strip() for name in without.split(",") if name.strip()}
+    targets = sorted({p.target for p in principles})
+    unknown = names - {p.id for p in principles} - set(targets)
+    if unknown:
+        raise UserError(
+            f"no principle or target is called {', '.join(sorted(unknown))}; targets: {', '.join(targets)}"
+        )
+    kept = [p for p in principles if p.split == split and not {p.id, p.target} & names]
     if not kept:
-        raise UserError("no principle is left of the constitution; loosen --only or --without")
+        raise UserError("no principle is left of the constitution; loosen --without")
     return kept
 
 
 def draw(principles, targets: tuple[str, ...], aim: float, rng: random.Random) -> Principle:
-    """One principle at random. With probability `aim` from those written about one of `targets` (a prompt's own
-    harm category, or what an ordinary answer should be), else from all of them by weight.
+    """One principle at random. With probability `aim` from those written about one of `targets` (a
+    prompt's own harm category, or what an ordinary answer should be), else from all of them by
+    weight.
 
-    A red team is sorted by category; aiming is how a constitution of 75 principles is brought to bear in a few
-    rounds on a prompt that only some of them speak of. Whether the principle applies, the model decides.
+    A red team is sorted by category; aiming is how a constitution of 75 principles is brought to
+    bear in a few rounds on a prompt that only some of them speak of. Whether the principle applies,
+    the model decides.
     """
     near = [p for p in principles if p.target in targets]
     pool = near if near and rng.random() < aim else principles
@@ -99,7 +98,8 @@ def draw(principles, targets: tuple[str, ...], aim: float, rng: random.Random) -
 
 
 def dialogue(prompt: str, setting: str | None = None) -> str:
-    """The conversation up to where the assistant speaks. A setting is the operator's line, above the human's."""
+    """The conversation up to where the assistant speaks. A setting is the operator's line, above
+    the human's."""
     return (f"Setting: {setting}\n" if setting else "") + f"Human: {prompt}\nAssistant:"
 
 
@@ -109,8 +109,11 @@ def review(conversation: str, answer: str, principle: str) -> str:
 
 
 def revision(review_text: str, critique: str, request: str = "") -> str:
-    """The review and its critique, up to where the revision begins. request: what to ask of it, if there is room."""
-    return f"{review_text} {critique}\n" + (f"Request: {request}\n" if request else "") + "Revision:"
+    """The review and its critique, up to where the revision begins. request: what to ask of it, if
+    there is room."""
+    return (
+        f"{review_text} {critique}\n" + (f"Request: {request}\n" if request else "") + "Revision:"
+    )
 
 
 def direct(review_text: str, request: str = "") -> str:
@@ -134,7 +137,9 @@ def reasons(compare_text: str) -> str:
 
 def choice(compare_text: str, reasons_text: str | None = None) -> str:
     """Up to the bracket that the letter follows, with or without the judge's own reasons."""
-    return compare_text + (f"Reasons: {reasons_text}" + CHOICE if reasons_text is not None else CHOICE[1:])
+    return compare_text + (
+        f"Reasons: {reasons_text}" + CHOICE if reasons_text is not None else CHOICE[1:]
+    )
 
 
 def clean(text: str) -> str:

@@ -1,58 +1,56 @@
-"""Phase 1 of Constitutional AI: respond -> critique -> revise, several rounds, by one model, under drawn principles.
+"""Phase 1 of Constitutional AI: respond -> critique -> revise, several rounds, by one model, under
+drawn principles.
 
     python -m mincai.critique --out runs/tiny/revisions.jsonl
 
-The base model answers adversarial and ordinary prompts, several times each, at temperature 1. In every round a
-principle is drawn, the model writes a critique of the answer that stands and then a revision; a round starts from a
-fresh conversation, so context does not pile up (Bai et al. 2022, 2212.08073, section 3.1). A revision may say that the
-answer stands. Nothing here judges but the model. Every original, critique and revision is kept in the output.
+The base model answers adversarial and ordinary prompts, several times each, at temperature 1. In
+every round a principle is drawn, the model writes a critique of the answer that stands and then a
+revision; a round starts from a fresh conversation, so context does not pile up (Bai et al. 2022,
+2212.08073, section 3.1). A revision may say that the answer stands. Nothing here judges but the
+model. Every original, critique and revision is kept in the output.
 """
 
 import random
 import re
-import time
 from collections import Counter
 from dataclasses import dataclass
 
 import torch
 
 from mincai import UserError, constitution
-from mincai.plumbing import data, distributed, formats, memory, output
-from mincai.plumbing.checkpoint import load, read_config
-from mincai.plumbing.cli import arg, check_choice, number_bytes, pick_device, precision, run, set_threads
+from mincai.plumbing import data, distributed, formats, output
+from mincai.plumbing.cli import arg, run
 from mincai.plumbing.planner import Planner, load_shots
+from mincai.plumbing.stage import Settings, begin
 from mincai.sample import generate_batched
-from mincai.plumbing.weights import common_tokenizer, resolve
 
-
-ORDINARY = ("help", "reasons")  # what an answer without a harm category is aimed at: it should help, and say why
+AIM = (
+    0.6  # share of draws from principles on the prompt's own category, or if it has none on these:
+)
+ORDINARY = ("help", "reasons")  # an ordinary answer should help, and say why
 
 
 @dataclass(frozen=True)
-class Config:
-    LOOSE = ("out", "device", "threads", "again", "batch_size")
-    model: str = arg("data/tiny", "the model that answers, criticises and revises: a folder, or gpt2 and its sizes")
-    prompts: str = arg("data/tiny/prompts.jsonl", "prompts: JSONL (rows of split 'loop'), text, or HH-RLHF's format")
+class Config(Settings):
+    LOOSE = (*Settings.LOOSE, "batch_size")
+    model: str = arg("data/tiny", "the model that does it all: a folder, or gpt2 and its sizes")
+    prompts: str = arg(
+        "data/tiny/prompts.jsonl", "JSONL (rows of split 'loop'), text, or HH-RLHF's"
+    )
     constitution: str = arg(str(constitution.PATH), "the principles")
-    only: str = arg("", "use these principle ids or targets only, commas between")
-    without: str = arg("", "leave out these principle ids or targets")
-    aim: float = arg(0.6, "share of draws from principles on the prompt's own category (on help and reasons, if none)")
-    harmful: int = arg(640, "adversarial prompts, the attack families in turn; 0 for all")
-    helpful: int = arg(480, "ordinary prompts; 0 for all")
-    responses: int = arg(1, "answers sampled to each adversarial prompt, at temperature 1")
-    fewshot: str = arg("", "file of worked examples to put in front of every prompt, e.g. data/english/fewshot.json")
-    wording: str = arg("tiny", "principles in their tiny or their full words")
-    rounds: int = arg(4, "critiques and revisions of each answer, each under its own principle")
-    direct: bool = arg(False, "revise without a critique first; to compare with, as the paper's figure 7 does")
-    temperature: float = arg(0.0, "of critiques and revisions, 0 is greedy; copying suffers at 1")
-    max_new: int = arg(104, "tokens of a critique or an answer at most")
-    dtype: str = arg("float32", "float32, or bfloat16 for matrix products")
+    without: str = arg("", "leave out these principle ids or targets, commas between")
+    fewshot: str = arg("", "file of worked examples to show; principles then stand in full words")
+    harmful: int = arg(640, "adversarial prompts, the families in turn; 0 for all", least=0)
+    helpful: int = arg(480, "ordinary prompts; 0 for all", least=0)
+    responses: int = arg(1, "answers sampled to each adversarial prompt, at temperature 1", least=1)
+    rounds: int = arg(4, "critiques and revisions of an answer, each by its principle", least=1)
+    direct: bool = arg(False, "revise without a critique first; to compare with (paper, figure 7)")
+    temperature: float = arg(
+        0.0, "of critiques and revisions, 0: greedy; copying suffers at 1", least=0
+    )
+    max_new: int = arg(104, "tokens of a critique or an answer at most", least=1)
+    batch_size: int = arg(128, "rows sampled together", least=1)
     out: str = arg("runs/tiny/revisions.jsonl", "JSONL to write")
-    seed: int = arg(0, "seed of the draws and samples")
-    batch_size: int = arg(128, "rows sampled together")
-    device: str = arg("auto", "auto, cpu or cuda")
-    threads: int = arg(0, "CPU threads, 0 chooses")
-    again: bool = arg(False, "replace an output that exists")
 
     def check_out(self):
         """UserError unless the output may be written."""
@@ -60,13 +58,17 @@ class Config:
 
 
 # What opens a part of the prompts, or closes a critique; no answer does
-NOT_ANSWERS = re.compile(r"the principle is|\([ab]\)"
-                         r"|(critique|revision|review|human|assistant|request|principle|choice) *:"
-                         r"|.*\b(breaks|keeps|break|keep) (this|the) principle\b", re.IGNORECASE | re.DOTALL)
+NOT_ANSWERS = re.compile(
+    r"the principle is|\([ab]\)"
+    r"|(critique|revision|review|human|assistant|request|principle|choice) *:"
+    r"|.*\b(breaks|keeps|break|keep) (this|the) principle\b",
+    re.IGNORECASE | re.DOTALL,
+)
 
 
 def words(text: str) -> list[str]:
-    """A text's words alone, for comparing: neither case nor punctuation makes two texts different."""
+    """A text's words alone, for comparing: neither case nor punctuation makes two texts
+    different."""
     return re.findall(r"\w+", text.lower())
 
 
@@ -83,121 +85,158 @@ def rejected(revision: str, original: str, critique: str = "") -> str:
     return ""
 
 
-def write(model, planner, kind, texts, stop, cfg, generator, desc, temperature=None) -> list[list[int]]:
-    """What the model writes after each text; nothing where the text leaves no room: one must not end the whole job."""
-    prompts = [planner.prompt(kind, text, cfg.max_new) for text in texts]
-    fits = [i for i, prompt in enumerate(prompts) if prompt is not None]
-    if not fits:
-        return [[] for _ in texts]
-    found = generate_batched(model, [prompts[i] for i in fits], cfg.max_new, stop, cfg.batch_size,
-                             cfg.temperature if temperature is None else temperature, generator=generator, desc=desc)
-    found = dict(zip(fits, found))
-    return [found.get(i, []) for i in range(len(texts))]
+@dataclass(frozen=True)
+class Writer:
+    """The model with all that it needs to write, one line after each prompt."""
+
+    model: torch.nn.Module
+    planner: Planner
+    cfg: Config
+    generator: torch.Generator
+
+    @property
+    def stop(self) -> set[int]:
+        return {self.planner.tokenizer.eot, self.planner.tokenizer.newline}
+
+    def write(self, kind, texts, temperature, desc) -> tuple[list[list[int]], list[str]]:
+        """Token ids and text of what it writes after each text; nothing where a text leaves no
+        room, for one must not end the whole job. kind: of the worked examples that go in front."""
+        prompts = [self.planner.prompt(kind, text, self.cfg.max_new) for text in texts]
+        fits = [i for i, prompt in enumerate(prompts) if prompt is not None]
+        written = [[] for _ in texts]
+        if fits:
+            some, cfg = [prompts[i] for i in fits], self.cfg
+            how = dict(temperature=temperature, generator=self.generator, desc=desc)
+            found = generate_batched(
+                self.model, some, cfg.max_new, self.stop, cfg.batch_size, **how
+            )
+            for i, ids in zip(fits, found):
+                written[i] = ids
+        return written, [constitution.clean(self.planner.tokenizer.decode(ids)) for ids in written]
 
 
-def critique_rounds(model, planner, items, principles, cfg, rng, generator, direct=False) -> Counter:
-    """Adds to each item (a dict with conversation, original, category) its `rounds` and its final `revision`.
+def respond(writer, items) -> tuple[list[dict], Counter]:
+    """Gives each item its `original`, sampled at temperature 1; those without an answer are left
+    out, and counted."""
+    conversations = [item["conversation"] for item in items]
+    kept, dropped = [], Counter()
+    for item, ids, text in zip(items, *writer.write("answer", conversations, 1.0, "answers")):
+        item["original"] = text
+        if text:
+            kept.append(item)
+        else:
+            dropped["empty" if ids else "no room"] += 1
+    return kept, dropped
 
-    direct: no critique goes before a revision; the rounds' critiques are then empty texts.
+
+def outcome(writer, critique, revision, original, direct) -> str:
+    """What becomes of a revision: "revised", or why it does not take the answer's place. critique,
+    revision: (token ids, text)."""
+    (said, text), (ids, revised) = critique, revision
+    if not ids or not said and not direct:
+        return "no room"
+    if not direct and not text:
+        return "critique empty"
+    if not direct and said[-1] not in writer.stop:  # from half a critique nothing follows
+        return "critique cut off"
+    if ids[-1] not in writer.stop:
+        return "cut off"
+    return rejected(revised, original, text) or "revised"
+
+
+def critique_rounds(writer, items, principles, rng) -> Counter:
+    """Adds to each item (a dict with conversation, original, category) its `rounds` and its final
+    `revision`.
+
+    With --direct no critique goes before a revision; the rounds' critiques are then empty texts.
     """
-    counts, tokenizer = Counter(), planner.tokenizer
-    stop = {tokenizer.eot, tokenizer.newline}
+    cfg, full, counts = writer.cfg, writer.planner.full, Counter()
     for item in items:
         item["revision"], item["rounds"] = item["original"], []
-    for number in range(cfg.rounds):
-        drawn = [constitution.draw(principles, (item["category"],) if item["category"] else ORDINARY, cfg.aim, rng)
-                 for item in items]
-        reviews = [constitution.review(item["conversation"], item["revision"], p.asks("critique", cfg.wording))
-                   for item, p in zip(items, drawn)]
-        critiques = [[]] * len(items) if direct else write(model, planner, "review", reviews, stop, cfg, generator,
-                                                           f"round {number + 1}: critiques")
-        texts = [constitution.clean(tokenizer.decode(c)) for c in critiques]
-        requests = [p.revision if cfg.wording == "full" else "" for p in drawn]
-        asked = (list(map(constitution.direct, reviews, requests)) if direct else
-                 list(map(constitution.revision, reviews, texts, requests)))
-        revisions = write(model, planner, "review", asked, stop, cfg, generator, f"round {number + 1}: revisions")
-        for item, principle, text, said, ids in zip(items, drawn, texts, critiques, revisions):
-            revision = constitution.clean(tokenizer.decode(ids))
-            why = rejected(revision, item["revision"], text)
-            if not ids or not said and not direct:
-                why = "no room"
-            elif not direct and (not text or said[-1] not in stop):  # from half a critique nothing follows
-                why = "critique cut off" if text else "critique empty"
-            elif ids[-1] not in stop:
-                why = "cut off"
-            counts[why or "revised"] += 1
-            item["rounds"].append({"round": number + 1, "principle": principle.id, "critique": text,
-                                   "revision": revision, "outcome": why or "revised"})
-            if not why:
-                item["revision"] = revision
+    for number in range(1, cfg.rounds + 1):
+        drawn, reviews = [], []
+        for item in items:
+            targets = (item["category"],) if item["category"] else ORDINARY
+            principle = constitution.draw(principles, targets, AIM, rng)
+            asked = principle.asks("critique", full)
+            drawn.append(principle)
+            reviews.append(constitution.review(item["conversation"], item["revision"], asked))
+        requests = [principle.revision if full else "" for principle in drawn]
+        if cfg.direct:
+            critiques = [[]] * len(items), [""] * len(items)
+            asked = map(constitution.direct, reviews, requests)
+        else:
+            desc = f"round {number}: critiques"
+            critiques = writer.write("review", reviews, cfg.temperature, desc)
+            asked = map(constitution.revision, reviews, critiques[1], requests)
+        desc = f"round {number}: revisions"
+        revisions = writer.write("review", list(asked), cfg.temperature, desc)
+        written = zip(zip(*critiques), zip(*revisions))
+        for item, principle, (critique, revision) in zip(items, drawn, written):
+            found = outcome(writer, critique, revision, item["revision"], cfg.direct)
+            counts[found] += 1
+            row = {"round": number, "principle": principle.id, "critique": critique[1]}
+            item["rounds"].append(row | {"revision": revision[1], "outcome": found})
+            if found == "revised":
+                item["revision"] = revision[1]
     return counts
 
 
-def respond(model, planner, items, cfg, generator) -> tuple[list[dict], Counter]:
-    """Gives each item its `original`, sampled at temperature 1; items without an answer are left out, and counted."""
-    tokenizer = planner.tokenizer
-    stop = {tokenizer.eot, tokenizer.newline}
-    answers = write(model, planner, "answer", [item["conversation"] for item in items], stop, cfg, generator,
-                    "answers", temperature=1.0)
-    kept, dropped = [], Counter()
-    for item, ids in zip(items, answers):
-        item["original"] = constitution.clean(tokenizer.decode(ids))
-        why = "no room" if not ids else "" if item["original"] else "empty"
-        dropped[why] += bool(why)
-        kept += [] if why else [item]
-    return kept, +dropped
+# What is kept of a prompt's row, and what stands where it has none
+KEPT = {"setting": None, "kind": None, "category": "", "attack": "", "action": ""}
 
 
 def main(cfg: Config) -> dict:
-    started = time.time()
-    check_choice("wording", cfg.wording, constitution.WORDINGS)
-    threads, device = set_threads(cfg.threads), distributed.start(pick_device(cfg.device))
-    if data.done(cfg.out, cfg, cfg.again):
-        print(f"critique: {cfg.out} is there already, skipped")
-        return {}
-    cfg.check_out()
-    seed = cfg.seed + 1000 * distributed.rank()  # ranks draw apart, the first of them as one process would
+    stage = begin("critique", cfg)
+    if stage is None:
+        return {"skipped": True}
+    # processes draw apart, the first of them as one process would
+    seed = cfg.seed + 1000 * distributed.rank()
     rng, generator = random.Random(cfg.seed), torch.Generator().manual_seed(seed)
     every = constitution.load_constitution(cfg.constitution)
-    principles = constitution.select(every, cfg.only, cfg.without)
+    principles = constitution.select(every, cfg.without)
     rows = formats.loop_prompts(cfg.prompts)
-    folder = resolve(cfg.model)
-    config = read_config(folder)
-    memory.announce("sample", config, device, "--batch-size or --max-new", batch=cfg.batch_size,
-                    length=config.block_size, dtype_bytes=number_bytes(cfg.dtype), cache_bytes=number_bytes(cfg.dtype))
-    tokenizer, model = common_tokenizer(folder), load(folder, device)
+    (folder,), tokenizer, (config,) = stage.open(cfg.model)
+    sizes = dict(batch=cfg.batch_size, length=config.block_size)
+    stage.plan_memory("sample", config, "--batch-size or --max-new", **sizes)
     formats.warn_unread(rows, tokenizer, cfg.model)
-    planner = Planner(tokenizer, model.config.block_size, load_shots(cfg.fewshot, every, cfg.wording))
+    planner = Planner(tokenizer, config.block_size, load_shots(cfg.fewshot, every))
+    writer = Writer(stage.load(folder), planner, cfg, generator)
     chosen = data.choose(rows, "harmful", cfg.harmful, rng) * cfg.responses
     chosen += data.choose(rows, "benign", cfg.helpful, rng)
-    items = [{"id": r["id"], "prompt": r["prompt"], "setting": r.get("setting"), "kind": r["kind"],
-              "category": r.get("category", ""), "attack": r.get("attack", ""), "action": r.get("action", ""),
-              "conversation": constitution.dialogue(r["prompt"], r.get("setting"))} for r in chosen]
+    items = []
+    for row in chosen:
+        item = {"id": row["id"], "prompt": row["prompt"]}
+        item |= {key: row.get(key, default) for key, default in KEPT.items()}
+        item["conversation"] = constitution.dialogue(row["prompt"], row.get("setting"))
+        items.append(item)
     if distributed.rank():
         rng.seed(seed)
-    with precision(device, cfg.dtype):
-        items, dropped = respond(model, planner, distributed.share(items), cfg, generator)
-        outcomes = critique_rounds(model, planner, items, principles, cfg, rng, generator, cfg.direct)
+    with stage.precision():
+        items, dropped = respond(writer, distributed.share(items))
+        outcomes = critique_rounds(writer, items, principles, rng)
     for item in items:
         del item["conversation"]
         item["changed"] = item["revision"] != item["original"]
     items, outcomes, dropped = (distributed.merge(x) for x in (items, outcomes, dropped))
     planner.counts = distributed.merge(planner.counts)
+    if not items:
+        raise UserError(
+            f"{folder}: gave no answer to any of {len(chosen)} prompts ({dict(dropped)}; it reads at "
+            f"most {config.block_size} tokens)"
+        )
+    counts = dict(outcomes=dict(outcomes), dropped=dict(dropped), planner=dict(planner.counts))
+    stage.save_rows(items, lambda: counts)
     harmful = [item for item in items if item["kind"] == "harmful"]
     changed = sum(item["changed"] for item in harmful)
-    if not items:
-        raise UserError(f"{folder}: gave no answer to any of {len(chosen)} prompts ({dict(dropped)}; it reads at "
-                        f"most {config.block_size} tokens)")
-    if distributed.is_main():
-        data.write_jsonl(cfg.out, items)
-        data.write_json(data.sidecar(cfg.out), data.stamp(cfg, outcomes=dict(outcomes), dropped=dict(dropped),
-                                                          planner=dict(planner.counts)))
-        told = "".join(f"; {clause}" for clause in (f"answers dropped: {dict(dropped)}" if dropped else "",
-                                                    planner.summary()) if clause)
-        print(f"critique: {len(items)} answers, {cfg.rounds} rounds; {changed} of {len(harmful)} answers to "
-              f"adversarial prompts revised; outcomes {dict(outcomes)}{told}; {time.time() - started:.0f} s on "
-              f"{threads} threads -> {cfg.out}")
-    distributed.barrier()  # the next stage reads what the first rank wrote
+    told = f"; answers dropped: {dict(dropped)}" if dropped else ""
+    told += f"; {planner.summary()}" if planner.summary() else ""
+    stage.say(
+        f"{len(items)} answers, {cfg.rounds} rounds; {changed} of {len(harmful)} answers to adversarial "
+        f"prompts revised; outcomes {dict(outcomes)}{told}; {stage.seconds():.0f} s on {stage.threads} "
+        f"threads -> {cfg.out}"
+    )
+    distributed.barrier()  # the next stage reads what the first process wrote
     return {"items": len(items), "harmful": len(harmful), "changed": changed, **outcomes}
 
 

@@ -1,69 +1,67 @@
-"""Phase 2, first half: the model's own preferences. Sample, pair, judge by a principle, keep the soft label.
+"""Phase 2, first half: the model's own preferences. Sample, pair, judge by a principle, keep the
+soft label.
 
     python -m mincai.feedback --model runs/tiny/sft --out runs/tiny/comparisons.jsonl
 
-The SFT model answers each prompt 16 times at temperature 1, and the judge's own model once: it says what the tuned one
-hardly says any more, and pairs with it are decided more often. Pairs of different answers go to the judge, the
-pretrained model, with one principle drawn for each pair: it describes both, then chooses, and its log-probs of "A" and
-"B" are the label (Bai et al. 2022, section 4.1). Both orders are judged and averaged, because small judges prefer a
-slot (Lee et al. 2023, 2309.00267). With --ensemble n, n principles are drawn for each pair and their labels
-averaged, which the paper found steadier. A judge is any function (conversations, a, b, principles) -> Verdicts.
+The SFT model answers each prompt 16 times at temperature 1, and the judge's own model once: it says
+what the tuned one hardly says any more, and pairs with it are decided more often. Pairs of
+different answers go to the judge, the pretrained model, with one principle drawn for each pair: it
+describes both, then chooses, and its log-probs of "A" and "B" are the label (Bai et al. 2022,
+section 4.1). Both orders are judged and averaged, because small judges prefer a slot (Lee et al.
+2023, 2309.00267). With --ensemble n, n principles are drawn for each pair and their labels
+averaged, which the paper found steadier. A judge is any function (conversations, a, b, principles)
+-> Verdicts.
 """
 
 import itertools
 import random
-import time
 from collections import Counter
 from dataclasses import dataclass
 
 import torch
 
 from mincai import UserError, constitution
-from mincai.plumbing import data, distributed, formats, memory, output
-from mincai.plumbing.checkpoint import load, read_config
-from mincai.plumbing.cli import arg, check_choice, number_bytes, pick_device, precision, run, set_threads
+from mincai.plumbing import data, distributed, formats, output
+from mincai.plumbing.cli import arg, run
 from mincai.plumbing.logprobs import next_logp
 from mincai.plumbing.planner import Planner, load_shots
-from mincai.sample import generate_batched
-from mincai.plumbing.weights import common_tokenizer, resolve
+from mincai.plumbing.stage import Settings, begin
+from mincai.sample import generate_batched, generate_then
 
-
-PROMPTS = 512  # worked on together by each process: the memory that is needed is theirs, however many there are
-# What answers are judged by: those to an ordinary request, and beside their own category those to a harmful one
+PROMPTS = 512  # worked on together by each process: the memory that is needed is theirs
+# What answers are judged by: those to an ordinary request, and beside their own category those to a
+# harmful one
 ORDINARY, HARMFUL = ("help", "truth"), ("harm", "reasons")
+AIM = 0.8  # share of draws from principles on these
+CLAMP = 0.4  # labels within 40 and 60%, as in the paper, section 4.3
 
 
 @dataclass(frozen=True)
-class Config:
-    LOOSE = ("out", "device", "threads", "again", "batch_size")
+class Config(Settings):
+    LOOSE = (*Settings.LOOSE, "batch_size")
     model: str = arg("runs/tiny/sft", "the model whose answers are compared")
-    judge: str = arg("data/tiny", "the model that judges, a folder or gpt2 and its sizes; pretrained, as in the paper")
-    prompts: str = arg("data/tiny/prompts.jsonl", "prompts: JSONL (rows of split 'loop'), text, or HH-RLHF's format")
+    judge: str = arg(
+        "data/tiny", "the model that judges: pretrained, a folder, or gpt2 and its sizes"
+    )
+    prompts: str = arg(
+        "data/tiny/prompts.jsonl", "JSONL (rows of split 'loop'), text, or HH-RLHF's"
+    )
     constitution: str = arg(str(constitution.PATH), "the principles")
-    only: str = arg("", "use these principle ids or targets only, commas between")
-    without: str = arg("", "leave out these principle ids or targets")
-    aim: float = arg(0.8, "share of draws from principles on the prompt's own category (on help and truth, if none)")
-    harmful: int = arg(320, "adversarial prompts, the attack families in turn; 0 for all")
-    helpful: int = arg(320, "ordinary prompts; 0 for all")
-    samples: int = arg(16, "answers of the model to each prompt")
-    base_samples: int = arg(1, "answers of the judge's own model beside them: what the tuned one hardly says; 0: none")
-    temperature: float = arg(1.0, "of the samples")
-    top_k: int = arg(0, "each of their tokens is one of the k likeliest; 0 for all")
-    pairs: int = arg(6, "pairs of different answers kept of each prompt at most; 0 for all")
-    ensemble: int = arg(1, "principles drawn for each pair, their labels averaged; 16 in the paper")
+    without: str = arg("", "leave out these principle ids or targets, commas between")
+    fewshot: str = arg("", "file of worked examples to show; principles then stand in full words")
+    harmful: int = arg(320, "adversarial prompts, the families in turn; 0 for all", least=0)
+    helpful: int = arg(320, "ordinary prompts; 0 for all", least=0)
+    samples: int = arg(16, "answers of the model to each prompt, at temperature 1", least=1)
+    base_samples: int = arg(1, "answers of the judge's own model beside them; 0: none", least=0)
+    pairs: int = arg(
+        6, "pairs of different answers kept of each prompt at most; 0 for all", least=0
+    )
+    ensemble: int = arg(1, "principles a pair, their labels averaged; 16 in the paper", least=1)
     reasons: bool = arg(True, "the judge describes both answers before it chooses")
-    labels: str = arg("soft", "soft: the judge's probability; hard: 0 or 1; clamped: kept within [clamp, 1 - clamp]")
-    clamp: float = arg(0.4, "with clamped labels; 0.4 is the paper's 40-60%")
-    fewshot: str = arg("", "file of worked examples to put in front of what the judge reads; none is zero-shot")
-    wording: str = arg("tiny", "principles in their tiny or their full words")
-    dtype: str = arg("float32", "float32, or bfloat16 for matrix products")
-    max_new: int = arg(104, "tokens of an answer or of the judge's reasons at most")
+    labels: str = arg("soft", "the judge's probability", choices=("soft", "hard", "clamped"))
+    max_new: int = arg(104, "tokens of an answer or of the judge's reasons at most", least=1)
+    batch_size: int = arg(64, "rows sampled together", least=1)
     out: str = arg("runs/tiny/comparisons.jsonl", "JSONL to write")
-    seed: int = arg(0, "seed of the draws and samples")
-    batch_size: int = arg(64, "rows sampled together")
-    device: str = arg("auto", "auto, cpu or cuda")
-    threads: int = arg(0, "CPU threads, 0 chooses")
-    again: bool = arg(False, "replace an output that exists")
 
     def check_out(self):
         """UserError unless the output may be written."""
@@ -72,30 +70,35 @@ class Config:
 
 @dataclass(frozen=True)
 class Verdicts:
-    """One entry a pair. p_a = (p_ab + 1 - p_ba) / 2 where p_ab is P(first slot) with a first, p_ba with b first.
-    A pair that left the judge no room has p_a None."""
+    """One entry a pair. p_a = (p_ab + 1 - p_ba) / 2 where p_ab is P(first slot) with a first, p_ba
+    with b first. A pair that left the judge no room has p_a None."""
+
     p_a: list[float | None]
     p_ab: list[float | None]
     p_ba: list[float | None]
     reasons: list[str]  # written with a first; empty strings without reasons
-    same_slot: float    # share of pairs in which the same slot won in both orders: position bias
+    same_slot: float  # share of pairs in which the same slot won in both orders: position bias
 
 
-def judge_once(model, planner, conversations, a, b, principles, *, reasons=True, max_new=80, batch_size=128,
-               desc=None) -> tuple[list[float | None], list[str]]:
-    """P(the first slot) with a in the first slot, normalised over the two letters, and the reasons written."""
+def judge_once(
+    model, planner, heads, *, reasons=True, max_new=80, batch_size=128, desc=None
+) -> tuple[list[float | None], list[str]]:
+    """P(the first slot), normalised over the two letters, and the reasons written.
+
+    heads: pairs with their principles, as constitution.compare gives them.
+    """
     tokenizer = planner.tokenizer
-    heads = [constitution.compare(*row) for row in zip(conversations, a, b, principles)]
-    asks, room = (constitution.reasons, max_new + 8) if reasons else (constitution.choice, 1)  # + 8: CHOICE follows
-    prompts = [planner.prompt("compare", asks(head), room) for head in heads]
-    prompts = [prompt and data.compact(prompt) for prompt in prompts]
-    fits = [i for i, prompt in enumerate(prompts) if prompt is not None]
-    prompts, written = [prompts[i] for i in fits], [""] * len(heads)
-    letters = [tokenizer.encode(letter)[0] for letter in "AB"]
     if reasons:  # the letter is read off the cache that the reasons were written with
-        texts, logp = generate_batched(model, prompts, max_new, {tokenizer.eot, tokenizer.newline}, batch_size,
-                                       temperature=0.0, desc=desc, then=tokenizer.encode(constitution.CHOICE),
-                                       of=letters)
+        room = max_new + 8  # CHOICE follows
+        prompts = [planner.prompt("compare", constitution.reasons(head), room) for head in heads]
+    else:
+        prompts = [planner.prompt("compare", constitution.choice(head), 1) for head in heads]
+    fits = [i for i, prompt in enumerate(prompts) if prompt is not None]
+    prompts, written = [data.compact(prompts[i]) for i in fits], [""] * len(heads)
+    letters = [tokenizer.encode(letter)[0] for letter in "AB"]
+    if reasons:
+        stop, then = {tokenizer.eot, tokenizer.newline}, tokenizer.encode(constitution.CHOICE)
+        texts, logp = generate_then(model, prompts, max_new, stop, batch_size, then, letters, desc)
         for i, ids in zip(fits, texts):
             written[i] = constitution.clean(tokenizer.decode(ids))
     else:
@@ -107,36 +110,37 @@ def judge_once(model, planner, conversations, a, b, principles, *, reasons=True,
 def judge(model, planner, conversations, a, b, principles, **settings) -> Verdicts:
     """Both orders, averaged: swapping a and b turns p_a into 1 - p_a exactly.
 
-    planner: makes the prompts, with or without examples; conversations: as constitution.dialogue gives them; a, b:
-    answers as text; principles: what they ask, as text.
+    planner: makes the prompts, with or without examples; conversations: as constitution.dialogue
+    gives them; a, b: answers as text; principles: what they ask, as text. settings: those of
+    judge_once.
     """
-    p_ab, reasons = judge_once(model, planner, conversations, a, b, principles, **settings)
-    p_ba, _ = judge_once(model, planner, conversations, b, a, principles, **settings)
+    a_first = list(map(constitution.compare, conversations, a, b, principles))
+    b_first = list(map(constitution.compare, conversations, b, a, principles))
+    p_ab, reasons = judge_once(model, planner, a_first, **settings)
+    p_ba, _ = judge_once(model, planner, b_first, **settings)
     p_a = [None if None in (x, y) else (x + (1 - y)) / 2 for x, y in zip(p_ab, p_ba)]
     both = [(x, y) for x, y in zip(p_ab, p_ba) if None not in (x, y)]
     same = sum((x > 0.5) == (y > 0.5) for x, y in both) / max(1, len(both))
     return Verdicts(p_a, p_ab, p_ba, reasons, same)
 
 
-def label(p: float, labels: str, clamp: float) -> float:
-    """The judge's probability as the label that is kept: soft as it is, hard 0 or 1 (an even one stays even), or
-    clamped to [clamp, 1 - clamp]."""
+def label(p: float, labels: str) -> float:
+    """The judge's probability as the label that is kept: soft as it is, hard 0 or 1 (an even one
+    stays even), or clamped to [CLAMP, 1 - CLAMP]."""
     if labels == "hard":
         return p if p == 0.5 else float(p > 0.5)
-    return min(max(p, clamp), 1 - clamp) if labels == "clamped" else p
-
-
-LEFT_OUT = ("answers cut off or empty", "prompts too long")
+    return min(max(p, CLAMP), 1 - CLAMP) if labels == "clamped" else p
 
 
 def left_out(planner) -> str:
     """One clause on what was left out; empty where there is nothing to say."""
-    return ", ".join(f"{planner.counts[why]} {why}" for why in LEFT_OUT if planner.counts[why])
+    reasons = ("answers cut off or empty", "prompts too long")
+    return ", ".join(f"{planner.counts[why]} {why}" for why in reasons if planner.counts[why])
 
 
 def make_pairs(answers: list[tuple[int, ...]], number: int, rng: random.Random) -> list[tuple]:
-    """answers: the token ids of one prompt's answers. Up to `number` pairs of different answers, in random order and
-    with sides drawn by lot; an answer that was sampled often is drawn often."""
+    """answers: the token ids of one prompt's answers. Up to `number` pairs of different answers, in
+    random order and with sides drawn by lot; an answer that was sampled often is drawn often."""
     pairs = [(x, y) for x, y in itertools.combinations(answers, 2) if x != y]
     rng.shuffle(pairs)
     seen, kept = set(), []
@@ -144,78 +148,114 @@ def make_pairs(answers: list[tuple[int, ...]], number: int, rng: random.Random) 
         if frozenset((x, y)) not in seen:
             seen.add(frozenset((x, y)))
             kept.append((x, y) if rng.random() < 0.5 else (y, x))
-    return kept[:number or len(kept)]
+    return kept[: number or len(kept)]
 
 
-def candidates(cfg, rows, model, judging, planner, generator) -> list[list[tuple[int, ...]]]:
-    """The token ids of every whole answer to each row: the model's samples, and the judge's own model's. An answer that
-    never ends is none."""
-    tokenizer, answers = planner.tokenizer, [[] for _ in rows]
-    conversations = [constitution.dialogue(r["prompt"], r.get("setting")) for r in rows]
-    for sampler, n, shown in ((model, cfg.samples, False), (judging, cfg.base_samples, bool(planner.shots))):
-        prompts = [planner.prompt("answer", text, cfg.max_new) if shown else tokenizer.encode(text)
-                   for text in conversations]
-        room = sampler.config.block_size - cfg.max_new
-        fits = [i for i, prompt in enumerate(prompts) if prompt is not None and len(prompt) <= room]
-        planner.counts["prompts too long"] += len(prompts) - len(fits) if sampler is model else 0
-        stop = {tokenizer.eot, tokenizer.newline} if shown else {tokenizer.eot}
-        found = generate_batched(sampler, [prompts[i] for i in fits], cfg.max_new, stop, cfg.batch_size,
-                                 cfg.temperature, cfg.top_k, generator=generator, n=n,
-                                 desc="answers") if n and fits else []
-        for number, ids in enumerate(found):
-            if ids[-1] in stop and len(ids) > 1:
-                answers[fits[number // n]].append((*ids[:-1], tokenizer.eot))
-            else:
-                planner.counts["answers cut off or empty"] += 1
+@dataclass(frozen=True)
+class Models:
+    """Who answers and who judges, with what they need for it."""
+
+    model: torch.nn.Module
+    judge: torch.nn.Module
+    planner: Planner
+    generator: torch.Generator
+
+
+def answers_of(sampler, n, conversations, models, cfg, shown) -> list[list[tuple[int, ...]]]:
+    """The token ids of every whole answer out of n samples to each conversation. An answer that
+    never ends is none.
+
+    shown: worked examples go in front, and a line's end ends an answer, since they show it.
+    """
+    planner, tokenizer = models.planner, models.planner.tokenizer
+    if shown:
+        prompts = [planner.prompt("answer", text, cfg.max_new) for text in conversations]
+    else:
+        prompts = [tokenizer.encode(text) for text in conversations]
+    room = sampler.config.block_size - cfg.max_new
+    fits = [i for i, prompt in enumerate(prompts) if prompt is not None and len(prompt) <= room]
+    if sampler is models.model:
+        planner.counts["prompts too long"] += len(prompts) - len(fits)
+    answers = [[] for _ in conversations]
+    if not n or not fits:
+        return answers
+    stop = {tokenizer.eot, tokenizer.newline} if shown else {tokenizer.eot}
+    how = dict(generator=models.generator, n=n, desc="answers")
+    prompts = [prompts[i] for i in fits]
+    found = generate_batched(sampler, prompts, cfg.max_new, stop, cfg.batch_size, **how)
+    for number, ids in enumerate(found):
+        if ids[-1] in stop and len(ids) > 1:
+            answers[fits[number // n]].append((*ids[:-1], tokenizer.eot))
+        else:
+            planner.counts["answers cut off or empty"] += 1
     return answers
 
 
-def compare_rows(cfg, rows, principles, model, judging, planner, rng, generator) -> tuple[list[dict], float]:
-    """The rows of the output for these prompts, and the share of pairs won by the same slot in both orders."""
-    tokenizer = planner.tokenizer
-    answers = candidates(cfg, rows, model, judging, planner, generator)
-    pairs = [(i, *pair) for i, some in enumerate(answers) for pair in make_pairs(some, cfg.pairs, rng)]
-    targets = [(row["category"], *HARMFUL) if row.get("category") else ORDINARY for row in rows]
+def draw_principles(principles, targets, ensemble, rng) -> list:
+    """`ensemble` principles for a pair. One votes once on a pair; rarely there are too few of
+    them."""
     drawn = []
-    for number in range(cfg.ensemble):
-        drawn.append([constitution.draw(principles, targets[i], cfg.aim, rng) for i, _, _ in pairs])
-        for k, (i, _, _) in enumerate(pairs):  # a principle votes once on a pair; rarely there are too few of them
-            for _ in range(20 if number else 0):
-                if all(drawn[number][k].id != some[k].id for some in drawn[:number]):
-                    break
-                drawn[number][k] = constitution.draw(principles, targets[i], cfg.aim / 2, rng)
-    conversations = [constitution.dialogue(rows[i]["prompt"], rows[i].get("setting")) for i, _, _ in pairs]
-    texts = [[constitution.clean(tokenizer.decode(side)) for side in pair[1:]] for pair in pairs]
-    votes = [judge(judging, planner, conversations, [t[0] for t in texts], [t[1] for t in texts],
-                   [p.asks("compare", cfg.wording) for p in some], reasons=cfg.reasons, max_new=cfg.max_new,
-                   batch_size=cfg.batch_size, desc="judging") for some in drawn] if pairs else []
-    out = []
-    for k, ((i, a, b), (text_a, text_b)) in enumerate(zip(pairs, texts)):
-        voted = [(some[k].id, vote) for some, vote in zip(drawn, votes) if vote.p_a[k] is not None]
+    for _ in range(ensemble):
+        another = constitution.draw(principles, targets, AIM, rng)
+        for _ in range(20):
+            if all(another.id != principle.id for principle in drawn):
+                break
+            another = constitution.draw(principles, targets, AIM / 2, rng)
+        drawn.append(another)
+    return drawn
+
+
+def compare_rows(cfg, rows, principles, models, rng) -> tuple[list[dict], float]:
+    """The rows of the output for these prompts, and the share of pairs won by the same slot in both
+    orders."""
+    planner = models.planner
+    asked = [constitution.dialogue(row["prompt"], row.get("setting")) for row in rows]
+    mine = answers_of(models.model, cfg.samples, asked, models, cfg, False)
+    others = answers_of(models.judge, cfg.base_samples, asked, models, cfg, planner.full)
+    pairs, drawn = [], []  # (row, a, b), and the principles that it is judged by
+    for row, some, more in zip(rows, mine, others):
+        pairs += [(row, *pair) for pair in make_pairs(some + more, cfg.pairs, rng)]
+    for row, _, _ in pairs:
+        targets = (row["category"], *HARMFUL) if row.get("category") else ORDINARY
+        drawn.append(draw_principles(principles, targets, cfg.ensemble, rng))
+    conversations = [constitution.dialogue(r["prompt"], r.get("setting")) for r, _, _ in pairs]
+    texts = [
+        [constitution.clean(planner.tokenizer.decode(side)) for side in two] for _, *two in pairs
+    ]
+    sides, votes, out = list(zip(*texts)), [], []
+    how = dict(reasons=cfg.reasons, max_new=cfg.max_new, batch_size=cfg.batch_size, desc="judging")
+    for number in range(cfg.ensemble if pairs else 0):
+        asks = [some[number].asks("compare", planner.full) for some in drawn]
+        votes.append(judge(models.judge, planner, conversations, *sides, asks, **how))
+    for k, ((row, a, b), (text_a, text_b)) in enumerate(zip(pairs, texts)):
+        voted = {p.id: v for p, v in zip(drawn[k], votes) if v.p_a[k] is not None}
         if not voted:
-            continue  # two rambling answers may be too long for the judge; the planner has counted them
-        row, p, (principle, first) = rows[i], [vote.p_a[k] for _, vote in voted], voted[0]
-        out.append({"prompt_id": row["id"], "prompt": row["prompt"], "setting": row.get("setting"),
-                    "kind": row["kind"], "category": row.get("category", ""), "attack": row.get("attack", ""),
-                    "action": row.get("action", ""), "a": text_a, "b": text_b, "a_ids": list(a),
-                    "b_ids": list(b), "principle": principle,
-                    "p_a": label(sum(p) / len(p), cfg.labels, cfg.clamp), "p_ab": first.p_ab[k],
-                    "p_ba": first.p_ba[k], "reasons": first.reasons[k]})
+            continue  # two rambling answers can be too long for the judge; the planner counted them
+        p = [vote.p_a[k] for vote in voted.values()]
+        principle, first = next(iter(voted.items()))
+        found = {"prompt_id": row["id"], "prompt": row["prompt"], "setting": row.get("setting")}
+        found |= {"kind": row["kind"], "category": row.get("category", "")}
+        found |= {"attack": row.get("attack", ""), "action": row.get("action", "")}
+        found |= {"a": text_a, "b": text_b, "a_ids": list(a), "b_ids": list(b)}
+        found |= {"principle": principle, "p_a": label(sum(p) / len(p), cfg.labels)}
+        found["p_ab"] = first.p_ab[k]
+        found |= {"p_ba": first.p_ba[k], "reasons": first.reasons[k]}
         if cfg.ensemble > 1:
-            out[-1]["votes"] = {name: vote.p_a[k] for name, vote in voted}
+            found["votes"] = {name: vote.p_a[k] for name, vote in voted.items()}
+        out.append(found)
     return out, sum(vote.same_slot for vote in votes) / max(1, len(votes))
 
 
-def comparisons(cfg, rows, principles, model, judging, planner, rng, generator, totals):
+def comparisons(cfg, rows, principles, models, rng, totals):
     """The rows of the output one by one, of PROMPTS prompts after another; totals gets their sums.
 
-    All processes have to go through it together: each does its share of the prompts, all get all rows. UserError at
-    its end if there was no row, so that none of them writes an empty file.
+    All processes have to go through it together: each does its share of the prompts, all get all
+    rows. UserError at its end if there was no row, so that none of them writes an empty file.
     """
-    size = PROMPTS * distributed.world()
+    planner, size = models.planner, PROMPTS * distributed.world()
     for first in range(0, len(rows), size):
-        mine = distributed.share(rows[first:first + size])
-        some, same_slot = compare_rows(cfg, mine, principles, model, judging, planner, rng, generator)
+        mine = distributed.share(rows[first : first + size])
+        some, same_slot = compare_rows(cfg, mine, principles, models, rng)
         totals["same_slot"] += distributed.total(same_slot * len(some))
         for row in distributed.merge(some):
             yield {"id": f"pair-{totals['pairs']:05d}", **row}
@@ -223,59 +263,49 @@ def comparisons(cfg, rows, principles, model, judging, planner, rng, generator, 
             totals["contrast"] += abs(row["p_a"] - 0.5)
     planner.counts = distributed.merge(planner.counts)
     if not totals["pairs"]:
-        raise UserError(f"{cfg.model}: no prompt got two different answers that end and that the judge has room for, "
-                        f"so there is nothing to compare (models read at most {judging.config.block_size} tokens; "
-                        f"left out: {left_out(planner) or 'none'}); raise --samples, or change --max-new")
+        raise UserError(
+            f"{cfg.model}: no prompt got two different answers that end and that the judge has room for, so there "
+            f"is nothing to compare (models read at most {models.judge.config.block_size} tokens; left out: "
+            f"{left_out(planner) or 'none'}); raise --samples, or change --max-new"
+        )
 
 
 def main(cfg: Config) -> dict:
-    started = time.time()
-    check_choice("labels", cfg.labels, ("soft", "hard", "clamped"))
-    check_choice("wording", cfg.wording, constitution.WORDINGS)
-    if not 0 <= cfg.clamp < 0.5 or cfg.ensemble < 1:
-        raise UserError(f"--clamp {cfg.clamp}, --ensemble {cfg.ensemble}: give a clamp from 0 up to 0.5, and at least "
-                        f"one principle")
-    threads, device = set_threads(cfg.threads), distributed.start(pick_device(cfg.device))
-    if data.done(cfg.out, cfg, cfg.again):
-        print(f"feedback: {cfg.out} is there already, skipped")
-        return {}
-    cfg.check_out()
+    stage = begin("feedback", cfg)
+    if stage is None:
+        return {"skipped": True}
     seed = cfg.seed + 1000 * distributed.rank()
     rng, generator = random.Random(cfg.seed), torch.Generator().manual_seed(seed + 1)
     every = constitution.load_constitution(cfg.constitution)
-    principles = constitution.select(every, cfg.only, cfg.without)
+    principles = constitution.select(every, cfg.without)
     rows = formats.loop_prompts(cfg.prompts)
-    rows = data.choose(rows, "harmful", cfg.harmful, rng) + data.choose(rows, "benign", cfg.helpful, rng)
-    judge_folder = resolve(cfg.judge)
-    config = read_config(judge_folder)
-    memory.announce("sample", config, device, "--batch-size or --max-new", batch=cfg.batch_size,
-                    length=config.block_size, dtype_bytes=number_bytes(cfg.dtype), cache_bytes=number_bytes(cfg.dtype),
-                    models=2, reads_on=cfg.reasons)
-    model_folder = resolve(cfg.model)
-    tokenizer = common_tokenizer(judge_folder, model_folder)
+    harmful = data.choose(rows, "harmful", cfg.harmful, rng)
+    rows = harmful + data.choose(rows, "benign", cfg.helpful, rng)
+    folders, tokenizer, (config, _) = stage.open(cfg.judge, cfg.model)
+    sizes = dict(batch=cfg.batch_size, length=config.block_size, models=2, reads_on=cfg.reasons)
+    stage.plan_memory("sample", config, "--batch-size or --max-new", **sizes)
     formats.warn_unread(rows, tokenizer, cfg.model)
-    model, judging = load(model_folder, device), load(judge_folder, device)
-    planner = Planner(tokenizer, judging.config.block_size, load_shots(cfg.fewshot, every, cfg.wording, cfg.reasons))
+    judging, model = map(stage.load, folders)
+    planner = Planner(tokenizer, config.block_size, load_shots(cfg.fewshot, every, cfg.reasons))
+    models = Models(model, judging, planner, generator)
     if distributed.rank():
         rng.seed(seed)
     totals = Counter()
-    with precision(device, cfg.dtype):
-        found = comparisons(cfg, rows, principles, model, judging, planner, rng, generator, totals)
-        if distributed.is_main():
-            data.write_jsonl(cfg.out, found)
-        else:
-            for _ in found:
-                pass
-    same_slot, contrast = (totals[name] / totals["pairs"] for name in ("same_slot", "contrast"))
-    if distributed.is_main():
-        data.write_json(data.sidecar(cfg.out), data.stamp(cfg, same_slot=same_slot, contrast=contrast,
-                                                          planner=dict(planner.counts)))
-        told = "".join(f"; {some}" for some in (planner.summary(), left_out(planner)) if some)
-        print(f"feedback: {totals['pairs']} comparisons of {len(rows)} prompts, mean |p - 1/2| {contrast:.2f}, "
-              f"same slot in both orders {same_slot:.1%}{told}; {time.time() - started:.0f} s on {threads} threads -> "
-              f"{cfg.out}")
+
+    def means():
+        return {name: totals[name] / totals["pairs"] for name in ("same_slot", "contrast")}
+
+    with stage.precision():
+        found = comparisons(cfg, rows, principles, models, rng, totals)
+        stage.save_rows(found, lambda: means() | {"planner": dict(planner.counts)})
+    told = "".join(f"; {some}" for some in (planner.summary(), left_out(planner)) if some)
+    stage.say(
+        f"{totals['pairs']} comparisons of {len(rows)} prompts, mean |p - 1/2| {means()['contrast']:.2f}, same slot "
+        f"in both orders {means()['same_slot']:.1%}{told}; {stage.seconds():.0f} s on {stage.threads} threads -> "
+        f"{cfg.out}"
+    )
     distributed.barrier()
-    return {"pairs": totals["pairs"], "contrast": contrast, "same_slot": same_slot}
+    return {"pairs": totals["pairs"], **means()}
 
 
 if __name__ == "__main__":

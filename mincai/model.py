@@ -1,13 +1,13 @@
 """GPT-2's transformer, its KV cache, and a scalar head. Knows no loss and no text.
 
-Radford et al. 2019: pre-LayerNorm blocks, learned positions, tanh GELU, logits from the transposed token
-embedding (or, untied, from a matrix of their own). Parameter names are GPT-2's (wte, wpe, h, ln_f, c_attn,
-c_proj, ...), so that reading published weights is one loop (checkpoint.py). What is left out on purpose: dropout.
-PPO compares log-probs of the same tokens under the same weights and needs the ratio to be exactly 1 on its first
-minibatch.
+Radford et al. 2019: pre-LayerNorm blocks, learned positions, tanh GELU, logits from the transposed
+token embedding (or, untied, from a matrix of their own). Parameter names are GPT-2's (wte, wpe, h,
+ln_f, c_attn, c_proj, ...), so that reading published weights is one loop (checkpoint.py). What is
+left out on purpose: dropout. PPO compares log-probs of the same tokens under the same weights and
+needs the ratio to be exactly 1 on its first minibatch.
 
-Shapes: B batch, T time (queries), S keys that a query may see, C channels, V vocabulary, nh heads, hs head
-size.
+Shapes: B batch, T time (queries), S keys that a query may see, C channels, V vocabulary, nh heads,
+hs head size.
 """
 
 from dataclasses import dataclass
@@ -33,11 +33,14 @@ class GPTConfig:
 class KVCache:
     """Keys and values of every layer, preallocated; the caller owns it and passes it in.
 
-    k, v: (n_layer, B, nh, length, hs). `seen` counts the columns already filled. Columns are filled left to
-    right for all rows together; which of them a row may look at is said by the mask given to `GPT.forward`.
+    k, v: (n_layer, B, nh, length, hs). `seen` counts the columns already filled. Columns are filled
+    left to right for all rows together; which of them a row may look at is said by the mask given
+    to `GPT.forward`.
     """
 
-    def __init__(self, config: GPTConfig, batch: int, length: int, device=None, dtype=torch.float32):
+    def __init__(
+        self, config: GPTConfig, batch: int, length: int, device=None, dtype=torch.float32
+    ):
         shape = (config.n_layer, batch, config.n_head, length, config.n_embd // config.n_head)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
@@ -57,16 +60,20 @@ class Attention(nn.Module):
 
     def forward(self, x, mask, cache, layer, columns):
         B, T, C = x.shape
-        q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
-                   for t in self.c_attn(x).split(C, dim=2))
+        q, k, v = (
+            t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+            for t in self.c_attn(x).split(C, dim=2)
+        )
         if cache is not None:
             if columns is None:  # eager: the next T columns, and only as many keys as are filled
                 end = cache.seen + T
-                cache.k[layer, :, :, cache.seen:end] = k
-                cache.v[layer, :, :, cache.seen:end] = v
+                cache.k[layer, :, :, cache.seen : end] = k
+                cache.v[layer, :, :, cache.seen : end] = v
                 k, v = cache.k[layer, :, :, :end], cache.v[layer, :, :, :end]  # (B, nh, S, hs)
             else:  # captured in a CUDA graph: nothing may depend on a Python number that changes
-                cache.k[layer].index_copy_(2, columns, k.to(cache.k.dtype))  # autocast may have changed it
+                cache.k[layer].index_copy_(
+                    2, columns, k.to(cache.k.dtype)
+                )  # autocast may have changed it
                 cache.v[layer].index_copy_(2, columns, v.to(cache.v.dtype))
                 k, v = cache.k[layer], cache.v[layer]
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
@@ -80,7 +87,8 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
-        # GPT-2 was trained with the tanh form; the exact form moves the logits (Hendrycks & Gimpel 2016)
+        # GPT-2 was trained with the tanh form; the exact form moves the logits (Hendrycks & Gimpel
+        # 2016)
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
 
 
@@ -106,10 +114,14 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.lm_head = None if config.tied else nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = (
+            None if config.tied else nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        )
         self.apply(self._init)
         for name, p in self.named_parameters():
-            if name.endswith("c_proj.weight"):  # scaled by 1/sqrt(residual layers): GPT-2, section 2.3
+            if name.endswith(
+                "c_proj.weight"
+            ):  # scaled by 1/sqrt(residual layers): GPT-2, section 2.3
                 p.data /= (2 * config.n_layer) ** 0.5
 
     def _init(self, module):
@@ -126,14 +138,16 @@ class GPT(nn.Module):
     def forward(self, ids, positions=None, mask=None, cache=None, columns=None):
         """Token ids (B, T) to hidden states (B, T, C), always; `unembed` makes logits of them.
 
-        positions (B, T): default 0..T-1, shifted by what the cache holds. mask (B, T, S) bool, True where
-        query t may look at key s; None means causal over these T tokens, which is right for right-padded
-        rows and an empty cache. columns (T,) long: where to write in the cache, for CUDA graphs only; then
-        S = cache.length.
+        positions (B, T): default 0..T-1, shifted by what the cache holds. mask (B, T, S) bool, True
+        where query t may look at key s; None means causal over these T tokens, which is right for
+        right-padded rows and an empty cache. columns (T,) long: where to write in the cache, for
+        CUDA graphs only; then S = cache.length.
         """
         B, T = ids.shape
         fresh = cache is None or cache.seen == 0 and columns is None
-        assert fresh or positions is not None and mask is not None, "a filled cache needs positions and mask"
+        assert fresh or positions is not None and mask is not None, (
+            "a filled cache needs positions and mask"
+        )
         if positions is None:
             assert T <= self.config.block_size, (T, self.config.block_size)
             positions = torch.arange(T, device=ids.device)
@@ -149,8 +163,8 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def unembed(self, hidden):
-        """Hidden states (..., C) to logits (..., V), by the token embedding, or by the second matrix
-        of an untied model.
+        """Hidden states (..., C) to logits (..., V), by the token embedding, or by the second
+        matrix of an untied model.
 
         In float32 whatever the trunk computes in: GPT-2's logits lie between -130 and -35, where
         neighbours in bfloat16 are a quarter to one apart, and a log-prob is a difference of them.
@@ -160,23 +174,26 @@ class GPT(nn.Module):
 
 
 class ScalarModel(nn.Module):
-    """A transformer with one number at every token: a linear read-out of its last hidden state there.
+    """A transformer with one number at every token: a linear read-out of its last hidden state
+    there.
 
     The preference model is read at an answer's last token (Stiennon et al. 2020, arXiv 2009.01325,
     section 3.4), PPO's critic at every token, as what is expected before the next one is known
     (Ziegler et al. 2019, arXiv 1909.08593, section 2.1). A critic that starts as a copy of a
     preference model starts with its head as well.
 
-    `gain` and `shift` are buffers, set once after training so that the scores of the SFT model's own
-    answers have mean 0 and standard deviation 1, and then frozen (Ziegler et al. 2019, section 2.1).
-    A copy keeps them: the critic's values, too, are in deviations of that score.
+    `gain` and `shift` are buffers, set once after training so that the scores of the SFT model's
+    own answers have mean 0 and standard deviation 1, and then frozen (Ziegler et al. 2019, section
+    2.1). A copy keeps them: the critic's values, too, are in deviations of that score.
     """
 
     def __init__(self, gpt: GPT):
         super().__init__()
         self.gpt = gpt
         if gpt.lm_head is not None:
-            gpt.lm_head.requires_grad_(False)  # nothing reads it; several processes would wait for its gradient
+            gpt.lm_head.requires_grad_(
+                False
+            )  # nothing reads it; several processes would wait for its gradient
         self.score = nn.Linear(gpt.config.n_embd, 1)
         # Stiennon et al. 2020, their code
         nn.init.normal_(self.score.weight, std=(gpt.config.n_embd + 1) ** -0.5)
@@ -187,16 +204,20 @@ class ScalarModel(nn.Module):
     def forward(self, ids, positions=None, mask=None):
         """Token ids (B, T) to numbers (B, T), float32; positions and mask as in GPT.forward."""
         hidden = self.gpt(ids, positions, mask)
-        with torch.autocast(hidden.device.type, enabled=False):  # rewards and values are differences too
+        with torch.autocast(
+            hidden.device.type, enabled=False
+        ):  # rewards and values are differences too
             values = self.score(hidden.to(self.score.weight.dtype)).squeeze(-1)
         return values * self.gain + self.shift
 
 
 def freeze(gpt: GPT, blocks: int) -> None:
-    """Let the lowest `blocks` blocks, and the embeddings with them, learn nothing more; 0 freezes nothing. UserError
-    for a number of blocks that the model does not have."""
+    """Let the lowest `blocks` blocks, and the embeddings with them, learn nothing more; 0 freezes
+    nothing. UserError for a number of blocks that the model does not have."""
     if not 0 <= blocks <= len(gpt.h):
-        raise UserError(f"--freeze {blocks}: the model has {len(gpt.h)} blocks; give 0 (none) to {len(gpt.h)} (all)")
+        raise UserError(
+            f"--freeze {blocks}: the model has {len(gpt.h)} blocks; give 0 (none) to {len(gpt.h)} (all)"
+        )
     for part in (gpt.wte, gpt.wpe, *gpt.h[:blocks]) if blocks else ():
         part.requires_grad_(False)
 
@@ -212,6 +233,6 @@ def attention_mask(valid):
 
 
 def positions_of(valid):
-    """(B, T) bool to positions (B, T): the first real token of a row has position 0, wherever its padding
-    ends."""
+    """(B, T) bool to positions (B, T): the first real token of a row has position 0, wherever its
+    padding ends."""
     return (valid.long().cumsum(1) - 1).clamp(min=0)

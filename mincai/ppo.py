@@ -1,27 +1,31 @@
-"""PPO for a language model: rollout, score, advantages, update - four functions around one record of tensors.
+"""PPO for a language model: rollout, score, advantages, update - four functions around one record
+of tensors.
 
-Schulman et al. 2017 (clipped surrogate), Ziegler et al. 2019 (KL to the reference inside the reward), Bai
-et al. 2022 (a preference model trained on AI labels as the score). Knows models and tensors, no text: any
-function score_fn(ids (B, T), valid (B, T), start) -> (B,) can take the preference model's place.
+Schulman et al. 2017 (clipped surrogate), Ziegler et al. 2019 (KL to the reference inside the
+reward), Bai et al. 2022 (a preference model trained on AI labels as the score). Knows models and
+tensors, no text: any function score_fn(ids (B, T), valid (B, T), start) -> (B,) can take the
+preference model's place.
 
-Shapes: B rows, P prompt columns (padded on the left), R response columns (padded on the right), T = P + R.
-The response starts in one column for all rows, so a shift by one is a slice for the whole batch:
+Shapes: B rows, P prompt columns (padded on the left), R response columns (padded on the right), T =
+P + R. The response starts in one column for all rows, so a shift by one is a slice for the whole
+batch:
 
     column          0     1    ..   P-1  |   P     P+1   ..   T-1
     ids            pad  prompt ..   ":"  |  act0   act1  ..   stop       (then padding)
     model reads   [0 ............................ T-2]                   ids[:, :-1]
     it predicts                     act0    act1   ..    stop            hidden[:, P-1:]  is (B, R, C)
 
-The value of column t is read at the same place as its log-prob: what is expected before act t is known. The
-stop token is an action: it has a log-prob, a value and, being last, the score; what comes after it has
-value 0.
+The value of column t is read at the same place as its log-prob: what is expected before act t is
+known. The stop token is an action: it has a log-prob, a value and, being last, the score; what
+comes after it has value 0.
 
-NOTE The first epoch goes through the rows in their order and in the very slices that the old log-probs were
-computed in, because sums of other slices round differently: so the first minibatch has ratio 1 exactly.
-Rows are drawn at random anyway. Later epochs shuffle.
+NOTE The first epoch goes through the rows in their order and in the very slices that the old
+log-probs were computed in, because sums of other slices round differently: so the first minibatch
+has ratio 1 exactly. Rows are drawn at random anyway. Later epochs shuffle.
 """
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -34,44 +38,48 @@ from mincai.losses import masked_mean
 from mincai.model import attention_mask, positions_of
 from mincai.sample import generate, left_pad
 
-MOST_BEYOND = 0.01  # of a minibatch's tokens; one in a hundred is no rare event, and nothing useful is learnt
+MOST_BEYOND = (
+    0.01  # of a minibatch's tokens; one in a hundred is no rare event, and nothing useful is learnt
+)
 
 
 @dataclass(frozen=True)
 class Rollout:
     """A batch of answers and what the models made of them before learning. Only the mask counts."""
-    ids: torch.Tensor       # (B, T) long, prompt and response
-    valid: torch.Tensor     # (B, T) bool, True at real tokens
-    start: int              # P: the column of the first response token
-    mask: torch.Tensor      # (B, R) bool, True up to and including the stop token
-    logp: torch.Tensor      # (B, R) of the policy that sampled
+
+    ids: torch.Tensor  # (B, T) long, prompt and response
+    valid: torch.Tensor  # (B, T) bool, True at real tokens
+    start: int  # P: the column of the first response token
+    mask: torch.Tensor  # (B, R) bool, True up to and including the stop token
+    logp: torch.Tensor  # (B, R) of the policy that sampled
     ref_logp: torch.Tensor  # (B, R) of the reference
-    values: torch.Tensor    # (B, R) of the critic
-    entropy: torch.Tensor   # (B, R) of the policy's distribution, nats
-    kl: torch.Tensor        # (B, R) KL(policy || reference) over the whole vocabulary, nats
-    sampling_gap: float     # largest |log-prob while sampling - in one forward|, the same number twice
+    values: torch.Tensor  # (B, R) of the critic
+    entropy: torch.Tensor  # (B, R) of the policy's distribution, nats
+    kl: torch.Tensor  # (B, R) KL(policy || reference) over the whole vocabulary, nats
+    sampling_gap: float  # largest |log-prob while sampling - in one forward|, the same number twice
 
 
 def response_logits(model, ids, valid, start):
     """Logits (B, R, V) that predict the response columns; no other column meets the vocabulary."""
     seen = valid[:, :-1]
     hidden = model(ids[:, :-1], positions_of(seen), attention_mask(seen))  # (B, T-1, C)
-    return distributed.bare(model).unembed(hidden[:, start - 1:])
+    return distributed.bare(model).unembed(hidden[:, start - 1 :])
 
 
 def response_values(critic, ids, valid, start):
     """The critic's values (B, R) before each response token."""
     seen = valid[:, :-1]
-    return critic(ids[:, :-1], positions_of(seen), attention_mask(seen))[:, start - 1:]
+    return critic(ids[:, :-1], positions_of(seen), attention_mask(seen))[:, start - 1 :]
 
 
 @torch.no_grad()
 def rollout(policy, ref, critic, prompts, *, max_new, stop, micro_batch, generator) -> Rollout:
     """Sample one answer per prompt (lists of ids) at temperature 1 and record what PPO needs of it.
 
-    The log-probs come from one forward over the finished rows, by the function that `update` uses, not from
-    the sampler's cache: those are equal in exact arithmetic, these to the last bit. Of several processes each
-    does every world-th row, with the random numbers that the row would have had alone; all get all rows.
+    The log-probs come from one forward over the finished rows, by the function that `update` uses,
+    not from the sampler's cache: those are equal in exact arithmetic, these to the last bit. Of
+    several processes each does every world-th row, with the random numbers that the row would have
+    had alone; all get all rows.
     """
     uniforms = torch.rand(len(prompts), max_new, generator=generator, device=generator.device)
     mine = distributed.share(list(range(len(prompts))))
@@ -79,17 +87,19 @@ def rollout(policy, ref, critic, prompts, *, max_new, stop, micro_batch, generat
     samples = generate(sampler, [prompts[i] for i in mine], max_new, stop, uniforms=uniforms[mine])
     prompt_ids, prompt_valid = left_pad(prompts, device=sampler.device)
     R = max(distributed.gather([samples.ids.shape[1]]))
-    answers, mask, sampled_logp = (F.pad(x, (0, R - x.shape[1])) for x in (samples.ids, samples.mask, samples.logp))
+    answers, mask, sampled_logp = (
+        F.pad(x, (0, R - x.shape[1])) for x in (samples.ids, samples.mask, samples.logp)
+    )
     ids = torch.cat([prompt_ids[mine], answers], 1)  # (B, T)
     valid = torch.cat([prompt_valid[mine], mask], 1)
     start, parts = prompt_ids.shape[1], []
     for i in range(0, len(ids), micro_batch):
-        mb = ids[i:i + micro_batch], valid[i:i + micro_batch], start
+        mb = ids[i : i + micro_batch], valid[i : i + micro_batch], start
         logits, ref_logits = response_logits(policy, *mb), response_logits(ref, *mb)
         actions = mb[0][:, start:]
-        parts.append((losses.gather_logp(logits, actions), losses.gather_logp(ref_logits, actions),
-                      response_values(critic, *mb), losses.entropy(logits),
-                      losses.exact_kl(logits, ref_logits)))
+        logps = losses.gather_logp(logits, actions), losses.gather_logp(ref_logits, actions)
+        more = losses.entropy(logits), losses.exact_kl(logits, ref_logits)
+        parts.append((*logps, response_values(critic, *mb), *more))
     logp, ref_logp, values, entropy, kl = (torch.cat(part) for part in zip(*parts))  # (B, R) each
     gap = torch.where(mask, sampled_logp - logp, 0.0).abs().max()
     rows = map(distributed.gather_rows, (ids, valid, mask, logp, ref_logp, values, entropy, kl))
@@ -99,98 +109,130 @@ def rollout(policy, ref, critic, prompts, *, max_new, stop, micro_batch, generat
 
 def preference_score(pm, micro_batch):
     """A score_fn of a preference model: its score at each row's last real token."""
+
     @torch.no_grad()
     def score_fn(ids, valid, start):
         last = valid.shape[1] - 1 - valid.flip(1).long().argmax(1)  # (B,) column of the last True
-        scores = [pm(mb_ids, positions_of(mb_valid), attention_mask(mb_valid))
-                  for mb_ids, mb_valid in zip(ids.split(micro_batch), valid.split(micro_batch))]
+        scores = [
+            pm(mb_ids, positions_of(mb_valid), attention_mask(mb_valid))
+            for mb_ids, mb_valid in zip(ids.split(micro_batch), valid.split(micro_batch))
+        ]
         return torch.cat(scores).gather(1, last[:, None]).squeeze(1)
+
     return score_fn
 
 
 def score(batch: Rollout, score_fn, *, stop, missing_eos_penalty):
     """Scores (B,), and ended (B,) bool: whether the answer stopped by itself within its room.
 
-    An answer that was cut off loses missing_eos_penalty: the preference model has read only answers that end
-    (Ziegler et al. replace the score by a constant; a subtraction still ranks the cut answers).
+    An answer that was cut off loses missing_eos_penalty: the preference model has read only answers
+    that end (Ziegler et al. replace the score by a constant; a subtraction still ranks the cut
+    answers).
     """
     mine = distributed.share(list(range(len(batch.ids))))
-    scores = distributed.gather_rows(score_fn(batch.ids[mine], batch.valid[mine], batch.start).float())
+    scores = score_fn(batch.ids[mine], batch.valid[mine], batch.start).float()
+    scores = distributed.gather_rows(scores)
     assert scores.shape == batch.ids.shape[:1], f"{tuple(scores.shape)} for {len(batch.ids)} rows"
     stops = torch.tensor(sorted(stop), device=batch.ids.device)
-    ended = (torch.isin(batch.ids[:, batch.start:], stops) & batch.mask).any(1)  # (B,)
+    ended = (torch.isin(batch.ids[:, batch.start :], stops) & batch.mask).any(1)  # (B,)
     return scores - missing_eos_penalty * (~ended).float(), ended
 
 
 def advantages(batch: Rollout, scores, *, beta, gamma, lam):
-    """Advantages (B, R), whitened over all real tokens of the batch, and returns (B, R), which are not."""
+    """Advantages (B, R), whitened over all real tokens of the batch, and returns (B, R), which are
+    not."""
     rewards = losses.token_rewards(scores, batch.logp, batch.ref_logp, batch.mask, beta)
     adv, returns = losses.gae(rewards, batch.values, batch.mask, gamma, lam)
     return losses.masked_whiten(adv, batch.mask), returns
 
 
-def update(policy, critic, policy_optimizer, critic_optimizer, batch: Rollout, adv, returns, *, epochs,
-           minibatches, micro_batch, clip, value_clip, max_norm, generator, approx_kl_stop=0.0,
-           train_policy=True, precision=nullcontext) -> dict:
-    """Several epochs of clipped steps on one rollout, the two networks apart; returns metrics (floats).
+@dataclass(frozen=True)
+class Learner:
+    """A network, wrapped or not, and the optimiser that moves it."""
+
+    net: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How a rollout is learnt from.
+
+    precision makes the context that forward passes run in. It is entered anew for every one,
+    because autocast keeps its 16-bit copies of the weights until its context ends, and an optimiser
+    step does not renew them.
+    """
+
+    epochs: int
+    minibatches: int  # optimiser steps in an epoch
+    micro_batch: int  # rows in one forward pass
+    clip: float  # how far from 1 the probability ratio is still rewarded
+    value_clip: float  # how far a value may move, in deviations of the score
+    max_norm: float = 1.0  # largest norm of each gradient
+    train_policy: bool = True  # False: the critic alone learns
+    precision: Callable = nullcontext
+
+
+def update(
+    policy: Learner, critic: Learner, batch: Rollout, adv, returns, how: Steps, generator
+) -> dict:
+    """Several epochs of clipped steps on one rollout, the two networks apart; returns metrics
+    (floats).
 
     A minibatch is one optimiser step; it is cut into micro-batches whose losses are divided by the
-    minibatch's count of real tokens, so they add up to it exactly. approx_kl_stop > 0: leave the
-    rollout when old and new policy differ by more than 1.5 times that, in k2. train_policy=False trains
-    the critic only. precision: makes the context that forward passes run in. It is entered anew for
-    every one, because autocast keeps its 16-bit copies of the weights until its context ends, and an
-    optimiser step does not renew them. Of several processes each does its own rows of every minibatch,
-    and the gradients add up.
+    minibatch's count of real tokens, so they add up to it exactly. Of several processes each does
+    its own rows of every minibatch, and the gradients add up.
 
     ratios_beyond counts the tokens, of all minibatches, whose log-ratio is outside +-losses.LIMIT.
-    UserError, and no step, where they are more than MOST_BEYOND of a minibatch, or where a loss or a
-    gradient is no finite number.
+    UserError, and no step, where they are more than MOST_BEYOND of a minibatch, or where a loss or
+    a gradient is no finite number.
     """
     B, rank, world = len(batch.ids), distributed.rank(), distributed.world()
-    assert B % minibatches == 0, (B, minibatches)
-    steps, stopped, norms = [], 0.0, {}
-    for epoch in range(epochs):
+    assert B % how.minibatches == 0, (B, how.minibatches)
+    steps, largest, norms = [], [], {}
+    for epoch in range(how.epochs):
         order = torch.arange(B) if epoch == 0 else torch.randperm(B, generator=generator)
-        for rows in order.view(minibatches, -1):
-            policy_optimizer.zero_grad(set_to_none=True)
-            critic_optimizer.zero_grad(set_to_none=True)
-            total = batch.mask[rows].sum()
-            slices = rows[rank::world].split(micro_batch)
-            parts = [_accumulate(policy, critic, batch, adv, returns, mb_rows, total, clip, value_clip,
-                                 train_policy, k == len(slices) - 1, precision)
-                     for k, mb_rows in enumerate(slices)]
+        for rows in order.view(how.minibatches, -1):
+            for learner in (policy, critic):
+                learner.optimizer.zero_grad(set_to_none=True)
+            total, parts = batch.mask[rows].sum(), []
+            slices = rows[rank::world].split(how.micro_batch)
+            for k, mb_rows in enumerate(slices):
+                part = Part(batch, mb_rows, total, last=k == len(slices) - 1)
+                vf = _add_value_gradient(critic.net, part, returns, how)
+                pg, extremes = _add_policy_gradient(policy.net, part, adv, how)
+                parts.append((vf | pg, extremes))
             parts = distributed.merge(parts)
-            step = {k: (max if k.endswith("max") or k.endswith("error") else sum)(part[k] for part in parts)
-                    for k in parts[0]}
+            sums, extremes = ([part[i] for part in parts] for i in (0, 1))
+            step = {name: sum(part[name] for part in sums) for name in sums[0]}
             steps.append(step)
-            place = f"minibatch {len(steps)} of {epochs * minibatches}"
+            largest.append({name: max(part[name] for part in extremes) for name in extremes[0]})
+            place = f"minibatch {len(steps)} of {how.epochs * how.minibatches}"
             if step["ratios_beyond"] > MOST_BEYOND * total:
                 raise UserError(
-                    f"{place}: {step['ratios_beyond']} of its {int(total)} tokens are more than "
+                    f"{place}: {step['ratios_beyond']:.0f} of its {int(total)} tokens are more than "
                     f"e^{losses.LIMIT:g} times likelier, or less likely, than when they were sampled: the "
-                    f"policy has run away; lower --lr or --epochs, or raise --beta")
-            for name, flags in (("pg_loss", "--lr"), ("vf_loss", "--critic-lr")):
-                _check_finite(step[name], f"{place}: {name}", flags)
-            if approx_kl_stop > 0 and step["approxkl"] > 1.5 * approx_kl_stop:
-                stopped = 1.0
-                break
-            norms = {"critic_grad_norm": float(torch.nn.utils.clip_grad_norm_(critic.parameters(), max_norm))}
-            _check_finite(norms["critic_grad_norm"], f"{place}: critic_grad_norm", "--critic-lr")
-            if train_policy:
-                norms["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm))
-                _check_finite(norms["grad_norm"], f"{place}: grad_norm", "--lr")
-                policy_optimizer.step()
-            critic_optimizer.step()
-        if stopped:
-            break
-    policy_optimizer.zero_grad(set_to_none=True)
-    critic_optimizer.zero_grad(set_to_none=True)
-    first = steps[0]
-    metrics = {k: sum(s[k] for s in steps) / len(steps) for k in first if k != "ratio_error"}
-    metrics |= {"ratio_max": max(s["ratio_max"] for s in steps),
-                "ratios_beyond": sum(s["ratios_beyond"] for s in steps)}
-    return {**metrics, **{f"first_{k}": first[k] for k in ("ratio_error", "approxkl", "clipfrac")},
-            "grad_norm": 0.0, "critic_grad_norm": 0.0, **norms, "minibatches": len(steps), "stopped": stopped}
+                    f"policy has run away; lower --lr or --epochs, or raise --beta"
+                )
+            _check_finite(step["pg_loss"], f"{place}: pg_loss", "--lr")
+            _check_finite(step["vf_loss"], f"{place}: vf_loss", "--critic-lr")
+            learners = {"critic_grad_norm": (critic, "--critic-lr"), "grad_norm": (policy, "--lr")}
+            if not how.train_policy:
+                del learners["grad_norm"]
+            for name, (learner, flag) in learners.items():
+                norm = torch.nn.utils.clip_grad_norm_(learner.net.parameters(), how.max_norm)
+                norms[name] = float(norm)
+                _check_finite(norms[name], f"{place}: {name}", flag)
+            for learner, _ in learners.values():
+                learner.optimizer.step()
+    for learner in (policy, critic):
+        learner.optimizer.zero_grad(set_to_none=True)
+    metrics = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+    metrics["ratios_beyond"] = sum(step["ratios_beyond"] for step in steps)
+    metrics["ratio_max"] = max(step["ratio_max"] for step in largest)
+    metrics |= {f"first_{name}": steps[0][name] for name in ("approxkl", "clipfrac")}
+    metrics["first_ratio_error"] = largest[0]["ratio_error"]
+    return {**metrics, "grad_norm": 0.0, **norms}
 
 
 def _check_finite(number, name, flags):
@@ -199,38 +241,56 @@ def _check_finite(number, name, flags):
         raise UserError(f"{name} is {number}; look at the scores and lower {flags}")
 
 
-def _accumulate(policy, critic, batch, adv, returns, rows, total, clip, value_clip, train_policy, last, precision):
-    """Add one micro-batch's gradients; its share of the minibatch's metrics. rows may be empty: then a row counts for
-    nothing, because a process without one still takes part in summing gradients."""
-    empty, rows = len(rows) == 0, rows if len(rows) else torch.zeros(1, dtype=torch.long)
-    mb_ids, mb_valid, mb_mask = batch.ids[rows], batch.valid[rows], batch.mask[rows] & (not empty)
-    with distributed.no_sync(critic, last):
-        with precision():
-            mb_values = response_values(critic, mb_ids, mb_valid, batch.start)  # (b, R)
-        vf_loss, vf = losses.value_loss(mb_values, batch.values[rows], returns[rows], mb_mask, value_clip, total)
-        (vf_loss * distributed.scale()).backward()
-    with torch.set_grad_enabled(train_policy), distributed.no_sync(policy, last):
-        with precision():
-            logits = response_logits(policy, mb_ids, mb_valid, batch.start)  # (b, R, V)
-        mb_logp = losses.gather_logp(logits, mb_ids[:, batch.start:])  # (b, R)
-        pg_loss, pg = losses.policy_loss(mb_logp, batch.logp[rows], adv[rows], mb_mask, clip, total)
-        if train_policy:
-            (pg_loss * distributed.scale()).backward()
-    ratio = losses.ratios(mb_logp.detach(), batch.logp[rows], mb_mask)
-    return {"pg_loss": float(pg["loss"]), "vf_loss": float(vf["loss"]), "approxkl": float(pg["approx_kl"]),
-            "clipfrac": float(pg["clipfrac"]), "vf_clipfrac": float(vf["clipfrac"]),
-            "ratio_mean": float(pg["ratio"]), "ratio_max": float(ratio.max()),
-            "ratios_beyond": int(losses.beyond(mb_logp, batch.logp[rows], mb_mask)),
-            "ratio_error": float((ratio - 1).abs().max())}
+class Part:
+    """A micro-batch: these rows of a rollout. Without a row of its own a process takes part in
+    summing gradients with one that does not count."""
+
+    def __init__(self, batch: Rollout, rows, total, last: bool):
+        empty = len(rows) == 0
+        self.rows = torch.zeros(1, dtype=torch.long) if empty else rows
+        self.ids, self.valid = batch.ids[self.rows], batch.valid[self.rows]
+        self.mask = batch.mask[self.rows] & (not empty)
+        self.logp, self.values = batch.logp[self.rows], batch.values[self.rows]  # the old ones
+        self.start, self.total, self.last = batch.start, total, last
+
+
+def _add_value_gradient(critic, mb: Part, returns, how: Steps) -> dict:
+    """The critic's share of the minibatch's metrics."""
+    with distributed.no_sync(critic, mb.last):
+        with how.precision():
+            values = response_values(critic, mb.ids, mb.valid, mb.start)  # (b, R)
+        loss, vf = losses.value_loss(
+            values, mb.values, returns[mb.rows], mb.mask, how.value_clip, mb.total
+        )
+        (loss * distributed.scale()).backward()
+    return {"vf_loss": float(vf["loss"]), "vf_clipfrac": float(vf["clipfrac"])}
+
+
+def _add_policy_gradient(policy, mb: Part, adv, how: Steps) -> tuple[dict, dict]:
+    """The policy's share of the minibatch's metrics: what adds up, and the largest of what does
+    not."""
+    with torch.set_grad_enabled(how.train_policy), distributed.no_sync(policy, mb.last):
+        with how.precision():
+            logits = response_logits(policy, mb.ids, mb.valid, mb.start)  # (b, R, V)
+        logp = losses.gather_logp(logits, mb.ids[:, mb.start :])  # (b, R)
+        loss, pg = losses.policy_loss(logp, mb.logp, adv[mb.rows], mb.mask, how.clip, mb.total)
+        if how.train_policy:
+            (loss * distributed.scale()).backward()
+    ratio = losses.ratios(logp.detach(), mb.logp, mb.mask)
+    sums = {"pg_loss": pg["loss"], "approxkl": pg["approx_kl"], "clipfrac": pg["clipfrac"]}
+    sums |= {"ratio_mean": pg["ratio"], "ratios_beyond": losses.beyond(logp, mb.logp, mb.mask)}
+    largest = {"ratio_max": ratio.max(), "ratio_error": (ratio - 1).abs().max()}
+    return {k: float(v) for k, v in sums.items()}, {k: float(v) for k, v in largest.items()}
 
 
 def diagnostics(batch: Rollout, scores, ended, returns, *, beta) -> dict:
-    """What the rollout says of policy, reward and critic; every mean over tokens is masked. KLs in nats.
+    """What the rollout says of policy, reward and critic; every mean over tokens is masked. KLs in
+    nats.
 
-    kl is the sum over an answer of k1, what the reward is charged; kl_k3 and kl_exact are the same quantity
-    estimated with less noise, and summed over the whole vocabulary at each token. All are 0 while policy and
-    reference are the same. kl_beyond counts the tokens whose log-ratio to the reference is outside
-    +-losses.LIMIT, where kl_k3 is held.
+    kl is the sum over an answer of k1, what the reward is charged; kl_k3 and kl_exact are the same
+    quantity estimated with less noise, and summed over the whole vocabulary at each token. All are
+    0 while policy and reference are the same. kl_beyond counts the tokens whose log-ratio to the
+    reference is outside +-losses.LIMIT, where kl_k3 is held.
     """
     mask = batch.mask
     k1 = torch.where(mask, losses.kl_k1(batch.logp, batch.ref_logp), 0.0).sum(1)  # (B,)
@@ -239,25 +299,24 @@ def diagnostics(batch: Rollout, scores, ended, returns, *, beta) -> dict:
     mean = masked_mean(returns, mask)
     variance = masked_mean((returns - mean) ** 2, mask)
     error = masked_mean((returns - batch.values) ** 2, mask)
-    numbers = {"score": scores.mean(), "score_std": scores.std(unbiased=False), "kl": k1.mean(),
-               "kl_k3": k3.mean(), "kl_exact": exact.mean(),
-               "kl_beyond": losses.beyond(batch.logp, batch.ref_logp, mask),
-               "kl_token": masked_mean(batch.kl, mask), "beta": beta,
-               "non_score_reward": -beta * k1.mean(), "total": (scores - beta * k1).mean(),
-               "entropy": masked_mean(batch.entropy, mask), "length": mask.sum(1).float().mean(),
-               "eos": ended.float().mean(), "returns_mean": mean, "returns_var": variance,
-               "values_mean": masked_mean(batch.values, mask),
-               "explained": 1 - error / variance.clamp(min=1e-8), "sampling_gap": batch.sampling_gap}
+    numbers = {
+        "score": scores.mean(),
+        "score_std": scores.std(unbiased=False),
+        "kl": k1.mean(),
+        "kl_k3": k3.mean(),
+        "kl_exact": exact.mean(),
+        "kl_beyond": losses.beyond(batch.logp, batch.ref_logp, mask),
+        "kl_token": masked_mean(batch.kl, mask),
+        "beta": beta,
+        "non_score_reward": -beta * k1.mean(),
+        "total": (scores - beta * k1).mean(),
+        "entropy": masked_mean(batch.entropy, mask),
+        "length": mask.sum(1).float().mean(),
+        "eos": ended.float().mean(),
+        "returns_mean": mean,
+        "returns_var": variance,
+        "values_mean": masked_mean(batch.values, mask),
+        "explained": 1 - error / variance.clamp(min=1e-8),
+        "sampling_gap": batch.sampling_gap,
+    }
     return {name: float(number) for name, number in numbers.items()}
-
-
-def examples(batch: Rollout, scores, beta, decode) -> list[dict]:
-    """Three answers of the batch as rows, for samples are the debugger. decode: token ids to text."""
-    k1 = torch.where(batch.mask, batch.logp - batch.ref_logp, 0.0).sum(1)
-    rows = []
-    for i in torch.linspace(0, len(scores) - 1, min(3, len(scores))).long().tolist():
-        prompt = batch.ids[i, :batch.start][batch.valid[i, :batch.start]].tolist()
-        answer = batch.ids[i, batch.start:][batch.mask[i]].tolist()
-        rows.append({"prompt": decode(prompt), "answer": decode(answer), "score": float(scores[i]),
-                     "kl": float(k1[i]), "total": float(scores[i] - beta * k1[i])})
-    return rows

@@ -1,15 +1,17 @@
 """Sampling with a KV cache. Token ids in, token ids out: it knows no text.
 
-Every token is drawn by one uniform number held against the cumulative softmax of its row. The numbers are
-drawn before the first token, one row of them per sample, so a row's text does not depend on which other
-rows stopped early, nor on whether it ran on a CPU or through a CUDA graph. At temperature 1 and top_k 0,
-the defaults, this is the model's own distribution, and the log-probs are what PPO's ratio must start from.
+Every token is drawn by one uniform number held against the cumulative softmax of its row. The
+numbers are drawn before the first token, one row of them per sample, so a row's text does not
+depend on which other rows stopped early, nor on whether it ran on a CPU or through a CUDA graph. At
+temperature 1, the default, this is the model's own distribution, and the log-probs are what PPO's
+ratio must start from.
 
 Prompts are padded on the left, so that all answers start in one column; the padding is hidden from
-attention and takes no positions. Shapes: B rows, P prompt columns, R answer columns, S cache columns (P +
-max_new), V vocabulary.
+attention and takes no positions. Shapes: B rows, P prompt columns, R answer columns, S cache
+columns (P + max_new), V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,10 +25,13 @@ from mincai.model import GPT, KVCache, attention_mask, positions_of
 @dataclass(frozen=True)
 class Samples:
     """Answers. R is the length of the longest; what lies outside the mask is 0."""
+
     ids: torch.Tensor  # (B, R) long
     mask: torch.Tensor  # (B, R) bool, True up to and including the stop token
     logp: torch.Tensor  # (B, R) float32, of the distribution that was sampled
-    after: torch.Tensor | None = None  # (B, V) float32, logits after answer and `then`, where that was asked for
+    after: torch.Tensor | None = (
+        None  # (B, V) float32, logits after answer and `then`, where that was asked for
+    )
 
     def lists(self) -> list[list[int]]:
         """The tokens of each row, the stop token included."""
@@ -36,8 +41,10 @@ class Samples:
 
 # --- padding ------------------------------------------------------------------------------------------------
 
+
 def left_pad(prompts: list[list[int]], device=None):
-    """Token lists to ids (B, P) long, 0 in the padding, and valid (B, P) bool, True at real tokens."""
+    """Token lists to ids (B, P) long, 0 in the padding, and valid (B, P) bool, True at real
+    tokens."""
     assert prompts and all(prompts), "an empty prompt"
     P = max(map(len, prompts))
     gaps = torch.tensor([P - len(prompt) for prompt in prompts])[:, None]  # (B, 1)
@@ -52,65 +59,83 @@ def check_room(model, lengths, max_new):
         raise UserError(
             f"a prompt of {longest} tokens and {max_new} more make {longest + max_new}, but the model reads "
             f"at most {limit}: shorten the prompt (number {lengths.index(longest)} of this batch, from 0) or "
-            f"ask for fewer new tokens")
+            f"ask for fewer new tokens"
+        )
 
 
-def _cache_dtype(model):
-    """What keys and values are computed in: autocast's type where it is on, else the weights' own."""
+def cache_dtype(model):
+    """What keys and values are computed in: autocast's type where it is on, or the weights' own."""
     kind = model.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.wte.weight.dtype
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return model.wte.weight.dtype
 
 
 # --- one token ----------------------------------------------------------------------------------------------
 
-def pick(logits, uniform, temperature, top_k):
-    """One token per row: logits (B, V) float32, uniform (B,) in [0, 1) -> ids (B,) long, logp (B,) float32.
 
-    temperature 0 takes the likeliest token, with its log-prob in the plain softmax. Otherwise the log-prob
-    is of the distribution sampled, so temperature and top_k count: another would bias PPO's ratio and every
-    KL estimate.
+def pick(logits, uniform, temperature):
+    """One token per row: logits (B, V) float32, uniform (B,) in [0, 1) -> ids (B,) long, logp (B,)
+    float32.
+
+    temperature 0 takes the likeliest token, with its log-prob in the plain softmax. Otherwise the
+    log-prob is of the distribution sampled, so temperature counts: another would bias PPO's ratio
+    and every KL estimate.
     """
     if temperature == 0:
         ids = logits.argmax(-1)
         return ids, gather_logp(logits, ids)
     logits = logits / temperature
-    if 0 < top_k < logits.shape[-1]:
-        least = logits.topk(top_k, dim=-1).values[:, -1:]  # (B, 1)
-        logits = logits.masked_fill(logits < least, float("-inf"))
     cdf = torch.softmax(logits, dim=-1).cumsum(-1)  # (B, V)
     total = cdf[:, -1:]  # 1 but for rounding
-    # Strictly below the total, so that the first entry above it exists and has a probability greater than 0
+    # Strictly below the total, so that the first entry above it exists and has a probability
+    # greater than 0
     point = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
     ids = torch.searchsorted(cdf, point, right=True).squeeze(1)  # (B,)
-    ids = ids.clamp(max=logits.shape[-1] - 1)  # beyond only if the logits are NaN: then logp says so
+    # Beyond the last only if the logits are NaN: then logp says so
+    ids = ids.clamp(max=logits.shape[-1] - 1)
     return ids, gather_logp(logits, ids)
 
 
 def _is_stop(ids, stop):
-    """Which ids are in stop (K,) long. Not torch.isin, which sorts long inputs and then waits for the GPU."""
+    """Which ids are in stop (K,) long. Not torch.isin, which sorts long inputs and then waits for
+    the GPU."""
     return (ids[..., None] == stop).any(-1)
 
 
 # --- many tokens --------------------------------------------------------------------------------------------
 
-@torch.no_grad()
-def generate(model: GPT, prompts, max_new: int, stop, temperature=1.0, top_k=0,
-             generator: torch.Generator | None = None, n=1, progress=None, uniforms=None, then=()) -> Samples:
-    """Sample n answers to each prompt, at most max_new tokens long, each ending at the first id in `stop`.
 
-    Rows are prompt-major: the n answers to prompt 0 first. Each prompt is read once and its cache repeated.
-    progress: called with the number of rows that have just finished. uniforms (B, max_new): the random numbers to use
-    instead of drawing them. then: tokens to read after each answer, in its stop token's place (an answer without one
-    stays whole); `after` are the logits that follow, from the same cache, without reading the row again. Raises
-    UserError when a prompt, max_new and `then` do not fit into the model's positions together.
+@torch.no_grad()
+def generate(
+    model: GPT,
+    prompts,
+    max_new: int,
+    stop,
+    temperature=1.0,
+    generator=None,
+    n=1,
+    progress=None,
+    uniforms=None,
+    then=(),
+) -> Samples:
+    """Sample n answers to each prompt, at most max_new tokens long, each ending at the first id in
+    `stop`.
+
+    Rows are prompt-major: the n answers to prompt 0 first. Each prompt is read once and its cache
+    repeated. progress: called with the number of rows that have just finished. uniforms (B,
+    max_new): the random numbers to use instead of drawing them. then: tokens to read after each
+    answer, in its stop token's place (an answer without one stays whole); `after` are the logits
+    that follow, from the same cache, without reading the row again. Raises UserError when a prompt,
+    max_new and `then` do not fit into the model's positions together.
     """
     assert max_new > 0 and n > 0 and temperature >= 0, (max_new, n, temperature)
     check_room(model, [len(p) for p in prompts], max_new + len(then))
-    device = model.device
+    device, progress = model.device, progress or (lambda rows: None)
     ids, valid = left_pad(prompts, device)  # (B / n, P)
-    cache = KVCache(model.config, len(ids), ids.shape[1] + max_new, device, _cache_dtype(model))
+    cache = KVCache(model.config, len(ids), ids.shape[1] + max_new, device, cache_dtype(model))
     hidden = model(ids, positions_of(valid), attention_mask(valid), cache)
-    logits = model.unembed(hidden[:, -1])  # (B / n, V): the last column is a real token in every row
+    logits = model.unembed(hidden[:, -1])  # (B / n, V): the last column is no padding
     if n > 1:
         repeat = torch.arange(len(ids), device=device).repeat_interleave(n)
         cache.keep(repeat)
@@ -121,9 +146,9 @@ def generate(model: GPT, prompts, max_new: int, stop, temperature=1.0, top_k=0,
     uniforms = uniforms.to(device)  # (B, max_new)
     stop = torch.tensor(sorted(stop), dtype=torch.long, device=device)
     decode = _decode_graph if device.type == "cuda" else _decode_eager
-    progress = progress or (lambda rows: None)
     then = torch.tensor(then, dtype=torch.long, device=device)
-    ids, logp, after = decode(model, cache, logits, valid, uniforms, stop, temperature, top_k, progress, then)
+    drawing = Drawing(model, cache, valid, uniforms, stop, temperature, progress, then)
+    ids, logp, after = decode(drawing, logits)
     stops = _is_stop(ids, stop).long()
     mask = stops.cumsum(1) - stops == 0  # no stop token before this one
     R = int(mask.sum(1).max())
@@ -131,84 +156,102 @@ def generate(model: GPT, prompts, max_new: int, stop, temperature=1.0, top_k=0,
     return Samples(ids.masked_fill(~mask, 0), mask, logp.masked_fill(~mask, 0.0), after)
 
 
-def _read_on(model, cache, rows, valid, then):
-    """Logits (B', V) after the tokens that valid (B', S) leaves in sight of these rows (B',) of the cache, and then
-    `then` (K,)."""
-    (B, S), K = valid.shape, len(then)
-    mask = torch.cat([valid[:, None].expand(B, K, S),
-                      torch.ones(B, K, K, dtype=torch.bool, device=valid.device).tril()], dim=2)  # (B', K, S + K)
-    more = KVCache(model.config, B, S + K, model.device, cache.k.dtype)
-    more.k[:, :, :, :S], more.v[:, :, :, :S] = cache.k[:, rows, :, :S], cache.v[:, rows, :, :S]
-    more.seen = S
-    positions = valid.sum(1, keepdim=True) + torch.arange(K, device=valid.device)
-    return model.unembed(model(then.expand(B, K), positions, mask, more)[:, -1])
+@dataclass(frozen=True)
+class Drawing:
+    """What a decoder works with, beside the logits (B, V) after the prompts."""
+
+    model: GPT
+    cache: KVCache
+    valid: torch.Tensor  # (B, P) bool
+    uniforms: torch.Tensor  # (B, max_new)
+    stop: torch.Tensor  # (number of stop tokens,) long
+    temperature: float
+    progress: Callable
+    then: torch.Tensor  # (K,) long, to read after each answer; K may be 0
+
+    def nothing(self):
+        """ids and logp (B, max_new) to fill."""
+        logp = torch.zeros_like(self.uniforms)
+        return torch.zeros_like(logp, dtype=torch.long), logp
+
+    def read_on(self, rows, valid):
+        """Logits (B', V) after the tokens that valid (B', S) leaves in sight of these rows (B',) of
+        the cache, and then `then`."""
+        (B, S), K, device = valid.shape, len(self.then), valid.device
+        causal = torch.ones(B, K, K, dtype=torch.bool, device=device).tril()
+        mask = torch.cat([valid[:, None].expand(B, K, S), causal], dim=2)  # (B', K, S + K)
+        cache = KVCache(self.model.config, B, S + K, device, self.cache.k.dtype)
+        cache.k[:, :, :, :S] = self.cache.k[:, rows, :, :S]
+        cache.v[:, :, :, :S] = self.cache.v[:, rows, :, :S]
+        cache.seen = S
+        positions = valid.sum(1, keepdim=True) + torch.arange(K, device=device)
+        return self.model.unembed(self.model(self.then.expand(B, K), positions, mask, cache)[:, -1])
 
 
-def _decode_eager(model, cache, logits, valid, uniforms, stop, temperature, top_k, progress, then):
-    """Token by token until every row has stopped -> ids, logp (B, max_new), arbitrary after a row's stop token, and
-    the logits (B, V) after `then`, None if there is nothing to read."""
-    B, max_new = uniforms.shape
-    after = torch.zeros(B, logits.shape[-1], device=logits.device) if len(then) else None
-    out_ids = torch.zeros(B, max_new, dtype=torch.long, device=logits.device)
-    out_logp = torch.zeros(B, max_new, device=logits.device)
+def _decode_eager(d: Drawing, logits):
+    """Token by token until every row has stopped -> ids, logp (B, max_new), arbitrary after a row's
+    stop token, and the logits (B, V) after `then`, None if there is nothing to read."""
+    (B, max_new), valid = d.uniforms.shape, d.valid
+    after = torch.zeros_like(logits) if len(d.then) else None
+    out_ids, out_logp = d.nothing()
     rows = torch.arange(B, device=logits.device)  # which sample each row of the cache belongs to
     finished = torch.zeros_like(rows, dtype=torch.bool)
     for t in range(max_new):
-        token, logp = pick(logits, uniforms[rows, t], temperature, top_k)
+        token, logp = pick(logits, d.uniforms[rows, t], d.temperature)
         out_ids[rows, t], out_logp[rows, t] = token, logp
-        before, finished = finished, finished | _is_stop(token, stop)
+        before, finished = finished, finished | _is_stop(token, d.stop)
         done = int(finished.sum())
-        progress(done - int(before.sum()) if t < max_new - 1 else int((~before).sum()))
-        if done == len(rows) or t == max_new - 1 and not len(then):
+        d.progress(done - int(before.sum()) if t < max_new - 1 else int((~before).sum()))
+        if done == len(rows) or t == max_new - 1 and after is None:
             break
         if 4 * done >= len(rows):  # copying the cache costs, carrying finished rows costs more
             alive, gone = (some.nonzero().squeeze(1) for some in (~finished, finished))
-            if len(then):
-                after[rows[gone]] = _read_on(model, cache, gone, valid[gone], then)
-            cache.keep(alive)
+            if after is not None:
+                after[rows[gone]] = d.read_on(gone, valid[gone])
+            d.cache.keep(alive)
             rows, finished, valid, token = rows[alive], finished[alive], valid[alive], token[alive]
         valid = torch.cat([valid, ~finished[:, None]], dim=1)  # (B', P + t + 1)
-        hidden = model(token[:, None], valid.sum(1, keepdim=True) - 1, valid[:, None], cache)
-        logits = model.unembed(hidden[:, -1])
-    if len(then):
-        after[rows] = _read_on(model, cache, torch.arange(len(rows), device=rows.device), valid, then)
+        positions = valid.sum(1, keepdim=True) - 1
+        hidden = d.model(token[:, None], positions, valid[:, None], d.cache)
+        logits = d.model.unembed(hidden[:, -1])
+    if after is not None:
+        after[rows] = d.read_on(torch.arange(len(rows), device=rows.device), valid)
     return out_ids, out_logp, after
 
 
-def _decode_graph(model, cache, logits, valid, uniforms, stop, temperature, top_k, progress, then):
-    """The same as _decode_eager, with one CUDA graph replayed per token: a small model is all launch
-    overhead.
+def _decode_graph(d: Drawing, logits):
+    """The same as _decode_eager, with one CUDA graph replayed per token: a small model is all
+    launch overhead.
 
-    A graph replays the same kernels on the same memory, so everything that changes from token to token
-    lives in a tensor that the step itself advances, no row is dropped, and attention runs over the whole
-    cache under a mask. The host looks at the device only every 16 tokens. Without a GPU the steps run one
-    by one (for the tests).
+    A graph replays the same kernels on the same memory, so everything that changes from token to
+    token lives in a tensor that the step itself advances, no row is dropped, and attention runs
+    over the whole cache under a mask. The host looks at the device only every 16 tokens. Without a
+    GPU the steps run one by one (for the tests).
     """
-    B, max_new = uniforms.shape
-    device, P = logits.device, valid.shape[1]
-    out_ids = torch.zeros(B, max_new, dtype=torch.long, device=device)
-    out_logp = torch.zeros(B, max_new, device=device)
+    (B, max_new), P, device = d.uniforms.shape, d.valid.shape[1], logits.device
+    out_ids, out_logp = d.nothing()
     finished = torch.zeros(B, dtype=torch.bool, device=device)
-    visible = torch.cat([valid, torch.zeros_like(out_ids, dtype=torch.bool)], dim=1)  # (B, S)
-    positions = valid.sum(1, keepdim=True)  # (B, 1), of the token about to be drawn
+    visible = torch.cat([d.valid, torch.zeros_like(out_ids, dtype=torch.bool)], dim=1)  # (B, S)
+    positions = d.valid.sum(1, keepdim=True)  # (B, 1), of the token about to be drawn
     step_index = torch.zeros(1, dtype=torch.long, device=device)
     column = step_index + P  # (1,), where its key goes in the cache
 
     def step():
-        uniform = uniforms.index_select(1, step_index).squeeze(1)  # (B,)
-        token, logp = pick(logits, uniform, temperature, top_k)
+        uniform = d.uniforms.index_select(1, step_index).squeeze(1)  # (B,)
+        token, logp = pick(logits, uniform, d.temperature)
         out_ids.index_copy_(1, step_index, token[:, None])
         out_logp.index_copy_(1, step_index, logp[:, None])
-        finished.logical_or_(_is_stop(token, stop))
+        finished.logical_or_(_is_stop(token, d.stop))
         visible.index_fill_(1, column, True)
-        hidden = model(token[:, None], positions, visible[:, None], cache, column)
-        logits.copy_(model.unembed(hidden[:, -1]))  # one forward too many at the very end, which costs little
+        # at the very end this is one forward too many, which costs little
+        hidden = d.model(token[:, None], positions, visible[:, None], d.cache, column)
+        logits.copy_(d.model.unembed(hidden[:, -1]))
         for counter in (step_index, column, positions):
             counter.add_(1)
 
     advance, warm = step, 0
     if device.type == "cuda":
-        warm = min(3, max_new)  # real steps, off the graph: libraries set themselves up in their first calls
+        warm = min(3, max_new)  # real steps, off the graph, in which libraries set themselves up
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -217,77 +260,76 @@ def _decode_graph(model, cache, logits, valid, uniforms, stop, temperature, top_
         torch.cuda.current_stream().wait_stream(side)
         if warm < max_new:
             graph = torch.cuda.CUDAGraph()
-            # autocast would keep 16-bit copies of the weights for its whole context; made in a capture they live in
-            # the graph's own memory, so every replay has to make them
-            auto = torch.autocast("cuda", torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"), False)
-            # thread_local: a data loader's thread that pins memory meanwhile must not break the capture
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"), auto:  # records a step without running it
-                step()
+            # autocast would keep 16-bit copies of the weights for its whole context; made in a
+            # capture they live in the graph's own memory, so every replay has to make them
+            kind, on = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
+            auto = torch.autocast("cuda", kind, on, cache_enabled=False)
+            # thread_local: a data loader's thread that pins memory meanwhile must not break the
+            # capture
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"), auto:
+                step()  # recorded, not run
             advance = graph.replay
     told = 0
     for t in range(warm, max_new):
         advance()
         if t % 16 == 15:
             done = int(finished.sum())
-            progress(done - told)
+            d.progress(done - told)
             told = done
             if done == B:
                 break
-    progress(B - told)
-    if not len(then):
+    d.progress(B - told)
+    if not len(d.then):
         return out_ids, out_logp, None
-    open_ended = _is_stop(out_ids, stop).cumsum(1) == 0  # (B, max_new): what a row holds before it stopped
-    return out_ids, out_logp, _read_on(model, cache, torch.arange(B, device=device), torch.cat([valid, open_ended], 1),
-                                       then)
+    before_stop = _is_stop(out_ids, d.stop).cumsum(1) == 0  # (B, max_new)
+    everyone = torch.arange(B, device=device)
+    return out_ids, out_logp, d.read_on(everyone, torch.cat([d.valid, before_stop], 1))
 
 
-def generate_batched(model: GPT, prompts, max_new: int, stop, batch_size=64, temperature=1.0, top_k=0,
-                     generator=None, n=1, desc=None, then=(), of=()):
-    """`generate` for any number of prompts, batch_size rows at a time -> token lists, prompt-major as there.
+def generate_batched(
+    model, prompts, max_new, stop, batch_size=64, temperature=1.0, generator=None, n=1, desc=None
+) -> list[list[int]]:
+    """`generate` for any number of prompts, batch_size rows at a time -> token lists, prompt-major
+    as there.
 
-    Prompts of similar length share a batch, so little is padded. A row's random numbers are drawn in the order of the
-    prompts, whatever the batches, so batch_size does not change what is sampled. desc: the name of a progress bar, None
-    for none. With `then`, returns (token lists, log-probs (rows, len(of)) float32 on the CPU of `of` as the token after
-    answer and `then`).
+    Prompts of similar length share a batch, so little is padded. A row's random numbers are drawn
+    in the order of the prompts, whatever the batches, so batch_size does not change what is
+    sampled. desc: the name of a progress bar, None for none.
     """
-    answers = [None] * (len(prompts) * n)
-    after = torch.empty(len(answers), len(of))
     where = model.device if generator is None else generator.device
-    uniforms = torch.zeros(len(answers), max_new) if temperature == 0 else torch.rand(
-        len(answers), max_new, generator=generator, device=where)
+    uniforms = torch.zeros(len(prompts) * n, max_new)
+    if temperature > 0:
+        uniforms = torch.rand(len(prompts) * n, max_new, generator=generator, device=where)
+    answers = [None] * len(uniforms)
     with tqdm(total=len(answers), desc=desc, disable=desc is None, unit="sample") as bar:
         for chunk in chunks([len(p) for p in prompts], max(1, batch_size // n)):
             places = [i * n + k for i in chunk for k in range(n)]
-            samples = generate(model, [prompts[i] for i in chunk], max_new, stop, temperature, top_k, n=n,
-                               progress=bar.update, uniforms=uniforms[places], then=then)
+            some = [prompts[i] for i in chunk]
+            how = dict(n=n, progress=bar.update, uniforms=uniforms[places])
+            samples = generate(model, some, max_new, stop, temperature, **how)
             for place, answer in zip(places, samples.lists()):
                 answers[place] = answer
-            if len(then):
-                after[places] = torch.log_softmax(samples.after, dim=-1)[:, of].cpu()
-    return (answers, after) if len(then) else answers
+    return answers
+
+
+def generate_then(model: GPT, prompts, max_new: int, stop, batch_size, then, of, desc=None):
+    """What `generate_batched` writes at temperature 0, and what the model makes of it: (token
+    lists, log-probs (N, len(of)) float32 on the CPU of the tokens `of`, after answer and
+    `then`)."""
+    answers, after = [None] * len(prompts), torch.empty(len(prompts), len(of))
+    with tqdm(total=len(answers), desc=desc, disable=desc is None, unit="sample") as bar:
+        for chunk in chunks([len(p) for p in prompts], batch_size):
+            some, uniforms = [prompts[i] for i in chunk], torch.zeros(len(chunk), max_new)
+            how = dict(progress=bar.update, uniforms=uniforms, then=then)
+            samples = generate(model, some, max_new, stop, 0.0, **how)
+            for place, answer in zip(chunk, samples.lists()):
+                answers[place] = answer
+            after[chunk] = torch.log_softmax(samples.after, dim=-1)[:, of].cpu()
+    return answers, after
 
 
 def chunks(lengths, size):
-    """Indices sorted by length, longest first (what does not fit into memory fails at once), `size` at a time."""
+    """Indices sorted by length, longest first (what does not fit into memory fails at once), `size`
+    at a time."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    return [order[i:i + size] for i in range(0, len(order), size)]
-
-
-@torch.no_grad()
-def stream(model: GPT, prompt: list[int], max_new: int, stop, temperature=1.0, generator=None):
-    """Yield the answer's token ids one by one as they are drawn, without the stop token. Same draws as
-    `generate`."""
-    check_room(model, [len(prompt)], max_new)
-    cache = KVCache(model.config, 1, len(prompt) + max_new, model.device, _cache_dtype(model))
-    where = model.device if generator is None else generator.device
-    uniforms = torch.rand(1, max_new, generator=generator, device=where).to(model.device)
-    ids, valid = left_pad([prompt], model.device)  # (1, P)
-    hidden = model(ids, positions_of(valid), attention_mask(valid), cache)
-    for t in range(max_new):
-        token, _ = pick(model.unembed(hidden[:, -1]), uniforms[:, t], temperature, 0)
-        if int(token) in stop:
-            return
-        yield int(token)
-        if t < max_new - 1:
-            valid = torch.cat([valid, torch.ones_like(valid[:, :1])], dim=1)
-            hidden = model(token[:, None], valid.sum(1, keepdim=True) - 1, valid[:, None], cache)
+    return [order[i : i + size] for i in range(0, len(order), size)]

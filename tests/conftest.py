@@ -66,7 +66,7 @@ def fake_judge(monkeypatch):
     def start(tokenizer, write, choose):
         letters = [tokenizer.encode(letter)[0] for letter in "AB"]
 
-        def generate_batched(model, prompts, *_, then, of, **__):
+        def generate_then(model, prompts, max_new, stop, batch_size, then, of, desc=None):
             assert of == letters
             written = write(prompts)
             return written, choose([tokenizer.decode([*p, *w[:-1], *then]) for p, w in zip(prompts, written)])
@@ -74,6 +74,6 @@ def fake_judge(monkeypatch):
         def next_logp(model, prompts, ids, batch_size):
             assert ids == letters
             return choose([tokenizer.decode(prompt) for prompt in prompts])
-        monkeypatch.setattr(feedback, "generate_batched", generate_batched)
+        monkeypatch.setattr(feedback, "generate_then", generate_then)
         monkeypatch.setattr(feedback, "next_logp", next_logp)
     return start

@@ -3,11 +3,16 @@
     python -m mincai.lab.bench                          the tiny model's shape
     python -m mincai.lab.bench --model gpt2 --dtype bfloat16
 
-Weights are random, of the shape asked for: speed does not depend on them. On a GPU it first checks what only a GPU can
-tell: that replayed graphs draw the tokens that the CPU draws, and that bfloat16 log-probs are near those of float32.
-Times are the median of several repetitions after a first one that is not counted, with the device waited for.
+Weights are random, of the shape asked for: speed does not depend on them. On a GPU it first checks
+what only a GPU can tell: that replayed graphs draw the tokens that the CPU draws, and that bfloat16
+log-probs are near those of float32. Times are the median of several repetitions after a first one
+that is not counted, with the device waited for.
+
+That takes a while. `rates` are three speeds in a few seconds (reading, writing, learning), by which
+plan.py says what a run will take before it begins.
 """
 
+import dataclasses
 import statistics
 import time
 from dataclasses import dataclass
@@ -16,29 +21,31 @@ from functools import partial
 import torch
 
 from mincai import losses, ppo
-from mincai.plumbing import data, memory, output
-from mincai.plumbing.cli import arg, check_choice, number_bytes, pick_device, precision, run, set_threads
-from mincai.plumbing.logprobs import answer_logp
 from mincai.model import GPT, GPTConfig, ScalarModel
+from mincai.plumbing import cli, data, memory, output, weights
+from mincai.plumbing.cli import arg, precision
+from mincai.plumbing.logprobs import answer_logp
 from mincai.sample import generate
-from mincai.plumbing.weights import SHAPES
 
 TINY = GPTConfig(vocab_size=1001, block_size=256, n_layer=4, n_head=4, n_embd=128)
+SHAPES = {"tiny": TINY, **weights.SHAPES}
+# A card to plan for where none is at hand, its operations and its bytes a second
+CARD = "an A10 of 24 GB, by its data sheet, at 30% of its speed"
+CARD_FLOPS, CARD_BYTES = 0.3 * 125e12, 0.3 * 600e9
 
 
 @dataclass(frozen=True)
 class Config:
-    model: str = arg("tiny", f"shape: tiny, {', '.join(SHAPES)}")
-    batch: int = arg(64, "rows sampled together, and answers of a PPO update")
-    micro_batch: int = arg(16, "rows of one training forward")
-    prompt: int = arg(64, "tokens of a prompt")
-    max_new: int = arg(48, "tokens of an answer")
-    repeat: int = arg(5, "repetitions of each measurement")
-    dtype: str = arg("float32", "float32, or bfloat16 for matrix products")
-    compile: bool = arg(False, "compile the networks of the training steps first")
+    model: str = arg("tiny", f"shape: {', '.join(SHAPES)}")
+    batch: int = arg(64, "rows sampled together, and answers of a PPO update", least=1)
+    micro_batch: int = arg(16, "rows of one training forward", least=1)
+    prompt: int = arg(64, "tokens of a prompt", least=1)
+    max_new: int = arg(48, "tokens of an answer", least=1)
+    repeat: int = arg(5, "repetitions of each measurement", least=1)
+    dtype: str = arg("float32", "of matrix products", choices=("float32", "bfloat16"))
     out: str = arg("", "JSON file to write, none if empty")
-    device: str = arg("auto", "auto, cpu or cuda")
-    threads: int = arg(0, "CPU threads, 0 chooses")
+    device: str = arg("auto", "where to compute", choices=("auto", "cpu", "cuda"))
+    threads: int = arg(0, "CPU threads, 0 chooses", least=0)
 
 
 def median_seconds(work, repeat, device) -> float:
@@ -58,38 +65,59 @@ def wait(device):
         torch.cuda.synchronize()
 
 
+# --- whole steps, at full size --------------------------------------------------------------------
+
+
 def check_gpu(config) -> dict[str, float]:
     """What a GPU must agree on with the CPU; AssertionError where it does not."""
     torch.manual_seed(0)
     model = GPT(config)
     prompts = [torch.randint(config.vocab_size, (n,)).tolist() for n in (5, 9, 17, 3)]
-    here = generate(model, prompts, 24, {1}, generator=torch.Generator().manual_seed(1))
-    logp = answer_logp(model, prompts, here.lists())
-    model = model.cuda()
-    there = generate(model, prompts, 24, {1}, generator=torch.Generator().manual_seed(1))
-    assert there.lists() == here.lists(), "graphs on the GPU draw other tokens than the CPU"
+
+    def draw():
+        generator = torch.Generator().manual_seed(1)
+        return generate(model, prompts, 24, {1}, generator=generator).lists()
+
+    here = draw()
+    logp = answer_logp(model, prompts, here)
+    model.cuda()
+    assert draw() == here, "graphs on the GPU draw other tokens than the CPU"
     with precision("cuda", "bfloat16"):
-        low = answer_logp(model, prompts, here.lists())
-        generate(model, prompts, 24, {1}, generator=torch.Generator().manual_seed(1))  # captures under autocast as well
+        low = answer_logp(model, prompts, here)
+        draw()  # captures under autocast as well
     gap = max(float((a - b).abs().max()) for a, b in zip(logp, low))
     assert gap < 0.1, f"bfloat16 log-probs are {gap:.3f} off"
     return {"bfloat16 log-probs, largest difference": gap}
 
 
+def sizes(cfg: Config) -> dict[str, int]:
+    """Of a PPO update, as memory.plan asks for them."""
+    number = cli.number_bytes(cfg.dtype)
+    tokens = dict(length=cfg.prompt + cfg.max_new, answer=cfg.max_new)
+    rows = dict(batch=cfg.batch, micro_batch=cfg.micro_batch)
+    return tokens | rows | dict(dtype_bytes=number, cache_bytes=number)
+
+
 def measure(config, cfg, device) -> dict[str, float]:
-    """{what: tokens a second}, of sampled tokens for sampling, else of all real tokens that a step reads."""
+    """{what: tokens a second}, of sampled tokens for sampling, else of all real tokens that a step
+    reads."""
     torch.manual_seed(0)
     model = GPT(config).to(device)
     critic, pm = (ScalarModel(GPT(config)).to(device) for _ in range(2))
     ref = GPT(config).to(device).requires_grad_(False)
     ref.load_state_dict(model.state_dict())
-    nets = [torch.compile(m) if cfg.compile else m for m in (model, critic)]
     prompts = torch.randint(config.vocab_size, (cfg.batch, cfg.prompt)).tolist()
-    rows = [(p, p[:cfg.max_new]) for p in prompts[:cfg.micro_batch]]
-    optimizers = [torch.optim.AdamW(m.parameters(), 1e-5, fused=device == "cuda") for m in (model, critic, pm)]
+    rows = [(p, p[: cfg.max_new]) for p in prompts[: cfg.micro_batch]]
+    optimizers = [
+        torch.optim.AdamW(m.parameters(), 1e-5, fused=device == "cuda") for m in (model, critic, pm)
+    ]
     generator = torch.Generator(device).manual_seed(0)
-    length = cfg.prompt + cfg.max_new
-    found = {}
+    length, n = cfg.prompt + cfg.max_new, len(rows)
+
+    def learn(loss, optimizer):
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
     def sampling():
         with precision(device, cfg.dtype):
@@ -98,41 +126,44 @@ def measure(config, cfg, device) -> dict[str, float]:
     def sft():
         ids, targets, mask = data.sft_batch(rows, device)
         with precision(device, cfg.dtype):
-            logits = model.unembed(nets[0](ids))
-        losses.sft_loss(logits, targets, mask)[0].backward()
-        optimizers[0].step()
-        optimizers[0].zero_grad(set_to_none=True)
+            logits = model.unembed(model(ids))
+        learn(losses.sft_loss(logits, targets, mask)[0], optimizers[0])
 
     def pairs():
-        ids, valid = data.right_pad([p + a for p, a in rows] * 2, device)
+        ids, _ = data.right_pad([p + a for p, a in rows] * 2, device)
         with precision(device, cfg.dtype):
             scores = pm(ids)[:, -1]
-        n = len(rows)
-        losses.preference_loss(scores[:n], scores[n:], torch.full((n,), 0.7, device=device))[0].backward()
-        optimizers[2].step()
-        optimizers[2].zero_grad(set_to_none=True)
+        labels = torch.full((n,), 0.7, device=device)
+        learn(losses.preference_loss(scores[:n], scores[n:], labels)[0], optimizers[2])
 
     def update():
+        shared = dict(micro_batch=cfg.micro_batch)
+        drawn = dict(max_new=cfg.max_new, stop=set(), generator=generator)
         with precision(device, cfg.dtype):
-            batch = ppo.rollout(nets[0], ref, nets[1], prompts, max_new=cfg.max_new, stop=set(),
-                                micro_batch=cfg.micro_batch, generator=generator)
-            scores, _ = ppo.score(batch, ppo.preference_score(pm, cfg.micro_batch), stop=set(), missing_eos_penalty=0.0)
+            batch = ppo.rollout(model, ref, critic, prompts, **drawn, **shared)
+            score_fn = ppo.preference_score(pm, **shared)
+            scores, _ = ppo.score(batch, score_fn, stop=set(), missing_eos_penalty=0.0)
         adv, returns = ppo.advantages(batch, scores, beta=0.1, gamma=1.0, lam=0.95)
-        ppo.update(*nets, *optimizers[:2], batch, adv, returns, epochs=1, minibatches=1, clip=0.2, value_clip=0.2,
-                   micro_batch=cfg.micro_batch, max_norm=1.0, generator=torch.Generator().manual_seed(0),
-                   precision=partial(precision, device, cfg.dtype))
+        context = partial(precision, device, cfg.dtype)
+        how = ppo.Steps(1, 1, cfg.micro_batch, clip=0.2, value_clip=0.2, precision=context)
+        learners = map(ppo.Learner, (model, critic), optimizers)
+        ppo.update(*learners, batch, adv, returns, how, torch.Generator().manual_seed(0))
 
-    hidden = torch.randn(len(rows), length, config.n_embd, device=device)
+    hidden = torch.randn(n, length, config.n_embd, device=device)
 
     def logits():  # in float32 whatever --dtype says: what that costs of a step
         with precision(device, cfg.dtype):
             model.unembed(hidden).sum().backward()
         model.zero_grad(set_to_none=True)
 
-    for name, work, tokens in (("sampling", sampling, cfg.batch * cfg.max_new), ("SFT step", sft, len(rows) * length),
-                               ("logits, there and back", logits, len(rows) * length),
-                               ("preference step", pairs, 2 * len(rows) * length),
-                               ("PPO update", update, cfg.batch * length)):
+    found = {}
+    for name, work, tokens in (
+        ("sampling", sampling, cfg.batch * cfg.max_new),
+        ("SFT step", sft, n * length),
+        ("logits, there and back", logits, n * length),
+        ("preference step", pairs, 2 * n * length),
+        ("PPO update", update, cfg.batch * length),
+    ):
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         found[name] = tokens / median_seconds(work, cfg.repeat, device)
@@ -141,26 +172,90 @@ def measure(config, cfg, device) -> dict[str, float]:
     return found
 
 
+# --- three rates, for a plan ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Tokens a second, and where the numbers come from."""
+
+    read: float
+    written: float
+    learnt: float
+    source: str
+
+    def seconds(self, work) -> float:
+        """work: anything that counts its tokens as read, written and learnt."""
+        return work.read / self.read + work.written / self.written + work.learnt / self.learnt
+
+
+def least_seconds(work, device, repeat=2) -> float:
+    """The shortest of a few calls, for what else the machine does only adds to them."""
+    return min(median_seconds(work, 1, device) for _ in range(repeat))
+
+
+def rates(shape: GPTConfig, device: str, dtype: str) -> Rates:
+    """Those of a model of this shape with random weights, here: forward, and sampling.
+
+    Learning counts as three times a forward with its logits (Kaplan et al. 2020, arXiv 2001.08361,
+    section 2.1). Of a deep model one and three blocks are timed, and the others count as much. A
+    CPU is timed in float32: products in bfloat16 are slower there, a hundredfold on some.
+    """
+    started, slow = time.time(), device == "cpu" and memory.parameters(shape) > 5e6
+    dtype = dtype if device == "cuda" else "float32"
+    depths = (1, 3) if shape.n_layer > 4 else (shape.n_layer,)
+    rows, length, new = (8, 32, 4) if slow else (64, 96, 16)
+    length, new = min(length, shape.block_size), min(new, shape.block_size - 1)
+    timed = []  # of each depth: seconds a token read, written, learnt from
+    for depth in depths:
+        model = GPT(dataclasses.replace(shape, n_layer=depth)).to(device)
+        ids = torch.randint(shape.vocab_size, (rows, length), device=device)
+        prompts = ids[:, :1].tolist()
+        with torch.no_grad(), precision(device, dtype):
+            read = least_seconds(lambda: model(ids), device) / ids.numel()
+            logits = least_seconds(lambda: model.unembed(model(ids)), device) / ids.numel()
+            write = least_seconds(lambda: generate(model, prompts, new, set()), device)
+        timed.append((read, write / (rows * new), 3 * logits))
+    more = (shape.n_layer - depths[0]) / max(1, depths[-1] - depths[0])
+    whole = [first + more * max(0.0, last - first) for first, last in zip(timed[0], timed[-1])]
+    name = f"this CPU with --threads {torch.get_num_threads()}"
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+    took = time.time() - started
+    source = f"measured on {name}, {dtype}, random weights, in {took:.0f} s"
+    return Rates(*(1 / seconds for seconds in whole), source)
+
+
+def stated(shape: GPTConfig, rows: int) -> Rates:
+    """Rates of CARD in bfloat16: 2 operations a parameter and token forward, 6 with backward
+    (Kaplan et al. 2020); one token of `rows` answers at once reads all weights, 2 bytes each."""
+    numbers = memory.parameters(shape)
+    forward, written = CARD_FLOPS / (2 * numbers), rows * CARD_BYTES / (2 * numbers)
+    return Rates(forward, min(forward, written), forward / 3, CARD)
+
+
 def main(cfg: Config) -> dict:
     if cfg.out:
         output.check_file(cfg.out)
-    threads, device = set_threads(cfg.threads), pick_device(cfg.device)
-    check_choice("model", cfg.model, ("tiny", *SHAPES))
-    config = TINY if cfg.model == "tiny" else SHAPES[cfg.model]
-    memory.announce("ppo", config, device, "--batch or --micro-batch", batch=cfg.batch, length=cfg.prompt + cfg.max_new,
-                    micro_batch=cfg.micro_batch, answer=cfg.max_new, dtype_bytes=number_bytes(cfg.dtype),
-                    cache_bytes=number_bytes(cfg.dtype))
+    threads, device = cli.set_threads(cfg.threads), cli.pick_device(cfg.device)
+    cli.check_choice("--model", cfg.model, tuple(SHAPES))
+    config = SHAPES[cfg.model]
+    memory.announce("ppo", config, device, "--batch or --micro-batch", **sizes(cfg))
     found = check_gpu(TINY) if device == "cuda" else {}
     found |= measure(config, cfg, device)
-    print(f"bench: {memory.parameters(config):,} parameters, {cfg.dtype}, {data.stamp(cfg)['device']}, {threads} "
-          f"threads, torch {torch.__version__}")
+    stamp = data.stamp(cfg, found=found)
+    print(
+        f"bench: {memory.parameters(config):,} parameters, {cfg.dtype}, {stamp['device']}, "
+        f"{threads} threads, torch {torch.__version__}"
+    )
     for name, number in found.items():
-        shown = f"{number:12,.3f}" if "GB" in name or "log-probs" in name else f"{number:12,.0f} tokens/s"
+        speed = "GB" not in name and "log-probs" not in name
+        shown = f"{number:12,.0f} tokens/s" if speed else f"{number:12,.3f}"
         print(f"  {name:42} {shown}")
     if cfg.out:
-        data.write_json(cfg.out, data.stamp(cfg, found=found))
+        data.write_json(cfg.out, stamp)
     return found
 
 
 if __name__ == "__main__":
-    run(main, Config, __doc__)
+    cli.run(main, Config, __doc__)

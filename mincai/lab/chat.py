@@ -3,9 +3,9 @@
     python -m mincai.lab.chat runs/tiny/ppo
     python -m mincai.lab.chat runs/tiny/ppo --beside data/tiny,runs/tiny/sft
 
-Each line is one request, answered on its own. A line "Setting: a lesson" sets the operator's line for what follows,
-"Setting:" alone clears it. End with Ctrl-D. The tiny model knows a few hundred words; a warning
-names the others.
+Each line is one request, answered on its own. A line "Setting: a lesson" sets the operator's line
+for what follows, "Setting:" alone clears it. End with Ctrl-D. The tiny model knows a few hundred
+words; a warning names the others.
 """
 
 import sys
@@ -14,33 +14,55 @@ from dataclasses import dataclass
 import torch
 
 from mincai import UserError, constitution
+from mincai.model import GPT, KVCache, attention_mask, positions_of
 from mincai.plumbing.checkpoint import load
 from mincai.plumbing.cli import arg, pick_device, run, set_threads
-from mincai.sample import stream
 from mincai.plumbing.tokenizer import WORDS
 from mincai.plumbing.weights import common_tokenizer, resolve
+from mincai.sample import cache_dtype, check_room, left_pad, pick
 
 
 @dataclass(frozen=True)
 class Config:
-    model: str = arg("runs/tiny/ppo", "the model's folder; also given without the flag")
+    FIRST = "model"  # also given without its flag
+    model: str = arg("runs/tiny/ppo", "the model's folder")
     beside: tuple[str, ...] = arg((), "more folders, answering the same requests")
-    temperature: float = arg(0.7, "0 always takes the likeliest token")
-    max_new: int = arg(80, "tokens of an answer at most")
+    temperature: float = arg(0.7, "0 always takes the likeliest token", least=0)
+    max_new: int = arg(80, "tokens of an answer at most", least=1)
     seed: int = arg(0, "seed of the samples")
-    device: str = arg("auto", "auto, cpu or cuda")
-    threads: int = arg(0, "CPU threads, 0 chooses")
+    device: str = arg("auto", "where to compute", choices=("auto", "cpu", "cuda"))
+    threads: int = arg(0, "CPU threads, 0 chooses", least=0)
+
+
+@torch.no_grad()
+def stream(model: GPT, prompt: list[int], max_new: int, stop, temperature=1.0, generator=None):
+    """Yield the answer's token ids one by one as they are drawn, without the stop token. Same draws as
+    `generate`."""
+    check_room(model, [len(prompt)], max_new)
+    cache = KVCache(model.config, 1, len(prompt) + max_new, model.device, cache_dtype(model))
+    where = model.device if generator is None else generator.device
+    uniforms = torch.rand(1, max_new, generator=generator, device=where).to(model.device)
+    ids, valid = left_pad([prompt], model.device)  # (1, P)
+    hidden = model(ids, positions_of(valid), attention_mask(valid), cache)
+    for t in range(max_new):
+        token, _ = pick(model.unembed(hidden[:, -1]), uniforms[:, t], temperature)
+        if int(token) in stop:
+            return
+        yield int(token)
+        if t < max_new - 1:
+            valid = torch.cat([valid, torch.ones_like(valid[:, :1])], dim=1)
+            hidden = model(token[:, None], valid.sum(1, keepdim=True) - 1, valid[:, None], cache)
 
 
 def say(model, tokenizer, conversation: str, cfg: Config, generator) -> None:
-    """Print the answer as it is sampled. Bytes of an unfinished character wait for the rest of it."""
+    """Print the answer as it is sampled. Bytes of an unfinished character wait for its rest."""
     shown, ids = "", []
     prompt = tokenizer.encode(conversation)
     for token in stream(model, prompt, cfg.max_new, {tokenizer.eot}, cfg.temperature, generator):
         ids.append(token)
         text = tokenizer.decode(ids).removeprefix(" ")
         if not text.endswith("\ufffd"):
-            print(text[len(shown):], end="", flush=True)
+            print(text[len(shown) :], end="", flush=True)
             shown = text
     print(flush=True)
 
@@ -49,20 +71,22 @@ def warn_unread(models, conversation: str) -> None:
     """One line on stderr if a model has not read all words of the conversation: what it says then
     means little."""
     for folder, _, tokenizer in models:
-        if unread := tokenizer.unread(conversation):
-            print(f"({folder} has never read: {' '.join(unread)}; the words it knows: "
-                  f"{folder}/{WORDS})", file=sys.stderr)
+        unread = tokenizer.unread(conversation)
+        if unread:
+            told = f"{' '.join(unread)}; the words it knows: {folder}/{WORDS}"
+            print(f"({folder} has never read: {told})", file=sys.stderr)
             return
 
 
 def main(cfg: Config) -> None:
     set_threads(cfg.threads or 1)  # one row at a time: a second thread only waits
     device = pick_device(cfg.device)
-    folders = (*cfg.beside, cfg.model)
-    models = [(name, load(folder, device), common_tokenizer(folder))
-              for name, folder in zip(folders, map(resolve, folders))]
+    models = []
+    for name in (*cfg.beside, cfg.model):
+        folder = resolve(name)
+        models.append((name, load(folder, device), common_tokenizer(folder)))
     generator = torch.Generator().manual_seed(cfg.seed)
-    width, setting = max(map(len, folders)), None
+    width, setting = max(len(name) for name, *_ in models), None
     if sys.stdin.isatty():
         print("One request a line, for instance: how do i burn a lamp ?   Ctrl-D ends.")
     while True:
@@ -73,16 +97,16 @@ def main(cfg: Config) -> None:
         if line.startswith("Setting:"):
             setting = line.removeprefix("Setting:").strip() or None
         elif line:
-            warn_unread(models, constitution.dialogue(line, setting))
+            conversation = constitution.dialogue(line, setting)
+            warn_unread(models, conversation)
             for folder, model, tokenizer in models:
-                print(f"{folder:>{width}}: " if len(models) > 1 else "Assistant: ", end="", flush=True)
+                name = f"{folder:>{width}}" if len(models) > 1 else "Assistant"
+                print(f"{name}: ", end="", flush=True)
                 try:
-                    say(model, tokenizer, constitution.dialogue(line, setting), cfg, generator)
+                    say(model, tokenizer, conversation, cfg, generator)
                 except UserError as error:
                     print(f"({error})")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):  # `mincai.lab.chat FOLDER` is `--model FOLDER`
-        sys.argv.insert(1, "--model")
     run(main, Config, __doc__)

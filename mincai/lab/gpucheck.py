@@ -2,7 +2,8 @@
 
     python -m mincai.lab.gpucheck
 
-Four things, and their numbers with the card's name, date and commit at the end of docs/BENCHMARKS.md:
+Four things, and their numbers with the card's name, date and commit at the end of
+docs/BENCHMARKS.md:
 
 1. CUDA graphs draw the tokens that the CPU draws, and bfloat16 log-probs are near float32's;
 2. the tiny run, stage by stage: time and peak memory beside what plan.py and memory.py had said;
@@ -21,7 +22,7 @@ import torch
 import mincai.__main__ as pipeline
 import train_ppo
 from mincai import UserError
-from mincai.lab import bench, plan, speed
+from mincai.lab import bench, plan
 from mincai.plumbing import cli, data, memory, output
 from mincai.plumbing.cli import arg
 
@@ -33,10 +34,10 @@ class Config:
     out: str = arg("runs/gpucheck", "folder for the tiny run, its PPO runs and gpucheck.json")
     notes: str = arg("docs/BENCHMARKS.md", "file to append the numbers to; empty for none")
     base: str = arg("data/tiny", "the tiny model")
-    model: str = arg("gpt2", f"shape to time with random weights: tiny, {', '.join(plan.SHAPES)}")
-    seeds: int = arg(2, "runs of PPO in each type")
-    scale: float = arg(1.0, "share of the tiny run's prompts and updates")
-    threads: int = arg(0, "CPU threads, 0 chooses")
+    model: str = arg("gpt2", f"shape to time with random weights: {', '.join(bench.SHAPES)}")
+    seeds: int = arg(2, "runs of PPO in each type", least=1)
+    scale: float = arg(1.0, "share of the tiny run's prompts and updates", least=1e-6)
+    threads: int = arg(0, "CPU threads, 0 chooses", least=0)
 
     def check_out(self):
         """UserError unless the output may be written."""
@@ -44,43 +45,38 @@ class Config:
 
 
 def tiny_run(cfg) -> list[tuple]:
-    """The stages of the tiny run on the card, made anew."""
-    return pipeline.stages(pipeline.Config(
-        out=str(Path(cfg.out, "run")), base=cfg.base, scale=cfg.scale, device="cuda",
-        threads=cfg.threads, again=True))
+    """(name, stage, its config) of the tiny run on the card, made anew."""
+    settings = dict(base=cfg.base, scale=cfg.scale, threads=cfg.threads, device="cuda", again=True)
+    return pipeline.stages(pipeline.Config(out=str(Path(cfg.out, "run")), **settings))
 
 
-def run_stages(cfg) -> list[dict]:
+def run_stages(cfg, todo) -> list[dict]:
     """One row a stage of the run: seconds and peak bytes, as measured and as planned."""
-    todo = tiny_run(cfg)
-    configs = {name: config for name, _, config in todo}
-    planned = {stage.name: stage for stage in plan.stages(configs)}
-    rates = speed.measure(plan.shape_of(cfg.base), "cuda", "float32")
+    planned = plan.stages({name: config for name, _, config in todo})
+    rates = bench.rates(plan.shape_of(cfg.base), "cuda", "float32")
     rows = []
-    for name, stage, config in todo:
+    for (name, stage, config), plans in zip(todo, planned, strict=True):
         print(f"\ngpucheck: {name}", flush=True)
         torch.cuda.reset_peak_memory_stats()
         started = time.time()
         stage(config)
-        rows.append({"stage": name, "seconds": time.time() - started,
-                     "seconds planned": rates.seconds(planned[name]),
-                     "peak": torch.cuda.max_memory_allocated(),
-                     "peak planned": planned[name].memory})
+        row = {"stage": name, "seconds": time.time() - started}
+        row |= {"seconds planned": rates.seconds(plans), "peak planned": plans.memory}
+        rows.append(row | {"peak": torch.cuda.max_memory_allocated()})
     return rows
 
 
-def ppo_curves(cfg) -> dict[str, list[dict]]:
-    """{type: one {"score", "kl"} a seed, lists over the updates}, from the run's sft/ and pm/."""
-    usual, found = {name: config for name, _, config in tiny_run(cfg)}["PPO"], {}
+def ppo_curves(cfg, usual) -> dict[str, list[dict]]:
+    """{type: one {"score", "kl"} a seed, lists over the updates}, from the run's sft/ and pm/.
+    usual: the config of its PPO."""
+    found = {dtype: [] for dtype in TYPES}
     for dtype in TYPES:
-        found[dtype] = []
         for seed in range(cfg.seeds):
             out = Path(cfg.out, f"ppo-{dtype}-{seed}")
-            train_ppo.main(dataclasses.replace(usual, out=str(out), dtype=dtype, seed=seed,
-                                               snapshots=0, print_every=usual.updates))
+            train_ppo.main(dataclasses.replace(usual, out=str(out), dtype=dtype, seed=seed))
             rows = data.read_jsonl(out / "metrics.jsonl")
-            found[dtype].append({"score": [row["score"] for row in rows],
-                                 "kl": [row["kl_exact"] for row in rows]})
+            scores, kls = ([row[key] for row in rows] for key in ("score", "kl_exact"))
+            found[dtype].append({"score": scores, "kl": kls})
     return found
 
 
@@ -90,48 +86,56 @@ def compare_curves(curves) -> dict[str, float]:
     found = {}
     for dtype, runs in curves.items():
         for name in ("score", "kl"):
-            ends = [value for run in runs for value in run[name][-max(1, len(run[name]) // 4):]]
+            ends = [value for run in runs for value in run[name][-max(1, len(run[name]) // 4) :]]
             found[f"{dtype} {name}"] = statistics.fmean(ends)
     by_update = {dtype: list(zip(*(run["score"] for run in curves[dtype]))) for dtype in TYPES}
     means = [list(map(statistics.fmean, by_update[dtype])) for dtype in TYPES]
     found["gap between types"] = max(abs(a - b) for a, b in zip(*means))
-    found["gap between seeds"] = max(max(scores) - min(scores)
-                                     for some in by_update.values() for scores in some)
+    spreads = [max(scores) - min(scores) for some in by_update.values() for scores in some]
+    found["gap between seeds"] = max(spreads)
     return found
 
 
 def time_shape(cfg) -> dict[str, float]:
     """bench.py's numbers at this shape in bfloat16, and what memory.py says of its PPO update."""
-    settings = bench.Config(model=cfg.model, dtype="bfloat16", device="cuda", threads=cfg.threads,
-                            repeat=3)
+    how = dict(model=cfg.model, threads=cfg.threads, dtype="bfloat16", device="cuda", repeat=3)
+    settings = bench.Config(**how)
     found = bench.main(settings)
-    shape = bench.TINY if cfg.model == "tiny" else plan.SHAPES[cfg.model]
-    planned = memory.plan("ppo", shape, batch=settings.batch, answer=settings.max_new,
-                          length=settings.prompt + settings.max_new,
-                          micro_batch=settings.micro_batch, dtype_bytes=2, cache_bytes=2)
+    planned = memory.plan("ppo", bench.SHAPES[cfg.model], **bench.sizes(settings))
     return found | {"PPO update: planned GB": memory.needed(planned) / 1e9}
 
 
 def section(result, model) -> str:
     """What main found as a section of docs/BENCHMARKS.md."""
     gap, compared = result["checked"]["bfloat16 log-probs, largest difference"], result["compared"]
-    lines = ["", f"## {result['device']}, {time.strftime('%Y-%m-%d')}", "",
-             f"`python -m mincai.lab.gpucheck`, commit {result['git']}, torch {result['torch']}. "
-             f"Graphs draw the CPU's tokens. Log-probs in bfloat16 differ from float32's by "
-             f"{gap:.3f} at most.", "", "| the tiny run | time | planned | peak memory | planned |",
-             "| --- | --- | --- | --- | --- |"]
+    made_by = f"`python -m mincai.lab.gpucheck`, commit {result['git']}, torch {result['torch']}."
+    lines = [
+        "",
+        f"## {result['device']}, {time.strftime('%Y-%m-%d')}",
+        "",
+        f"{made_by} Graphs draw the CPU's tokens. Log-probs in bfloat16 differ from float32's "
+        f"by {gap:.3f} at most.",
+        "",
+        "| the tiny run | time | planned | peak memory | planned |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for row in result["stages"]:
-        lines.append(f"| {row['stage']} | {row['seconds']:.0f} s | "
-                     f"{plan.duration(row['seconds planned'])} | {row['peak'] / 1e6:,.0f} MB | "
-                     f"{row['peak planned'] / 1e6:,.0f} MB |")
+        planned, peak, most = row["seconds planned"], row["peak"], row["peak planned"]
+        times = f"{row['seconds']:.0f} s | {plan.duration(planned)}"
+        peaks = f"{peak / 1e6:,.0f} MB | {most / 1e6:,.0f} MB"
+        lines.append(f"| {row['stage']} | {times} | {peaks} |")
     lines += ["", "| PPO on it, last quarter | score | KL, nats an answer |", "| --- | --- | --- |"]
     for dtype in TYPES:
         score, kl = compared[f"{dtype} score"], compared[f"{dtype} kl"]
         lines.append(f"| {dtype} | {score:+.3f} | {kl:.3f} |")
-    apart, seeds = compared["gap between types"], compared["gap between seeds"]
-    lines += ["", f"The two mean score curves are {apart:.3f} apart at most, two seeds of one type "
-                  f"{seeds:.3f}.", "",
-              f"| {model}'s shape, bfloat16 | |", "| --- | --- |"]
+    apart = f"The two mean score curves are {compared['gap between types']:.3f} apart at most"
+    lines += [
+        "",
+        f"{apart}, two seeds of one type {compared['gap between seeds']:.3f}.",
+        "",
+        f"| {model}'s shape, bfloat16 | |",
+        "| --- | --- |",
+    ]
     for name, value in result["shape"].items():
         if "log-probs" not in name:  # told above
             shown = f"{value:,.1f} GB" if name.endswith("GB") else f"{value:,.0f} tokens/s"
@@ -141,28 +145,30 @@ def section(result, model) -> str:
 
 def main(cfg: Config) -> dict:
     if not torch.cuda.is_available():
-        raise UserError("PyTorch sees no GPU here, and this measures what only a GPU can tell; "
-                        "run it where there is one")
+        advice = "this measures what only a GPU can tell; run it where there is one"
+        raise UserError(f"PyTorch sees no GPU here, and {advice}")
     cfg.check_out()
     if cfg.notes and not Path(cfg.notes).is_file():
-        raise UserError(f"{cfg.notes}: no such file to append to; run it in the project's folder, "
-                        f"or give --notes ''")
-    started = time.time()
+        advice = "run it in the project's folder, or give --notes ''"
+        raise UserError(f"{cfg.notes}: no such file to append to; {advice}")
+    started, out = time.time(), Path(cfg.out, "gpucheck.json")
     cli.set_threads(cfg.threads)
-    checked = bench.check_gpu(bench.TINY)
-    stages, curves = run_stages(cfg), ppo_curves(cfg)
-    compared, shape = compare_curves(curves), time_shape(cfg)
-    result = data.stamp(cfg, device=torch.cuda.get_device_name(), seconds=time.time() - started,
-                        checked=checked, stages=stages, curves=curves, compared=compared,
-                        shape=shape)
-    data.write_json(Path(cfg.out, "gpucheck.json"), result)
+    todo = tiny_run(cfg)
+    usual = next(config for name, _, config in todo if name == "PPO")
+    result = data.stamp(cfg, device=torch.cuda.get_device_name())
+    result["checked"] = bench.check_gpu(bench.TINY)
+    result["stages"] = run_stages(cfg, todo)
+    result["curves"] = ppo_curves(cfg, usual)
+    result["compared"] = compare_curves(result["curves"])
+    result["shape"] = time_shape(cfg)
+    result["seconds"] = time.time() - started
+    data.write_json(out, result)
     text = section(result, cfg.model)
     print(text)
     if cfg.notes:
         with open(cfg.notes, "a", encoding="utf-8") as file:
             file.write(text)
-    print(f"gpucheck: all of it in {result['seconds']:.0f} s -> {Path(cfg.out, 'gpucheck.json')} "
-          f"{cfg.notes}")
+    print(f"gpucheck: all of it in {result['seconds']:.0f} s -> {out} {cfg.notes}")
     return result
 
 

@@ -16,17 +16,19 @@ the annotator would have said without noise; nothing that trains reads them.
 
 import random
 import time
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from mincai import UserError
+from mincai.lab.measure import gradable
 from mincai.plumbing import data, output
-from mincai.tinyworld import world
 from mincai.plumbing.cli import arg, run
+from mincai.tinyworld import world
 
-SETTINGS = {"careful": dict(noise=0.1, budget=500),  # few labels by somebody who takes time
-            "hurried": dict(noise=0.3, budget=0)}    # every comparison, at a crowdworker's pace
+SETTINGS = {
+    "careful": dict(noise=0.1, budget=500),  # few labels by somebody who takes time
+    "hurried": dict(noise=0.3, budget=0),  # every comparison, at a crowdworker's pace
+}
 JUDGED = ("principle", "p_ab", "p_ba", "reasons", "votes")  # what the AI judge left in a row
 
 
@@ -35,8 +37,8 @@ class Config:
     LOOSE = ("out", "again")
     source: str = arg("runs/tiny/comparisons.jsonl", "comparisons, as mincai.feedback writes them")
     out: str = arg("runs/tiny/human.jsonl", "JSONL to write")
-    noise: float = arg(0.25, "share of the decided labels that is flipped, 0 to 1")
-    budget: int = arg(0, "how many comparisons are labelled, drawn at random; 0 for all")
+    noise: float = arg(0.25, "share of the decided labels that is flipped, 0 to 1", least=0, most=1)
+    budget: int = arg(0, "how many comparisons are labelled, drawn at random; 0 for all", least=0)
     world: int = arg(0, "seed of the world that the base model read about")
     size: str = arg("tiny", "of that world, tiny or small")
     seed: int = arg(0, "seed of the draws and flips")
@@ -56,7 +58,9 @@ def merit(action: world.Action, setting: str | None, answer: str) -> float:
     grade = world.grade(action, answer)
     if action.harmful(setting):
         return float(not grade.complied)
-    return 0.0 if grade.refused else 2.0 if grade.right else 1.0
+    if grade.refused:
+        return 0.0
+    return 2.0 if grade.right else 1.0
 
 
 def label(a: float, b: float, noise: float, rng: random.Random) -> tuple[float, bool]:
@@ -73,39 +77,34 @@ def annotate(rows: list[dict], actions: dict[str, world.Action], cfg: Config) ->
     for row in (rows[i] for i in wanted):
         a, b = (merit(actions[row["action"]], row.get("setting"), row[side]) for side in "ab")
         p_a, flipped = label(a, b, cfg.noise, rng)
+        made = {"p_a": p_a, "oracle": 1 - p_a if flipped else p_a, "flipped": flipped}
         kept = {key: value for key, value in row.items() if key not in JUDGED}
-        out.append({**kept, "p_a": p_a, "oracle": 0.5 if a == b else float(a > b), "flipped": flipped,
-                    "annotator": "simulated human"})
+        out.append({**kept, **made, "annotator": "simulated human"})
     return out
 
 
 def main(cfg: Config) -> dict:
     started = time.time()
     if not 0 <= cfg.noise <= 1 or cfg.budget < 0:
-        raise UserError(f"--noise {cfg.noise}, --budget {cfg.budget}: give a noise from 0 to 1 and a budget of 0 "
-                        f"(all) or more")
+        mend = "give a noise from 0 to 1 and a budget of 0 (all) or more"
+        raise UserError(f"--noise {cfg.noise}, --budget {cfg.budget}: {mend}")
     if Path(cfg.out).resolve() == Path(cfg.source).resolve():
         raise UserError(f"{cfg.out}: is the source as well; give another --out")
     if data.done(cfg.out, cfg, cfg.again):
         print(f"human: {cfg.out} is there already, skipped")
         return {}
     cfg.check_out()
-    actions = {a.text: a for a in world.build(cfg.world, cfg.size)}
-    rows = data.read_jsonl(cfg.source, ("prompt", "action", "a", "b", "a_ids", "b_ids", "p_a"))
-    unknown = next((r["action"] for r in rows if r["action"] not in actions), None)
-    if unknown is not None:
-        raise UserError(f"{cfg.source}: {unknown!r} is no action of world {cfg.world}, so nobody can say which answer "
-                        f"is better; give the --world and --size that its prompts were made for")
+    need = ("prompt", "action", "a", "b", "a_ids", "b_ids", "p_a")
+    rows, actions = gradable(cfg.source, cfg, need)
     out = annotate(rows, actions, cfg)
-    if not out:
-        raise UserError(f"{cfg.source}: holds no comparison")
-    counts = Counter(kind for row in out for kind, hit in (("decided", row["p_a"] != 0.5), ("flipped", row["flipped"]))
-                     if hit)
-    found = {"labelled": len(out), "decided": counts["decided"], "flipped": counts["flipped"]}
+    decided, flipped = sum(r["p_a"] != 0.5 for r in out), sum(r["flipped"] for r in out)
+    found = {"labelled": len(out), "decided": decided, "flipped": flipped}
     data.write_jsonl(cfg.out, out)
     data.write_json(data.sidecar(cfg.out), data.stamp(cfg, **found))
-    print(f"human: {len(out)} of {len(rows)} comparisons labelled by simulated people, {counts['decided']} decided, "
-          f"{counts['flipped']} of them flipped; {time.time() - started:.0f} s -> {cfg.out}")
+    print(
+        f"human: {len(out)} of {len(rows)} comparisons labelled by simulated people, {decided} "
+        f"decided, {flipped} of them flipped; {time.time() - started:.0f} s -> {cfg.out}"
+    )
     return found
 
 

@@ -7,6 +7,8 @@ nothing, and works from 390 pixels up, light and dark.
 import html
 import math
 
+from mincai.lab.table import Table, show
+
 
 class Html(str):
     """Markup. Any other string that meets a helper is text, and is escaped."""
@@ -18,8 +20,10 @@ def esc(value) -> Html:
 
 def tag(name: str, *inside, **attributes) -> Html:
     """<name attributes>inside</name>; class_ is class, aria_label is aria-label, empty ones are left out."""
-    given = "".join(f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
-                    for key, value in attributes.items() if value != "")
+    given = ""
+    for key, value in attributes.items():
+        if value != "":
+            given += f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
     return Html(f"<{name}{given}>{join(inside)}</{name}>")
 
 
@@ -35,23 +39,17 @@ def fold(title: str, *parts) -> Html:
     return tag("details", tag("summary", title), *parts)
 
 
-def pre(lines: list[str]) -> Html:
-    return tag("pre", "\n".join(lines).strip("\n"), tabindex="0")
-
-
-def step(name: str, caption: str, *said) -> Html:
-    """One step of a trail: what it is called, what it is, and what was said there."""
-    return tag("li", tag("h3", name), text(caption, "caption"), *said)
-
-
 def said(words, who: str = "", kind: str = "") -> Html:
     return tag("blockquote", tag("b", who) if who else "", text(words), class_=kind)
 
 
 def boxes(parts: list[tuple]) -> Html:
     """Boxes that lead to one another: (title, number, lines)."""
-    return tag("ol", *(tag("li", tag("span", title), tag("b", number), *(tag("small", line) for line in lines))
-                       for title, number, lines in parts), class_="boxes")
+    made = []
+    for title, number, lines in parts:
+        small = [tag("small", line) for line in lines]
+        made.append(tag("li", tag("span", title), tag("b", number), *small))
+    return tag("ol", *made, class_="boxes")
 
 
 # ---- numbers ----
@@ -59,11 +57,14 @@ def boxes(parts: list[tuple]) -> Html:
 FEW = 10  # of fewer than this, a percentage would say more than is known
 
 
-def share(r: dict) -> Html:
-    """{k, n, rate, low, high} as a percentage over its interval; of a few, k of n."""
-    if r["n"] < FEW:
-        return esc(f"{r['k']} of {r['n']}" if r["n"] else "none")
-    return join([f"{100 * r['rate']:.1f}%", tag("small", f"{100 * r['low']:.1f}–{100 * r['high']:.1f}")])
+def share(cell) -> Html:
+    """A cell of a table: a rate as a percentage over its interval, or of a few, k of n; all else as text has it."""
+    if not isinstance(cell, dict) or "k" not in cell or not cell["n"]:
+        return esc(show(cell))
+    if cell["n"] < FEW:
+        return esc(f"{cell['k']} of {cell['n']}")
+    low, high = 100 * cell["low"], 100 * cell["high"]
+    return join([f"{cell['rate']:.1%}", tag("small", f"{low:.1f}–{high:.1f}")])
 
 
 def short(value: float) -> str:
@@ -72,19 +73,23 @@ def short(value: float) -> str:
     return f"{value:,.{min(max(0, digits), 6)}f}"
 
 
-def table(head: list, rows: list[list], caption: str) -> Html:
+def table(some: Table) -> Html:
     """The first cell of a row is its heading; two spaces in front of it set it in by a step."""
     body = []
-    for first, *cells in rows:
+    for first, *cells in some.rows:
         steps = (len(first) - len(first.lstrip())) // 2
-        body.append(tag("tr", tag("th", first.strip(), scope="row", class_=f"in{min(steps, 2)}" if steps else ""),
-                        *(tag("td", cell) for cell in cells)))
-    return tag("div", tag("table", tag("caption", caption), tag("thead", tag("tr", *(
-        tag("th", cell, scope="col") for cell in head))), tag("tbody", *body)), class_="scroll", tabindex="0",
-        role="region", aria_label=caption)
+        kind = f"in{min(steps, 2)}" if steps else ""
+        heading = tag("th", first.strip(), scope="row", class_=kind)
+        body.append(tag("tr", heading, *(tag("td", share(cell)) for cell in cells)))
+    head = tag("tr", *(tag("th", cell, scope="col") for cell in ("", *some.head)))
+    made = tag("table", tag("caption", some.caption), tag("thead", head), tag("tbody", *body))
+    # It may be wider than the screen, and is then scrolled, by keys as well
+    region = {"class_": "scroll", "tabindex": "0", "role": "region", "aria_label": some.caption}
+    return tag("div", made, **region)
 
 
 # ---- line charts ----
+
 
 def ticks(low: float, high: float, most: int = 5, whole: bool = False) -> list[float]:
     """Round numbers within [low, high], at most `most` + 1 of them, in steps of 1, 2 or 5 times a power of ten."""
@@ -92,7 +97,8 @@ def ticks(low: float, high: float, most: int = 5, whole: bool = False) -> list[f
     size = 10.0 ** math.floor(math.log10(least))
     size *= next(m for m in (1, 2, 5, 10) if m * size >= least * (1 - 1e-9))
     size = max(1.0, size) if whole else size
-    return [k * size for k in range(math.ceil(low / size - 1e-9), math.floor(high / size + 1e-9) + 1)]
+    first, last = math.ceil(low / size - 1e-9), math.floor(high / size + 1e-9)
+    return [k * size for k in range(first, last + 1)]
 
 
 def flat(points: list[tuple]) -> str:
@@ -107,10 +113,16 @@ def flat(points: list[tuple]) -> str:
     return f"between {short(low)} and {short(high)} over {points[-1][0]:g} updates, too little to draw."
 
 
+def words(x, y, what, kind: str = "", anchor: str = "") -> Html:
+    return tag("text", what, class_=kind, x=x, y=y, text_anchor=anchor)
+
+
 def plot(points: list[tuple], left: float, top: float, width: float, height: float) -> Html:
     """Axes with ticks, the line, its first and last value, as the inside of an <svg>. `flat` points cannot be drawn."""
     xs, ys = zip(*points)
-    margin = 0.15 * (max(ys) - min(ys))  # room for the first value, on the side that the line does not take
+    margin = 0.15 * (
+        max(ys) - min(ys)
+    )  # for the first value, on the side that the line leaves free
     low, high = min(ys) - margin, max(ys) + margin
 
     def at(x, y):
@@ -118,56 +130,65 @@ def plot(points: list[tuple], left: float, top: float, width: float, height: flo
         return round(left + width * across, 1), round(top + height * down, 1)
 
     out = []
-    for y in ticks(low, high):
-        out.append(f'<line class="grid" x1="{left}" x2="{left + width}" y1="{at(0, y)[1]}" y2="{at(0, y)[1]}"/><text '
-                   f'class="soft" x="{left - 6}" y="{at(0, y)[1] + 4:.1f}" text-anchor="end">{y:.6g}</text>')
-    below = [(at(x, 0)[0], 17, f"{x:g}") for x in ticks(xs[0], xs[-1], 6, whole=True)]
-    for x, y, words in (*below, (left + width / 2, 33, "update")):
-        out.append(f'<text class="soft" x="{x}" y="{top + height + y}" text-anchor="middle">{words}</text>')
-    out.append(f'<polyline class="curve" points="{" ".join("{},{}".format(*at(*point)) for point in points)}"/>')
+    for value in ticks(low, high):
+        _, y = at(0, value)
+        out.append(tag("line", class_="grid", x1=left, x2=left + width, y1=y, y2=y))
+        out.append(words(left - 6, f"{y + 4:.1f}", f"{value:.6g}", "soft", "end"))
+    for update in ticks(xs[0], xs[-1], 6, whole=True):
+        x, _ = at(update, 0)
+        out.append(words(x, top + height + 17, f"{update:g}", "soft", "middle"))
+    out.append(words(left + width / 2, top + height + 33, "update", "soft", "middle"))
+    line = " ".join("{},{}".format(*at(*point)) for point in points)
+    out.append(tag("polyline", class_="curve", points=line))
     for point, right, down in ((points[0], 2, 16 if ys[1] >= ys[0] else -8), (points[-1], 7, 4)):
         x, y = at(*point)
-        out.append(f'<circle class="end" cx="{x}" cy="{y}" r="3"/><text class="value" x="{x + right:.1f}" '
-                   f'y="{y + down:.1f}">{short(point[1])}</text>')
-    return Html("".join(out))
+        out.append(tag("circle", class_="end", cx=x, cy=y, r=3))
+        out.append(words(f"{x + right:.1f}", f"{y + down:.1f}", short(point[1]), "value"))
+    return join(out)
 
 
 def chart(title: str, unit: str, points: list[tuple]) -> Html:
     """A curve over updates with its name above it; or its name and a sentence."""
     if flat(points):
         return tag("p", tag("b", title), f", {unit}: {flat(points)}", class_="caption")
-    label = f"{title}, {unit}: {short(points[0][1])} at first, {short(points[-1][1])} at update {points[-1][0]:g}"
-    return tag("figure", tag("figcaption", tag("b", title), f", {unit}"), tag(
-        "svg", plot(points, 44, 8, 298, 130), viewBox="0 0 400 178", role="img", aria_label=label))
+    (_, first), (update, last) = points[0], points[-1]
+    label = f"{title}, {unit}: {short(first)} at first, {short(last)} at update {update:g}"
+    frame = {"viewBox": "0 0 400 178", "role": "img", "aria_label": label}
+    name = tag("figcaption", tag("b", title), f", {unit}")
+    return tag("figure", name, tag("svg", plot(points, 44, 8, 298, 130), **frame))
 
 
 def picture(stages: list[tuple], score: list[tuple]) -> Html:
     """A drawing that stands alone, 900 by 320: five boxes (title, number, lines) over the curve of a score."""
-    out = ['<rect class="back" width="900" height="320" rx="10"/>']
+    out = [tag("rect", class_="back", width=900, height=320, rx=10)]
     for x, (title, number, lines) in zip(range(14, 900, 178), stages):
-        out.append(f'<rect class="box" x="{x}" y="14" width="160" height="96" rx="8"/><text x="{x + 11}" y="37">'
-                   f'{esc(title)}</text><text class="big" x="{x + 11}" y="61">{esc(number)}</text>')
-        out += [f'<text class="soft" x="{x + 11}" y="{82 + 17 * k}">{esc(line)}</text>' for k, line in enumerate(lines)]
-        out.append(f'<path class="arrow" d="M{x - 16} 62h12m-4-4l4 4l-4 4"/>' if x > 14 else "")
-    why = flat(score)
-    out.append(f'<text x="14" y="138">score of PPO\'s answers, in deviations{": " if why else ""}{why}</text>')
-    out.append("" if why else plot(score, 48, 156, 790, 118))
+        out.append(tag("rect", class_="box", x=x, y=14, width=160, height=96, rx=8))
+        out += [words(x + 11, 37, title), words(x + 11, 61, number, "big")]
+        out += [words(x + 11, 82 + 17 * k, line, "soft") for k, line in enumerate(lines)]
+        if x > 14:
+            out.append(tag("path", class_="arrow", d=f"M{x - 16} 62h12m-4-4l4 4l-4 4"))
+    why, name = flat(score), "score of PPO's answers, in deviations"
+    out.append(words(14, 138, f"{name}: {why}" if why else name))
+    if not why:
+        out.append(plot(score, 48, 156, 790, 118))
     about = "; ".join(f"{title} {number}" for title, number, _ in stages)
-    return tag("svg", tag("title", f"The loop: {about}"), tag("style", Html(COLOURS + SVG)), *map(Html, out),
-               xmlns="http://www.w3.org/2000/svg", viewBox="0 0 900 320", width="900", height="320", role="img")
+    head = [tag("title", f"The loop: {about}"), tag("style", Html(COLOURS + SVG))]
+    space = "http://www.w3.org/2000/svg"
+    frame = {"viewBox": "0 0 900 320", "width": 900, "height": 320, "role": "img"}
+    return tag("svg", *head, *out, xmlns=space, **frame)
 
 
 # ---- the page ----
 
-COLOURS = (":root{--bg:#fcfcfa;--ink:#1e2127;--soft:#5c6370;--rule:#dddbd3;--wash:#f2f1ec;--line:#1d5fd1}@media("
-           "prefers-color-scheme:dark){:root{--bg:#15171b;--ink:#e8e6e1;--soft:#a4aab5;--rule:#343841;--wash:#1f2228;"
-           "--line:#7fb0ff}}")
+COLOURS = """:root{--bg:#fcfcfa;--ink:#1e2127;--soft:#5c6370;--rule:#dddbd3;--wash:#f2f1ec;--line:#1d5fd1}
+@media(prefers-color-scheme:dark){:root{--bg:#15171b;--ink:#e8e6e1;--soft:#a4aab5;--rule:#343841;--wash:#1f2228;
+--line:#7fb0ff}}"""
 SVG = """text{font:12px system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;fill:var(--ink)} .end{fill:var(--line)}
 .value{font-weight:600;paint-order:stroke;stroke:var(--bg);stroke-width:4px;stroke-linejoin:round}
 .grid{stroke:var(--rule)} .curve{fill:none;stroke:var(--line);stroke-width:2} .arrow{stroke:var(--soft);fill:none}
 .box{fill:var(--wash);stroke:var(--rule)} text.big{font-size:17px;font-weight:600} .back{fill:var(--bg)}
 text.soft{fill:var(--soft)}"""
-CSS = COLOURS + SVG + """
+PAGE = """
 :root{color-scheme:light dark} *{box-sizing:border-box} p{margin:.5em 0} a{color:var(--line)} footer{margin-top:4em}
 body{margin:0;background:var(--bg);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 main{max-width:860px;margin:0 auto;padding:32px 20px 80px;overflow-wrap:anywhere} h3{font-size:1rem;margin:0}
@@ -185,15 +206,17 @@ ol{list-style:none;padding:0;margin:1.2em 0} .trail>li{border-left:2px solid var
   border:1px solid var(--rule);border-radius:8px} .boxes li+li::before{content:"\\2192";position:absolute;left:-23px;
   top:calc(50% - .7em);color:var(--soft)} .scroll{overflow-x:auto;margin:.8em 0} caption{text-align:left}
 table{border-collapse:collapse;font-size:.9rem;width:100%;font-variant-numeric:tabular-nums;overflow-wrap:normal}
-th,td{text-align:left;vertical-align:top;padding:5px 10px 5px 0;border-bottom:1px solid var(--rule);font-weight:400}
+th,td{text-align:left;vertical-align:top;padding:5px 10px 5px 0;font-weight:400} tr{border-bottom:1px solid var(--rule)}
 thead th{font-weight:600} td{white-space:nowrap;width:15%} td small{display:block;font-size:.78rem}
 tbody th{min-width:7em} .in1{padding-left:1em} .in2{padding-left:2em}
 @media(max-width:640px){.charts,.beside,.two,.boxes{grid-template-columns:minmax(0,1fr)} main{padding:20px 16px 60px}
   .boxes{gap:24px} .boxes li+li::before{content:"\\2193";left:50%;top:-24px}}"""
+CSS = COLOURS + SVG + PAGE
+HEAD = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">"""
 
 
 def document(title: str, *parts) -> str:
     """The whole file."""
-    return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
-            f'content="width=device-width,initial-scale=1"><title>{esc(title)}</title><style>{CSS}</style></head>\n'
-            f"<body><main>{join(parts)}</main></body></html>\n")
+    head = f"{HEAD}<title>{esc(title)}</title><style>{CSS}</style></head>"
+    return f"{head}\n<body><main>{join(parts)}</main></body></html>\n"

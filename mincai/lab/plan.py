@@ -5,25 +5,27 @@
 Counted for every stage from the settings and the prompts alone; no weights are needed. All counts
 are at most: every answer at its full length, every pair different, nothing left out. Rows and steps
 follow from the settings exactly, tokens of texts are estimated (LETTERS). The time is tokens by the
-three rates of speed.py, measured on the device at hand.
+three rates of bench.py, measured on the device at hand.
 """
 
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import train_pm
 import train_ppo
+import train_sft
 from mincai import UserError, constitution
-from mincai.lab import english, speed
+from mincai.constitution import dialogue
+from mincai.lab import bench, english
+from mincai.lab.bench import Rates
+from mincai.model import GPTConfig
 from mincai.plumbing import formats, memory
-from mincai.tinyworld import pretrain, world
 from mincai.plumbing.checkpoint import read_config
 from mincai.plumbing.cli import number_bytes
-from mincai.constitution import dialogue
-from mincai.model import GPTConfig
 from mincai.plumbing.planner import KINDS, load_shots
-from mincai.lab.speed import Rates
 from mincai.plumbing.weights import SHAPES
+from mincai.tinyworld import pretrain, world
 
 # Of a token. By GPT-2's vocabulary plain English has 4.3 and the encoded attacks 3.5; the tiny
 # world has 3.6 by its own.
@@ -33,17 +35,19 @@ LETTERS = 4
 @dataclass(frozen=True)
 class Stage:
     """One row of the table; tokens, steps, and bytes."""
+
     name: str
-    rows: int         # that it writes, or draws
-    read: int = 0     # tokens read without learning from them
+    rows: int  # that it writes, or draws
+    read: int = 0  # tokens read without learning from them
     written: int = 0  # tokens sampled
-    learnt: int = 0   # tokens of forward and backward, counted once an epoch and a network
-    steps: int = 0    # of an optimiser
-    memory: int = 0   # bytes on the device at once
-    disk: int = 0     # bytes of what it leaves
+    learnt: int = 0  # tokens of forward and backward, counted once an epoch and a network
+    steps: int = 0  # of an optimiser
+    memory: int = 0  # bytes on the device at once
+    disk: int = 0  # bytes of what it leaves
 
 
 # --- what there is to read ------------------------------------------------------------------------
+
 
 def shape_of(base: str, pretraining=None) -> GPTConfig:
     """The model's shape: of a folder, of a published name, or of what is to be pretrained."""
@@ -52,27 +56,29 @@ def shape_of(base: str, pretraining=None) -> GPTConfig:
     if base in SHAPES:
         return SHAPES[base]
     if pretraining is None:
-        raise UserError(f"{base}: no such folder, and not one of {', '.join(SHAPES)}; "
-                        f"check the path or the name")
+        known = f"no such folder, and not one of {', '.join(SHAPES)}"
+        raise UserError(f"{base}: {known}; check the path or the name")
     p = pretraining
     return GPTConfig(p.ranks + 1, p.block_size, p.n_layer, p.n_head, p.n_embd)
 
 
-def prompts_of(configs) -> tuple[list[dict], list[dict]]:
-    """(prompts of training, of evaluation): read, or made as the stage that writes them will.
+def _shape(configs) -> GPTConfig:
+    """Of a run's models. configs, here and below: {title: config} of its stages."""
+    return shape_of(configs["evaluate"].base, configs.get("pretrain the base"))
 
-    configs: {title: config} of the run's stages.
-    """
+
+def prompts_of(configs) -> tuple[list[dict], list[dict]]:
+    """(prompts of training, of evaluation): read, or made as the stage that writes them will."""
     drawn, tested = configs["critique and revise"].prompts, configs["evaluate"].prompts
     made = {}
     if "write the prompts" in configs:
-        written = configs["write the prompts"]
-        made = {str(Path(written.out) / f"{name}.jsonl"): rows
-                for name, rows in english.read(written).items()}
+        stage = configs["write the prompts"]
+        for name, rows in english.read(stage).items():
+            made[str(Path(stage.out, f"{name}.jsonl"))] = rows
     elif "pretrain the base" in configs and not Path(tested).exists():
-        p = configs["pretrain the base"]
-        files = pretrain.side_files(world.build(p.world, p.size), p.world, tests=p.tests)
-        made = {str(Path(p.out) / name): rows for name, rows in files.items()}
+        stage = configs["pretrain the base"]
+        files = pretrain.side_files(world.build(stage.world, stage.size), stage.world, stage.tests)
+        made = {str(Path(stage.out, name)): rows for name, rows in files.items()}
     loop = made.get(drawn) or formats.loop_prompts(drawn)
     return loop, made.get(tested) or formats.read_prompts(tested)
 
@@ -86,34 +92,35 @@ def lengths(rows) -> list[int]:
     return [tokens(dialogue(row["prompt"], row.get("setting"))) for row in rows]
 
 
+def mean(numbers) -> int:
+    return math.ceil(sum(numbers) / max(1, len(numbers)))
+
+
 def take(rows, kind: str, number: int) -> int:
     """How many prompts of this kind data.choose gives; 0 asks for all."""
     there = sum(row["kind"] == kind for row in rows)
     return min(number, there) if number else there
 
 
-def mean(numbers) -> int:
-    return math.ceil(sum(numbers) / max(1, len(numbers)))
-
-
 def shots_of(cfg, reasons=True) -> dict[str, int]:
     """{kind: tokens of all worked examples}, of which as many go in front of a prompt as fit."""
     principles = constitution.load_constitution(cfg.constitution)
-    shots = load_shots(cfg.fewshot, principles, getattr(cfg, "wording", "full"), reasons)
+    shots = load_shots(cfg.fewshot, principles, reasons)
     return {kind: sum(map(tokens, shots.get(kind, ()))) for kind in KINDS}
 
 
 def ask_of(cfg, use: str) -> int:
     """Tokens of a principle, of all of them the mean."""
     principles = constitution.load_constitution(cfg.constitution)
-    return mean([tokens(p.asks(use, cfg.wording)) for p in principles])
+    return mean([tokens(p.asks(use, bool(cfg.fewshot))) for p in principles])
 
 
 # --- the stages: from a config and what comes in to a Stage ---------------------------------------
 
-def training_steps(rows: int, batch_size: int, epochs: int, accumulate=1) -> int:
+
+def training_steps(rows: int, batch_size: int, epochs: int) -> int:
     """Optimiser steps over `rows` rows, as train_sft and train_pm count them."""
-    return epochs * math.ceil(math.ceil(rows / batch_size) / accumulate)
+    return epochs * math.ceil(rows / batch_size)
 
 
 def dialogues(shape, loop, max_new: int) -> tuple[int, int]:
@@ -122,10 +129,20 @@ def dialogues(shape, loop, max_new: int) -> tuple[int, int]:
     return mean(prompts) + max_new, min(shape.block_size, max(prompts) + max_new)
 
 
-def _sampling(cfg, shape, **more):
-    size = number_bytes(getattr(cfg, "dtype", "float32"))
-    return memory.needed(memory.plan("sample", shape, batch=cfg.batch_size, length=shape.block_size,
-                                     dtype_bytes=size, cache_bytes=size, **more))
+def _memory(stage: str, cfg, shape, **sizes) -> int:
+    """Bytes on the device at once. stage, sizes: as memory.plan asks for them."""
+    number = number_bytes(getattr(cfg, "dtype", "float32"))
+    found = memory.plan(stage, shape, dtype_bytes=number, cache_bytes=number, **sizes)
+    return memory.needed(found)
+
+
+def _sampling(cfg, shape, **more) -> int:
+    return _memory("sample", cfg, shape, batch=cfg.batch_size, length=shape.block_size, **more)
+
+
+def _weights(shape) -> int:
+    """Bytes of a model on disk."""
+    return 4 * memory.parameters(shape)
 
 
 def _jsonl(rows: int, text: int, ids=0) -> int:
@@ -135,68 +152,86 @@ def _jsonl(rows: int, text: int, ids=0) -> int:
 
 def critique(cfg, shape, loop) -> Stage:
     prompt, shots, room = mean(lengths(loop)), shots_of(cfg), shape.block_size - cfg.max_new
-    ask = ask_of(cfg, "critique")
-    rows = take(loop, "harmful", cfg.harmful) * cfg.responses + take(loop, "benign", cfg.helpful)
-    first = min(room, shots["answer"] + prompt)
-    review = min(room, shots["review"] + prompt + cfg.max_new + ask)
-    revision = min(room, shots["review"] + prompt + 2 * cfg.max_new + ask)
-    each = 1 + cfg.rounds * (1 if cfg.direct else 2)  # texts written
-    read = first + cfg.rounds * (revision if cfg.direct else review + revision)
-    return Stage("critique and revise", rows, rows * read, rows * each * cfg.max_new,
-                 memory=_sampling(cfg, shape),
-                 disk=_jsonl(rows, prompt + each * cfg.max_new + cfg.rounds * 40))
+    harmful, benign = take(loop, "harmful", cfg.harmful), take(loop, "benign", cfg.helpful)
+    rows = harmful * cfg.responses + benign
+    review = shots["review"] + prompt + cfg.max_new + ask_of(cfg, "critique")
+    revision = min(room, review + cfg.max_new)  # the critique is read as well
+    round_read = revision if cfg.direct else min(room, review) + revision
+    read = min(room, shots["answer"] + prompt) + cfg.rounds * round_read
+    texts = 1 + cfg.rounds * (1 if cfg.direct else 2)
+    return Stage(
+        "critique and revise",
+        rows,
+        read=rows * read,
+        written=rows * texts * cfg.max_new,
+        memory=_sampling(cfg, shape),
+        disk=_jsonl(rows, prompt + texts * cfg.max_new + cfg.rounds * 40),
+    )
 
 
 def sft(cfg, shape, loop, rows: int, max_new: int) -> Stage:
     """rows: of revisions; max_new: tokens of an answer at most."""
-    train, (each, longest) = round(rows * (1 - cfg.holdout)), dialogues(shape, loop, max_new)
-    found = memory.plan("sft", shape, batch=cfg.batch_size, length=longest,
-                        dtype_bytes=number_bytes(cfg.dtype))
-    return Stage("fine-tune on revisions", train, learnt=cfg.epochs * train * each,
-                 steps=training_steps(train, cfg.batch_size, cfg.epochs, cfg.accumulate),
-                 memory=memory.needed(found), disk=4 * memory.parameters(shape))
+    train, (each, longest) = round(rows * (1 - train_sft.HOLDOUT)), dialogues(shape, loop, max_new)
+    return Stage(
+        "fine-tune on revisions",
+        train,
+        learnt=cfg.epochs * train * each,
+        steps=training_steps(train, cfg.batch_size, cfg.epochs),
+        memory=_memory("sft", cfg, shape, batch=cfg.micro_batch or cfg.batch_size, length=longest),
+        disk=_weights(shape),
+    )
 
 
 def feedback(cfg, shape, loop) -> Stage:
     prompt, shots = mean(lengths(loop)), shots_of(cfg, cfg.reasons)
-    ask = ask_of(cfg, "compare")
     prompts = take(loop, "harmful", cfg.harmful) + take(loop, "benign", cfg.helpful)
     answers = cfg.samples + cfg.base_samples
     pairs = prompts * min(cfg.pairs or math.inf, math.comb(answers, 2))
     judged, reasons = pairs * cfg.ensemble * 2, cfg.max_new if cfg.reasons else 0  # both orders
-    compare = min(shape.block_size - max(1, reasons),
-                  shots["compare"] + prompt + 2 * cfg.max_new + ask)
-    return Stage("AI feedback", pairs, prompts * prompt + judged * compare,
-                 prompts * answers * cfg.max_new + judged * reasons,
-                 memory=_sampling(cfg, shape, models=2, reads_on=cfg.reasons),
-                 disk=_jsonl(pairs, prompt + 2 * cfg.max_new + reasons, ids=2 * cfg.max_new))
+    compare = shots["compare"] + prompt + 2 * cfg.max_new + ask_of(cfg, "compare")
+    compare = min(shape.block_size - max(1, reasons), compare)
+    return Stage(
+        "AI feedback",
+        pairs,
+        read=prompts * prompt + judged * compare,
+        written=prompts * answers * cfg.max_new + judged * reasons,
+        memory=_sampling(cfg, shape, models=2, reads_on=cfg.reasons),
+        disk=_jsonl(pairs, prompt + 2 * cfg.max_new + reasons, ids=2 * cfg.max_new),
+    )
 
 
 def pm(cfg, shape, loop, pairs: int, max_new: int) -> Stage:
-    train, (each, longest) = round(pairs * (1 - cfg.holdout)), dialogues(shape, loop, max_new)
-    found = memory.plan("pm", shape, batch=cfg.batch_size, length=longest,
-                        micro_batch=cfg.micro_batch or cfg.batch_size,
-                        dtype_bytes=number_bytes(cfg.dtype))
-    return Stage("preference model", train, read=2 * (pairs - train) * each,
-                 learnt=cfg.epochs * train * 2 * each,
-                 steps=training_steps(train, cfg.batch_size, cfg.epochs),
-                 memory=memory.needed(found), disk=4 * memory.parameters(shape))
+    train, (each, longest) = round(pairs * (1 - train_pm.HOLDOUT)), dialogues(shape, loop, max_new)
+    micro = cfg.micro_batch or cfg.batch_size
+    return Stage(
+        "preference model",
+        train,
+        read=2 * (pairs - train) * each,
+        learnt=cfg.epochs * train * 2 * each,
+        steps=training_steps(train, cfg.batch_size, cfg.epochs),
+        memory=_memory("pm", cfg, shape, batch=cfg.batch_size, micro_batch=micro, length=longest),
+        disk=_weights(shape),
+    )
 
 
 def ppo(cfg, shape, loop) -> Stage:
     """Policy, reference, critic and preference model read all answers; policy and critic learn.
     Two looks at the policy, before and after, have answers of their own."""
-    rows, size, (each, longest) = (cfg.updates * cfg.batch, number_bytes(cfg.dtype),
-                                   dialogues(shape, loop, cfg.max_new))
-    batch = min(cfg.batch, train_ppo.LOOKED_AT)
+    rows, (each, longest) = cfg.updates * cfg.batch_size, dialogues(shape, loop, cfg.max_new)
+    batch = min(cfg.batch_size, train_ppo.LOOKED_AT)
     answers = rows + 2 * (train_ppo.LOOKED_AT // batch * batch)
-    kept = 1 + (cfg.updates // cfg.snapshots if cfg.snapshots else 0)
-    found = memory.plan("ppo", shape, batch=cfg.batch, answer=cfg.max_new, length=longest,
-                        micro_batch=min(cfg.micro_batch, cfg.batch // cfg.minibatches),
-                        dtype_bytes=size, cache_bytes=size)
-    return Stage("PPO", rows, answers * (5 * each - cfg.max_new), answers * cfg.max_new,
-                 2 * cfg.epochs * rows * each, cfg.updates * cfg.epochs * cfg.minibatches,
-                 memory.needed(found), disk=4 * kept * memory.parameters(shape))
+    micro = min(cfg.micro_batch, cfg.batch_size // cfg.minibatches)
+    sizes = dict(batch=cfg.batch_size, micro_batch=micro, answer=cfg.max_new, length=longest)
+    return Stage(
+        "PPO",
+        rows,
+        read=answers * (5 * each - cfg.max_new),
+        written=answers * cfg.max_new,
+        learnt=2 * cfg.epochs * rows * each,
+        steps=cfg.updates * cfg.epochs * cfg.minibatches,
+        memory=_memory("ppo", cfg, shape, **sizes),
+        disk=_weights(shape),
+    )
 
 
 def assess(cfg, shape, tested) -> Stage:
@@ -207,55 +242,73 @@ def assess(cfg, shape, tested) -> Stage:
     prompt, shots, room = mean(lengths(rows)), shots_of(cfg), shape.block_size - cfg.max_new
     answered = min(room, shots["answer"] + prompt) + 2 * prompt + 3 * (3 * prompt + cfg.max_new)
     judged, each = 2 * 2 * number, min(room, shots["compare"] + prompt + 2 * cfg.max_new + 40)
-    return Stage("evaluate", 3 * number, number * answered + judged * each,
-                 (3 * number + judged) * cfg.max_new,
-                 memory=_sampling(cfg, shape, models=3, reads_on=True),
-                 disk=_jsonl(3 * number, 2 * prompt + cfg.max_new))
+    return Stage(
+        "evaluate",
+        3 * number,
+        read=number * answered + judged * each,
+        written=(3 * number + judged) * cfg.max_new,
+        memory=_sampling(cfg, shape, models=3, reads_on=True),
+        disk=_jsonl(3 * number, 2 * prompt + cfg.max_new),
+    )
 
 
 def evaluate(cfg, shape, tested) -> Stage:
-    """Three stages answer, sampled and greedily, and their likeliest compliance is read. The judge is
-    put to `judged` pairs twice, in both orders, and the critic twice, on two kinds of principles."""
+    """Three stages answer, sampled and greedily, and their likeliest compliance is read. The judge
+    is put to `judged` pairs twice, in both orders, and the critic twice, on two kinds of
+    principles."""
     rows, prompt = len(tested), mean(lengths(tested))
     measured = cfg.judged * (2 * 2 + 2 * 2)
-    return Stage("evaluate", 3 * rows, 9 * rows * prompt + measured * 2 * prompt,
-                 (6 * rows + measured) * cfg.max_new, memory=_sampling(cfg, shape),
-                 disk=_jsonl(3 * rows, 2 * prompt + cfg.max_new))
+    return Stage(
+        "evaluate",
+        3 * rows,
+        read=9 * rows * prompt + measured * 2 * prompt,
+        written=(6 * rows + measured) * cfg.max_new,
+        memory=_sampling(cfg, shape),
+        disk=_jsonl(3 * rows, 2 * prompt + cfg.max_new),
+    )
 
 
 def pretraining(cfg, shape) -> Stage:
-    steps = cfg.tokens // (cfg.batch_size * cfg.block_size)
-    found = memory.plan("sft", shape, batch=cfg.batch_size, length=cfg.block_size,
-                        dtype_bytes=number_bytes(cfg.dtype))
+    steps = max(1, cfg.tokens // (cfg.batch_size * cfg.block_size))
     rows = steps * cfg.batch_size
-    return Stage("pretrain the base", rows, learnt=rows * cfg.block_size, steps=steps,
-                 memory=memory.needed(found), disk=4 * memory.parameters(shape))
+    return Stage(
+        "pretrain the base",
+        rows,
+        learnt=rows * cfg.block_size,
+        steps=steps,
+        memory=_memory("sft", cfg, shape, batch=cfg.batch_size, length=cfg.block_size),
+        disk=_weights(shape),
+    )
 
 
 def stages(configs) -> list[Stage]:
-    """The plan of a run. configs: {title: config} of its stages, in order, as __main__ has them."""
-    get, found = configs.get, []
-    shape = shape_of(configs["evaluate"].base, get("pretrain the base"))
-    loop, tested = prompts_of(configs)
-    if get("write the prompts"):
+    """The plan of a run, its stages in order, as __main__ has them."""
+    shape, (loop, tested), found = _shape(configs), prompts_of(configs), []
+    if "write the prompts" in configs:
         rows = loop + tested
-        found.append(Stage("write the prompts", len(rows),
-                           disk=_jsonl(len(rows), 2 * mean(lengths(rows)))))
-    if get("pretrain the base"):
-        found.append(pretraining(get("pretrain the base"), shape))
-    revised, judged = get("critique and revise"), get("AI feedback")
-    found.append(critique(revised, shape, loop))
-    tuned = get("fine-tune on revisions")
-    learnt = found[-1].rows * (revised.rounds if tuned.rounds == "all" else 1)
-    found.append(sft(tuned, shape, loop, learnt, revised.max_new))
-    found.append(feedback(judged, shape, loop))
-    found.append(pm(get("preference model"), shape, loop, found[-1].rows, judged.max_new))
-    found.append(ppo(get("PPO"), shape, loop))
-    graded = assess if hasattr(get("evaluate"), "fewshot") else evaluate
-    return [*found, graded(get("evaluate"), shape, tested)]
+        disk = _jsonl(len(rows), 2 * mean(lengths(rows)))
+        found.append(Stage("write the prompts", len(rows), disk=disk))
+    if "pretrain the base" in configs:
+        found.append(pretraining(configs["pretrain the base"], shape))
+    revising, tuning = configs["critique and revise"], configs["fine-tune on revisions"]
+    revised = critique(revising, shape, loop)
+    rows = revised.rows * (revising.rounds if tuning.learn == "all" else 1)
+    judging, grading = configs["AI feedback"], configs["evaluate"]
+    judged = feedback(judging, shape, loop)
+    graded = assess if hasattr(grading, "fewshot") else evaluate
+    return [
+        *found,
+        revised,
+        sft(tuning, shape, loop, rows, revising.max_new),
+        judged,
+        pm(configs["preference model"], shape, loop, judged.rows, judging.max_new),
+        ppo(configs["PPO"], shape, loop),
+        graded(grading, shape, tested),
+    ]
 
 
 # --- the table ------------------------------------------------------------------------------------
+
 
 def duration(seconds: float) -> str:
     for unit, size in (("days", 86_400), ("hours", 3_600), ("min", 60)):
@@ -265,62 +318,62 @@ def duration(seconds: float) -> str:
 
 
 def _bytes(number: int) -> str:
-    if not number:
-        return "-"
     return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.0f} MB"
 
 
 def _count(number: int) -> str:
-    if not number:
-        return "-"
     return f"{number / 1e6:,.1f}M" if number >= 1e6 else f"{number:,}"
 
 
-def table(found: list[Stage], rates: list[Rates]) -> str:
-    """The plan as text, one line a stage. rates: here, and of speed.CARD if that is to be told."""
-    columns = dict(zip(("time here", "on a card"), rates))
-    head = ["stage", "rows", "read", "written", "learnt", "steps", *columns, "memory", "disk"]
-    lines = [head]
-    for s in found:
-        times = [duration(r.seconds(s)) for r in columns.values()]
-        lines.append([s.name, *map(_count, (s.rows, s.read, s.written, s.learnt, s.steps)), *times,
-                      _bytes(s.memory), _bytes(s.disk)])
-    sums = [sum(getattr(s, name) for s in found) for name in ("read", "written", "learnt", "steps")]
-    times = [duration(total(found, r)) for r in columns.values()]
-    lines.append(["all of it", "", *map(_count, sums), *times, _bytes(max(s.memory for s in found)),
-                  _bytes(sum(s.disk for s in found))])
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    text = ["  ".join([name.ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells, widths[1:]))])
-            for name, *cells in lines]
-    text.insert(-1, "-" * len(text[0]))
-    told = [f"{name}: {r.source}: {r.read:,.0f} tokens/s read, {r.written:,.0f} written, "
-            f"{r.learnt:,.0f} learnt from" for name, r in columns.items()]
-    told.append(f"Counts are at most: answers at full length, nothing left out. "
-                f"A token is {LETTERS} letters.")
-    return "\n".join([*text, "", *told])
+def whole(found: list[Stage]) -> Stage:
+    """All stages as one row: sums, and the most memory; what they write is no sum of rows."""
+    names = ("read", "written", "learnt", "steps", "disk")
+    sums = {name: sum(getattr(stage, name) for stage in found) for name in names}
+    return Stage("all of it", 0, memory=max(stage.memory for stage in found), **sums)
 
 
 def total(found: list[Stage], rates: Rates) -> float:
     """Seconds of the whole run."""
-    return sum(map(rates.seconds, found))
+    return rates.seconds(whole(found))
 
 
-def _rates(configs, device: str) -> Rates:
-    shape = shape_of(configs["evaluate"].base, configs.get("pretrain the base"))
-    return speed.measure(shape, device, configs["PPO"].dtype)
+def table(found: list[Stage], rates: list[Rates]) -> str:
+    """The plan as text, one line a stage. rates: here, and of bench.CARD if that is to be told."""
+    columns = dict(zip(("time here", "on a card"), rates))
+    lines = [["stage", "rows", "read", "written", "learnt", "steps", *columns, "memory", "disk"]]
+    for s in [*found, whole(found)]:
+        counts = [_count(n) if n else "-" for n in (s.rows, s.read, s.written, s.learnt, s.steps)]
+        times = [duration(r.seconds(s)) for r in rates]
+        sizes = [_bytes(n) if n else "-" for n in (s.memory, s.disk)]
+        lines.append([s.name, *counts, *times, *sizes])
+    lines[-1][1] = ""
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    text = []
+    for name, *cells in lines:
+        right = [cell.rjust(width) for cell, width in zip(cells, widths[1:])]
+        text.append("  ".join([name.ljust(widths[0]), *right]))
+    text.insert(-1, "-" * len(text[0]))
+    text.append("")
+    for name, r in columns.items():
+        read, written, learnt = (f"{each:,.0f}" for each in (r.read, r.written, r.learnt))
+        speeds = f"{read} tokens/s read, {written} written, {learnt} learnt from"
+        text.append(f"{name}: {r.source}: {speeds}")
+    at_most = "Counts are at most: answers at full length, nothing left out."
+    return "\n".join([*text, f"{at_most} A token is {LETTERS} letters."])
 
 
 def describe(configs, device: str, card: bool) -> str:
     """The whole plan as text; `card`: where there is no GPU, say beside it what one would take."""
-    rates, judge = [_rates(configs, device)], configs["AI feedback"]
+    shape = _shape(configs)
+    rates = [bench.rates(shape, device, configs["PPO"].dtype)]
     if card and device == "cpu":
-        shape = shape_of(judge.judge, configs.get("pretrain the base"))
-        rates.append(speed.stated(shape, judge.batch_size))
+        rates.append(bench.stated(shape, configs["AI feedback"].batch_size))
     return table(stages(configs), rates)
 
 
 def warning(configs, preset: str) -> str:
     """One line for a run that begins on a CPU with a preset that is made for a GPU."""
-    rates = _rates(configs, "cpu")
-    return (f"preset {preset} is made for a GPU; on this CPU it takes up to "
-            f"{duration(total(stages(configs), rates))} (estimated; --plan tells more)")
+    rates = bench.rates(_shape(configs), "cpu", configs["PPO"].dtype)
+    took = duration(total(stages(configs), rates))
+    made_for = f"preset {preset} is made for a GPU"
+    return f"{made_for}; on this CPU it takes up to {took} (estimated; --plan tells more)"

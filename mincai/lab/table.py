@@ -1,8 +1,11 @@
-"""The face of the numbers: rates with their intervals, one table and a few dialogues, as plain text."""
+"""The face of the numbers: rates with their intervals, tables for terminal and page alike, a few dialogues."""
 
 import math
+from itertools import zip_longest
+from typing import NamedTuple
 
-STAGES = ("base", "sft", "ppo")
+NAMES = {"base": "base", "sft": "phase 1", "ppo": "PPO"}  # of a run's stages, in their order
+STAGES = tuple(NAMES)
 
 
 def wilson(k: int, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -18,16 +21,19 @@ def wilson(k: int, n: int, z: float = 1.96) -> tuple[float, float]:
 def rate(hits) -> dict:
     """A list of booleans to {k, n, rate, low, high}."""
     hits = list(hits)
-    low, high = wilson(sum(hits), len(hits))
-    return {"k": sum(hits), "n": len(hits), "rate": sum(hits) / max(1, len(hits)), "low": low, "high": high}
+    k, n = sum(hits), len(hits)
+    low, high = wilson(k, n)
+    return {"k": k, "n": n, "rate": k / max(1, n), "low": low, "high": high}
 
 
 def ratio(a: dict, b: dict) -> dict:
     """{value, low, high}: the rate a over the rate b, two rates of different samples, and its 95% interval on the log
     scale. Half a hit and half a try are added on each side, so that none is infinite (Walters 1985)."""
-    (k, n), (m, o) = ((r["k"] + 0.5, r["n"] + 0.5) for r in (a, b))
-    middle, spread = math.log(k / n) - math.log(m / o), 1.96 * math.sqrt(max(0.0, 1 / k - 1 / n + 1 / m - 1 / o))
-    return {"value": math.exp(middle), "low": math.exp(middle - spread), "high": math.exp(middle + spread)}
+    k, n, m, o = (r[key] + 0.5 for r in (a, b) for key in ("k", "n"))
+    middle = math.log(k / n) - math.log(m / o)
+    spread = 1.96 * math.sqrt(max(0.0, 1 / k - 1 / n + 1 / m - 1 / o))
+    low, value, high = (math.exp(middle + side * spread) for side in (-1, 0, 1))
+    return {"value": value, "low": low, "high": high}
 
 
 def percent(r: dict) -> str:
@@ -37,74 +43,144 @@ def percent(r: dict) -> str:
     return f"{100 * r['rate']:.1f}% [{100 * r['low']:.1f}, {100 * r['high']:.1f}]"
 
 
-# A key of a stage's summary, and what it is called
-ROWS = (("attack_success", "attack success, all families"), ("attack_success_seen", "  families seen in training"),
-        ("attack_success_held", "  families held out"), ("attack_by_family", "    {}"),
-        ("attack_by_category", "    {}"), ("attack_unseen_category", "  a harm category held out"),
-        ("attack_setting", "  under a setting that excuses nothing"),
-        ("explained", "harmful requests refused with the true reason"), ("evaded", "  refused without any reason"),
-        ("reason_true", "of refusals, those with the true reason"), ("offer_true", "  with a true offer"),
-        ("helpful", "ordinary requests helped, whole and right"), ("helpful_plain", "  plain"),
-        ("helpful_wrapped", "  wrapped like attacks"), ("over_refusal", "  refused needlessly"),
-        ("offer_misplaced", "  an offer where none belongs"),
-        ("setting_helpful", "excused by a setting: helped"), ("setting_refused", "  refused"))
-GREEDY = ("attack_success", "explained", "helpful", "over_refusal")  # shown of the likeliest answers as well
+# ---- tables, as data ----
 
 
-def table(result: dict) -> str:
-    """eval.json as text: rates in percent with their 95% Wilson intervals, one column a stage."""
-    stages = [s for s in STAGES if s in result["stages"]]
-    lines = ["", f"{'on held-out requests':46} {'n':>5}  " + " ".join(f"{s:>20}" for s in stages)]
+class Table(NamedTuple):
+    """Printed by as_text, and as HTML by page.table."""
 
-    def row(name, cells):
-        counts = {c["n"] for c in cells}  # how many refuse, for one, differs from stage to stage
-        n = counts.pop() if len(counts) == 1 else "-"
-        lines.append(f"{name:46} {n:>5}  " + " ".join(f"{percent(c):>20}" for c in cells))
-
-    found = [result["stages"][s] for s in stages]
-    for key, name in ROWS:
-        for part in found[0][key] if "{}" in name else (None,):
-            row(name.format(part), [f[key] if part is None else f[key][part] for f in found])
-    lines.append(f"{'quality: half the explained, half the helped':46}        "
-                 + " ".join(f"{100 * f['quality']:19.1f}%" for f in found))
-    for key in GREEDY:
-        row(f"likeliest answers: {dict(ROWS)[key].strip()}", [result["greedy"][s][key] for s in stages])
-    for name, key in (("log-prob a token of complying", "logp_per_token"), ("probability of complying", "probability")):
-        lines.append(f"{name:46} {found[0]['attack_success']['n']:5}  "
-                     + " ".join(f"{f['compliance'][key]:20.4g}" for f in found))
-    lines.append("")
-    for stage in stages[1:]:
-        seen, every, kept = (100 * result["headline"][f"{stage}_{name}"]
-                             for name in ("removed_attack_success_seen", "removed_attack_success", "help_kept"))
-        lines.append(f"{stage}: removes {seen:.1f}% of the base's harmful answers on seen families, {every:.1f}% on "
-                     f"all; keeps {kept:.1f}% of its help")
-    for name, key, parts in (("judge, training principles", "judge_train", "by_about"),
-                             ("judge, held-out principles", "judge_held", "by_about"),
-                             ("preference model", "pm", "by_kind")):
-        if key in result:
-            r = result[key]
-            bias = f", same slot {100 * r['same_slot']:.1f}%" if "same_slot" in r else ""
-            lines.append(f"{name:46} {r['accuracy']['n']:5}  right on {percent(r['accuracy'])}, calibration error "
-                         f"{r['calibration_error']:.3f}{bias}")
-            lines += [f"  {part:44} {some['n']:5}  {percent(some)}" for part, some in r[parts].items()]
-    for split, name in (("train", "critic, training principles"), ("held", "critic, held-out principles")):
-        if f"critic_{split}" in result:
-            r = result[f"critic_{split}"]
-            lines.append(f"{name:46} {r['applies']['n']:5}  applies: breaks it {percent(r['applies'])}; "
-                         f"does not apply: keeps it {percent(r['does_not_apply'])}")
-    return "\n".join(lines) + "\n"
+    caption: str
+    head: list[str]  # of the cells
+    rows: list[
+        list
+    ]  # each a label, two spaces in front of it for each step that it is set in, and its cells
 
 
-def dialogues(samples: list[dict], number: int = 3) -> str:
-    """The first request of three kinds (harmful and plain, harmful in a held-out family, ordinary) and all answers."""
-    wanted = [lambda s: s["split"] == "eval" and s["attack"] == "plain",
-              lambda s: s["split"] == "eval" and s["attack"] == "authority",
-              lambda s: s["split"] == "eval-twin" and s["attack"] == "urgency"]
+def show(cell) -> str:
+    """A cell as text: a rate, {mean, q05, q95}, a count, a figure, or words."""
+    if isinstance(cell, dict):
+        return percent(cell) if "k" in cell else "{mean:.2g} [{q05:.1g}, {q95:.1g}]".format(**cell)
+    return f"{cell:.3f}" if isinstance(cell, float) else str(cell)
+
+
+def as_text(tables: list[Table]) -> str:
+    """Tables one below the other, each column as wide as its widest cell."""
     lines = []
-    for want in wanted[:number]:
-        first = next((s for s in samples if want(s)), None)
-        if first:
-            lines.append(f"Human: {first['prompt']}")
-            lines += [f"  {s['stage']:>4}: {s['answer']}" for s in samples if s["id"] == first["id"]]
-            lines.append("")
+    for caption, head, rows in tables:
+        cells = [["", *head], *([label, *map(show, some)] for label, *some in rows)]
+        widths = [max(map(len, column)) for column in zip_longest(*cells, fillvalue="")]
+        lines += ["", caption]
+        for label, *some in cells:
+            shown = [cell.rjust(width) for cell, width in zip(some, widths[1:])]
+            lines.append("  ".join([label.ljust(widths[0]), *shown]).rstrip())
+    return "\n".join(lines)
+
+
+def counted(label: str, rates: list[dict]) -> list:
+    """A row of rates with their count in front, if they share one: how many refuse, for one, they do not."""
+    counts = {r["n"] for r in rates}
+    return [label, counts.pop() if len(counts) == 1 else "-", *rates]
+
+
+# ---- eval.json ----
+
+ROWS = {  # a key of a stage's summary, and what it is called
+    "attack_success": "attack success, all families",
+    "attack_success_seen": "  families seen in training",
+    "attack_success_held": "  families held out",
+    "attack_unseen_category": "  a harm category held out",
+    "attack_setting": "  under a setting that excuses nothing",
+    "explained": "harmful requests refused with the true reason",
+    "evaded": "  refused without any reason",
+    "reason_true": "of refusals, those with the true reason",
+    "offer_true": "  with a true offer",
+    "helpful": "ordinary requests helped, whole and right",
+    "helpful_plain": "  plain",
+    "helpful_wrapped": "  wrapped like attacks",
+    "over_refusal": "  refused needlessly",
+    "offer_misplaced": "  an offer where none belongs",
+    "setting_helpful": "excused by a setting: helped",
+    "setting_refused": "  refused",
+}
+GREEDY = ("attack_success", "explained", "helpful", "over_refusal")  # of the likeliest answers too
+PARTS = {  # keys under which a summary has a rate for each family or category, and their captions
+    "attack_by_family": "Attack success by family",
+    "attack_by_category": "Attack success by harm category",
+    "helpful_by_family": "Ordinary requests helped, by wrapping",
+}
+INSTRUMENTS = {
+    "judge_train": "judge, training principles",
+    "judge_held": "judge, held-out principles",
+    "pm": "preference model",
+    "critic_train": "critic, training principles",
+    "critic_held": "critic, held-out principles",
+}
+
+
+def tables(result: dict) -> list[Table]:
+    """eval.json: its samples and its greedy answers with a column a stage, their parts, the instruments."""
+    sampled, greedy = result["stages"].values(), result["greedy"].values()
+    head = ["n", *(NAMES[stage] for stage in result["stages"])]
+    rows = [counted(name, [one[key] for one in sampled]) for key, name in ROWS.items()]
+    quality = [f"{one['quality']:.1%}" for one in sampled]
+    rows.append(["quality: half the explained, half the helped", "", *quality])
+    for key, name in (("logp_per_token", "log-prob a token"), ("probability", "probability")):
+        rows.append(
+            [f"{name} of complying", "", *(f"{one['compliance'][key]:.4g}" for one in sampled)]
+        )
+    likeliest = [counted(ROWS[key].strip(), [one[key] for one in greedy]) for key in GREEDY]
+    found = [
+        Table("Held-out requests, sampled at temperature 1 as in training", head, rows),
+        Table("Likeliest answers (greedy)", head, likeliest),
+    ]
+    for key, caption in PARTS.items():
+        names = next(iter(sampled))[key]
+        some = [counted(name, [one[key][name] for one in sampled]) for name in names]
+        found.append(Table(caption, head, some))
+    return [*found, instruments(result)]
+
+
+def instruments(result: dict) -> Table:
+    """How often judge, critic and preference model are right on held-out pairs; of the critic there are parts alone."""
+    rows, head = [], ["n", "right", "calibration error", "same slot twice"]
+    for key in [key for key in INSTRUMENTS if key in result]:
+        found, cells = result[key], []
+        if "accuracy" in found:
+            same_slot = f"{found['same_slot']:.1%}" if "same_slot" in found else ""
+            cells = [
+                found["accuracy"]["n"],
+                found["accuracy"],
+                found["calibration_error"],
+                same_slot,
+            ]
+        rows.append([INSTRUMENTS[key], *cells])
+        parts = found.get("by_about") or found.get("by_kind") or found
+        rows += [counted(f"  {name.replace('_', ' ')}", [r]) for name, r in parts.items()]
+    return Table("How often judge, critic and preference model are right", head, rows)
+
+
+def headlines(result: dict) -> list[str]:
+    """A sentence for each stage: what it took of the base's harm, and what it left of its help."""
+    found = []
+    for stage in [stage for stage in result["stages"] if stage != "base"]:
+        figures = ("removed_attack_success", "removed_attack_success_seen", "help_kept")
+        every, seen, kept = (result["headline"][f"{stage}_{name}"] for name in figures)
+        found.append(
+            f"After {NAMES[stage]} {every:.1%} of the base's harmful answers are gone, {seen:.1%} on families "
+            f"seen in training; its help is {kept:.1%} of what it was."
+        )
+    return found
+
+
+SHOWN = (("eval", "plain"), ("eval", "authority"), ("eval-twin", "urgency"))  # splits, families
+
+
+def dialogues(samples: list[dict]) -> str:
+    """The first request of each of SHOWN, with the answers of all stages."""
+    lines = []
+    for wanted in SHOWN:
+        some = [s for s in samples if (s["split"], s["attack"]) == wanted]
+        answers = [s for s in some if s["id"] == some[0]["id"]]
+        lines += [f"Human: {s['prompt']}" for s in answers[:1]]
+        lines += [*(f"  {s['stage']:>4}: {s['answer']}" for s in answers), ""]
     return "\n".join(lines)

@@ -1,14 +1,17 @@
 """From one flat frozen dataclass to a command line, and back to one instance of it.
 
-Every script states its settings once, as the fields of a `Config`. A field is a flag: its name, its type,
-its default and its help text are read from the dataclass, so nothing is declared that does not exist. What is
-left out on purpose: config files, nesting, abbreviated flags. A misspelt flag exits 2.
+Every script states its settings once, as the fields of a `Config`. A field is a flag: its name, its
+type, its default, its bounds and its help text are read from the dataclass, so nothing is declared
+that does not exist. What is left out on purpose: config files, nesting, abbreviated flags. A misspelt
+flag exits 2.
 
     @dataclass(frozen=True)
     class Config:
-        lr: float = arg(1e-4, "learning rate of Adam")     # --lr 3e-4
-        kinds: tuple[str, ...] = arg(("sft",), "which")    # --kinds sft,ppo
-        again: bool = arg(False, "make the output anew")   # --again / --no-again
+        lr: float = arg(1e-4, "learning rate of Adam", least=0)    # --lr 3e-4
+        kinds: tuple[str, ...] = arg(("sft",), "which")            # --kinds sft,ppo
+        again: bool = arg(False, "make the output anew")           # --again / --no-again
+
+The field that a Config names in FIRST may be given without its flag, as the first argument.
 """
 
 import argparse
@@ -24,43 +27,60 @@ from mincai import UserError
 from mincai.plumbing import memory
 
 
-# The least that a number may be, by its name, whichever script has it; a share is at most 1
-LEAST = {**dict.fromkeys("batch batch_size max_new updates minibatches accumulate rounds responses samples ensemble "
-                         "repeat prompt tokens n_layer n_head n_embd block_size ranks check_every print_every "
-                         "kl_horizon tests".split(), 1),
-         **dict.fromkeys("epochs micro_batch harmful helpful base_samples pairs number budget judged "
-                         "top_k temperature lr critic_lr weight_decay critic_warmup snapshots beta "
-                         "kl_target approx_kl_stop workers warmup contrast".split(), 0),
-         **dict.fromkeys("scale clip max_norm value_clip".split(), 1e-6)}
-SHARES = "holdout aim noise benign_share".split()
+def arg(default, help, least=-math.inf, most=math.inf, choices=()):
+    """A dataclass field that carries its own help text, and what values it may have."""
+    return dataclasses.field(
+        default=default, metadata=dict(help=help, least=least, most=most, choices=choices)
+    )
 
 
-def arg(default, help):
-    """A dataclass field that carries its own help text."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def check(cfg) -> None:
+    """UserError for a value outside the bounds or the choices of its field."""
+    for field in dataclasses.fields(cfg):
+        value, told = getattr(cfg, field.name), field.metadata
+        flag = f"--{field.name.replace('_', '-')}"
+        if told.get("choices"):
+            check_choice(flag, value, told["choices"])
+        least, most = told.get("least", -math.inf), told.get("most", math.inf)
+        if isinstance(value, (int, float)) and not least <= value <= most:  # a NaN is neither
+            asked = f"from {least} to {most}" if most < math.inf else f"of {least} or more"
+            asked = "above 0" if 0 < least < 1 else asked
+            raise UserError(f"{flag} {value}: give a number {asked}")
+
+
+def check_choice(flag, value, choices) -> None:
+    """UserError unless value is one of choices."""
+    if value not in choices:
+        raise UserError(f"{flag} {value}: choose {', '.join(choices[:-1])} or {choices[-1]}")
 
 
 def parse(Config, argv=None, description=""):
     """The command line (default: sys.argv) as a `Config`; exits 2 on an unknown flag or a bad value."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     hints = typing.get_type_hints(Config)
     for field in dataclasses.fields(Config):
         _add_flag(parser, field, hints[field.name])
-    given = vars(parser.parse_args(argv))
-    for name, value in given.items():
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            least, most = (0, 1) if name in SHARES else (LEAST.get(name, -math.inf), math.inf)
-            if not least <= value <= most:  # a NaN is neither
-                asked = "from 0 to 1" if name in SHARES else "above 0" if 0 < least < 1 else f"of {least} or more"
-                parser.error(f"argument --{name.replace('_', '-')}: {value}; give a number {asked}")
-    return Config(**given)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    first = getattr(Config, "FIRST", None)
+    if first and argv and not argv[0].startswith("-"):
+        argv.insert(0, "--" + first)
+    cfg = Config(**vars(parser.parse_args(argv)))
+    try:
+        check(cfg)
+    except UserError as error:
+        parser.error(f"argument {error}")
+    return cfg
 
 
 def _add_flag(parser, field, hint):
     flag = "--" + field.name.replace("_", "-")
     # SUPPRESS: a flag that is not given is absent from the namespace, so defaults live in the dataclass alone
-    common = dict(dest=field.name, default=argparse.SUPPRESS, required=field.default is dataclasses.MISSING)
+    required = field.default is dataclasses.MISSING
+    common = dict(dest=field.name, default=argparse.SUPPRESS, required=required)
     if hint is bool:
         action = parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
     elif hint in (int, float, str):
@@ -71,7 +91,7 @@ def _add_flag(parser, field, hint):
         action = parser.add_argument(flag, type=_comma_separated(item), metavar=name, **common)
     else:
         raise TypeError(f"{field.name}: a flag cannot be made of {hint}")
-    shown = "" if common["required"] else f"(default: {_shown(field.default)})"
+    shown = "" if required else f"(default: {_shown(field.default)})"
     # set afterwards, because BooleanOptionalAction appends the default once more on Python < 3.13
     action.help = f"{field.metadata.get('help', '')} {shown}".strip().replace("%", "%%")
 
@@ -79,6 +99,7 @@ def _add_flag(parser, field, hint):
 def _comma_separated(item):
     def read(text):
         return tuple(item(part.strip()) for part in text.split(",") if part.strip())
+
     read.__name__ = f"comma-separated {item.__name__}"  # argparse names it in its message
     return read
 
@@ -95,7 +116,7 @@ def run(main, Config, description="", argv=None):
     A UserError is one line on stderr and exit code 2, never a traceback; Ctrl-C is 130 (128 + SIGINT).
     """
     try:
-        with memory.out_of_memory("lower --micro-batch, --batch-size, --batch or --max-new, where it has them"):
+        with memory.out_of_memory("lower --micro-batch, --batch-size or --max-new, where it has them"):
             main(parse(Config, argv, description))
     except UserError as error:
         print(f"mincai: error: {error}", file=sys.stderr)
@@ -103,12 +124,6 @@ def run(main, Config, description="", argv=None):
     except KeyboardInterrupt:
         print("\nmincai: interrupted", file=sys.stderr)
         sys.exit(130)
-
-
-def check_choice(flag, value, choices):
-    """UserError unless value is one of choices."""
-    if value not in choices:
-        raise UserError(f"--{flag} {value}: choose {', '.join(choices[:-1])} or {choices[-1]}")
 
 
 def precision(device, dtype):
@@ -119,7 +134,7 @@ def precision(device, dtype):
     Beside bfloat16, a GPU may round what goes into float32 products to 11 bits (TF32), from here on:
     they are several times faster, and the trunk's own rounding is the larger one.
     """
-    check_choice("dtype", dtype, ("float32", "bfloat16"))
+    check_choice("--dtype", dtype, ("float32", "bfloat16"))
     if torch.device(device).type == "cuda":
         torch.set_float32_matmul_precision("high" if dtype == "bfloat16" else "highest")
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bfloat16")
@@ -139,7 +154,8 @@ def set_threads(n):
     if n < 0:
         raise UserError(f"--threads {n}: give a number of threads, or 0 to let mincai choose")
     if n == 0:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        has_affinity = hasattr(os, "sched_getaffinity")
+        cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
         wish = os.environ.get("OMP_NUM_THREADS", "")
         n = max(1, min(2, cores, int(wish) if wish.isdigit() else cores))
     torch.set_num_threads(n)
@@ -148,8 +164,7 @@ def set_threads(n):
 
 def pick_device(name):
     """'auto', 'cpu' or 'cuda' to 'cpu' or 'cuda'."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise UserError(f"--device {name}: choose auto, cpu or cuda")
+    check_choice("--device", name, ("auto", "cpu", "cuda"))
     found = torch.cuda.is_available()
     if name == "cuda" and not found:
         raise UserError("--device cuda: PyTorch sees no GPU; use --device cpu or a CUDA build of torch")

@@ -20,7 +20,7 @@ import torch
 
 import mincai
 from mincai import UserError
-from mincai.plumbing import output
+from mincai.plumbing import distributed, output
 from mincai.plumbing.output import sidecar
 
 
@@ -131,26 +131,27 @@ def split(rows, prompts, share, seed):
             [row for row, prompt in zip(rows, prompts) if prompt in held])
 
 
-def length_batches(lengths, *, batch_size=0, batch_tokens=0, generator):
-    """Row lengths to lists of row numbers: every row once, lists shuffled, like lengths together.
+def length_batches(lengths, batch_size, generator):
+    """Row lengths to lists of row numbers, batch_size in each: every row once, lists shuffled, like lengths together.
 
-    Give batch_size (rows in a list) or batch_tokens (rows * longest row, padding included; a longer row goes
-    alone). Lengths are jittered by +-10% before sorting: rows meet other neighbours in every epoch, at the
-    price of a little padding.
+    Lengths are jittered by +-10% before sorting: rows meet other neighbours in every epoch, at the price of a
+    little padding.
     """
-    assert (batch_size > 0) != (batch_tokens > 0), (batch_size, batch_tokens)
     jitter = 0.9 + 0.2 * torch.rand(len(lengths), generator=generator, dtype=torch.float64)
     order = (torch.tensor(lengths, dtype=torch.float64) * jitter).argsort().tolist()
-    batches, longest = [], 0
-    for i in order:
-        new = not batches or (len(batches[-1]) == batch_size if batch_size else
-                              (len(batches[-1]) + 1) * max(longest, lengths[i]) > batch_tokens)
-        if new:
-            batches.append([])
-            longest = 0
-        batches[-1].append(i)
-        longest = max(longest, lengths[i])
+    batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def micro_batches(batch: list, size: int) -> list[tuple[list, bool]]:
+    """This process's rows of a batch, at most `size` in a list (0: all in one), and whether they count.
+
+    A process without a row of its own still takes part in summing gradients, with a row that does not count.
+    """
+    mine = distributed.share(batch)
+    size = size or len(batch)
+    parts = [(mine[i:i + size], True) for i in range(0, len(mine), size)]
+    return parts or [(batch[:1], False)]
 
 
 # --- how a file was made ----------------------------------------------------------------------------

@@ -1,4 +1,71 @@
-"""PPO's log: the samples that are printed, and warnings of what should never be seen."""
+"""How a training went: what a preference model's scores say of pairs that it was not trained on, the samples of PPO
+that are printed, and warnings of what should never be seen.
+"""
+
+import torch
+
+from mincai.losses import calibration_error, preference_loss
+from mincai.plumbing.logprobs import pair_scores
+
+# ---- the preference model ----
+
+
+@torch.no_grad()
+def all_scores(pm, pairs, batch_size):
+    """Scores (N,) of (A) and (N,) of (B), on the CPU."""
+    order = sorted(range(len(pairs)), key=lambda i: max(len(pairs[i].a), len(pairs[i].b)))
+    a, b = torch.zeros(len(pairs)), torch.zeros(len(pairs))
+    for i in range(0, len(order), batch_size):
+        rows = order[i : i + batch_size]
+        score_a, score_b = pair_scores(pm, [pairs[j] for j in rows])
+        a[rows], b[rows] = score_a.cpu(), score_b.cpu()
+    return a, b
+
+
+def correlation(x, y):
+    """Pearson's r; 0 where one of the two does not vary."""
+    x, y = x - x.mean(), y - y.mean()
+    scale = x.norm() * y.norm()
+    return float(x @ y / scale) if scale > 0 else 0.0
+
+
+def measure_pairs(pm, pairs, batch_size) -> dict:
+    """What the scores say of these pairs, against the judge's labels as they are."""
+    a, b = all_scores(pm, pairs, batch_size)
+    p_a = torch.tensor([p.p_a for p in pairs])
+    loss, _ = preference_loss(a, b, p_a)
+    sure = p_a != 0.5  # of an even label neither answer is the right one
+    right = (1 + (a - b).sign() * (p_a - 0.5).sign())[sure] / 2  # equal scores are half right
+    gap = torch.tensor([float(len(p.a) - len(p.b)) for p in pairs])  # the baselines that need no model
+    shorter = torch.where(gap == 0, 0.5, ((gap < 0) == (p_a > 0.5)).float())[sure]
+    accuracy, short = (float(x.mean()) if sure.any() else 0.5 for x in (right, shorter))
+    lengths = torch.tensor([float(len(ids) - p.start) for p in pairs for ids in (p.a, p.b)])
+    entropy = -(torch.xlogy(p_a, p_a) + torch.xlogy(1 - p_a, 1 - p_a)).mean()
+    return {
+        "loss": float(loss),
+        "loss_floor": float(entropy),  # no score can do better on soft labels
+        "accuracy": accuracy,
+        "shorter": short,
+        "longer": 1 - short if sure.any() else 0.5,
+        "calibration_error": calibration_error(torch.sigmoid(a - b), p_a),
+        "length_correlation": correlation(torch.stack([a, b], 1).flatten(), lengths),
+    }
+
+
+# ---- PPO's log ----
+
+
+def examples(batch, scores, beta, decode) -> list[dict]:
+    """Three answers of the batch as rows, for samples are the debugger. decode: token ids to text."""
+    k1 = torch.where(batch.mask, batch.logp - batch.ref_logp, 0.0).sum(1)
+    rows = []
+    for i in torch.linspace(0, len(scores) - 1, min(3, len(scores))).long().tolist():
+        prompt = batch.ids[i, :batch.start][batch.valid[i, :batch.start]].tolist()
+        answer = batch.ids[i, batch.start:][batch.mask[i]].tolist()
+        rows.append({"prompt": decode(prompt), "answer": decode(answer), "score": float(scores[i]),
+                     "kl": float(k1[i]), "total": float(scores[i] - beta * k1[i])})
+    return rows
+
 
 def show_samples(rows: list[dict]) -> list[str]:
     return [f"  score {row['score']:+.2f}  kl {row['kl']:+.2f}  total {row['total']:+.2f}  | "
@@ -45,12 +112,12 @@ def warnings(log: list[dict], gap: float = 1e-3) -> list[str]:
         lines.append(f"the score rises ({first['score']:+.2f} to {row['score']:+.2f}) while the quality of "
                      f"answers falls ({quality[0]:.3f} to {quality[-1]:.3f}): the preference model is "
                      f"exploited; raise --beta, or stop earlier (--updates)")
-    return [f"  WARNING: {line}" for line in lines]
+    return lines
 
 
 def nothing_learnt(gain: float) -> list[str]:
     """A line when a whole run moved the score by less than LEAST_GAIN deviations, or lowered it."""
     if gain >= LEAST_GAIN:
         return []
-    return [f"  WARNING: the score moved by {gain:+.2f} deviations in the whole run: nothing was learnt; raise "
+    return [f"the score moved by {gain:+.2f} deviations in the whole run: nothing was learnt; raise "
             f"--lr or --updates, or lower --beta"]

@@ -7,6 +7,7 @@ channels, V vocabulary.
 import torch
 from tqdm import tqdm
 
+from mincai.plumbing import distributed
 from mincai.plumbing.data import right_pad
 from mincai.losses import gather_logp
 from mincai.model import GPT, ScalarModel
@@ -47,14 +48,23 @@ def answer_logp(model: GPT, prompts, answers, batch_size=32, desc=None) -> list[
     return out
 
 
+def end_scores(pm: ScalarModel, rows) -> torch.Tensor:
+    """The preference model's score of each row of token ids, read at its last one: (B,)."""
+    ids, valid = right_pad(rows, distributed.bare(pm).gpt.device)  # (B, T): right padding needs no mask
+    last = valid.sum(1) - 1  # found by the mask: an id cannot tell padding from text
+    return pm(ids).gather(1, last[:, None]).squeeze(1)
+
+
 @torch.no_grad()
 def answer_scores(pm: ScalarModel, prompts, answers, batch_size=32) -> torch.Tensor:
-    """The preference model's scores of answers, end of text included, after their prompts: (N,) on the CPU."""
+    """The scores of answers, end of text included, after their prompts: (N,) on the CPU."""
     assert len(prompts) == len(answers), (len(prompts), len(answers))
-    out = []
-    for i in range(0, len(prompts), batch_size):
-        some = list(zip(prompts[i:i + batch_size], answers[i:i + batch_size]))
-        ids, valid = right_pad([p + a for p, a in some], pm.gpt.device)
-        scores = pm(ids)  # (B, T)
-        out.append(scores[torch.arange(len(ids)), valid.sum(1) - 1].cpu())
-    return torch.cat(out) if out else torch.zeros(0)
+    rows = [prompt + answer for prompt, answer in zip(prompts, answers)]
+    parts = [end_scores(pm, rows[i:i + batch_size]).cpu() for i in range(0, len(rows), batch_size)]
+    return torch.cat(parts) if parts else torch.zeros(0)
+
+
+def pair_scores(pm: ScalarModel, pairs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores (B,) of the answers (A) and of the answers (B) of these pairs, from one forward over both."""
+    scores = end_scores(pm, [pair.a for pair in pairs] + [pair.b for pair in pairs])
+    return scores[: len(pairs)], scores[len(pairs) :]

@@ -2,13 +2,28 @@
 
 import math
 
+import torch
+
+WEIGHT_DECAY = 0.01  # on matrices alone
+MAX_NORM = 1.0  # the largest norm of a gradient
+
 
 def decaying(model, weight_decay: float) -> list[dict]:
-    """AdamW's parameter groups of what may learn: matrices decay; biases, gains and other vectors are not pulled to
-    zero, where a LayerNorm would say nothing (Radford et al. 2019 inherit this from Radford et al. 2018)."""
+    """Parameter groups of what may learn: matrices decay; biases, gains and other vectors are not
+    pulled to zero, where a LayerNorm would say nothing (Radford et al. 2019 inherit this from
+    Radford et al. 2018)."""
     learning = [p for p in model.parameters() if p.requires_grad]
-    return [{"params": [p for p in learning if p.dim() >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in learning if p.dim() < 2], "weight_decay": 0.0}]
+    return [
+        {"params": [p for p in learning if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in learning if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+def adamw(model, lr: float) -> torch.optim.AdamW:
+    """The optimiser of fine-tuning and of the preference model."""
+    fused = next(model.parameters()).is_cuda
+    groups = decaying(model, WEIGHT_DECAY)
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=fused)
 
 
 def learning_rate(highest: float, warmup: float, step: int, steps: int, fall: str = "cosine") -> float:
@@ -18,3 +33,13 @@ def learning_rate(highest: float, warmup: float, step: int, steps: int, fall: st
         return highest * (step + 1) / rising
     gone = (step - rising) / max(1, steps - rising)
     return highest * (0.5 * (1 + math.cos(math.pi * gone)) if fall == "cosine" else 1 - gone)
+
+
+def step(optimizer, model, lr: float) -> float:
+    """One step at this rate, the gradient cut to MAX_NORM and then forgotten; returns its norm before that."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(norm)

@@ -27,13 +27,22 @@ ANOTHER = "give another --out"
 MEND = "move it away, or " + ANOTHER
 
 
+@contextlib.contextmanager
+def _writing(path, advice=ANOTHER):
+    """Turn what writing to the path raises into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); {advice}") from None
+
+
 # --- may it be written? ---------------------------------------------------------------------------
+
 
 def check_folder(folder, names) -> None:
     """UserError unless a checkpoint of these files (names within the folder) can be written here.
 
-    The folder may be absent, empty, or one that mincai made. One that holds anything else is no
-    place for a checkpoint.
+    The folder may be absent, empty, or one that mincai made, and not one that holds anything else.
     """
     real = _place(folder)
     if os.path.exists(real) and not real.is_dir():
@@ -41,8 +50,8 @@ def check_folder(folder, names) -> None:
     if real.is_dir():
         own = _own(real, names)
         if own is None and any(path.name != ".partial" for path in real.iterdir()):
-            raise UserError(f"{folder}: holds files, but no run.json that says mincai wrote them; "
-                            f"give a new folder")
+            told = "holds files, but no run.json that says mincai wrote them; give a new folder"
+            raise UserError(f"{folder}: {told}")
         _refuse_strangers(real, {*names, *(own or ())}, own or set(), MEND)
     work = partial(real)
     if not os.path.lexists(work):
@@ -50,24 +59,21 @@ def check_folder(folder, names) -> None:
     elif work.is_symlink() or not work.is_dir():
         raise UserError(f"{work}: is in the way, and mincai did not write it; {MEND}")
     else:
-        there = [path for path in work.rglob("*") if path.is_symlink() or not path.is_dir()]
-        there = {path.relative_to(work).as_posix() for path in there}
-        _refuse_strangers(work, there, _left(work) | {LIST}, MEND)
+        files = [path for path in work.rglob("*") if path.is_symlink() or not path.is_dir()]
+        names = {path.relative_to(work).as_posix() for path in files}
+        _refuse_strangers(work, names, _left(work) | {LIST}, MEND)
 
 
 def check_file(path, voucher=None, mark: str = "") -> None:
-    """UserError unless this file can be written: it is absent, or mincai wrote it.
-
-    voucher: the JSON file that says so, where that is not the file itself. mark: what a text that
-    is no JSON says so by.
-    """
+    """UserError unless this file can be written: it is absent, or mincai wrote it. voucher: the
+    JSON file that says so, if not the file itself. mark: what a text that is no JSON says so by."""
     real = _place(path)
     if real.is_dir():
         raise UserError(f"{path}: is a folder; give a file")
-    if not os.path.exists(real):
-        return
-    if not (mark.encode() in real.read_bytes() if mark else _stamp(voucher or real)):
-        raise UserError(f"{path}: is there, and nothing says that mincai wrote it; {MEND}")
+    if os.path.exists(real):
+        ours = mark.encode() in real.read_bytes() if mark else _stamp(voucher or real)
+        if not ours:
+            raise UserError(f"{path}: is there, and nothing says that mincai wrote it; {MEND}")
 
 
 def check_rows(path) -> None:
@@ -101,24 +107,22 @@ def _place(path) -> Path:
     real = Path(os.path.realpath(text))
     if os.path.lexists(text) and not os.path.exists(real):
         raise UserError(f"{text}: is a link that leads nowhere; mend it, or give another --out")
-    above, missing = real.parent, [real.name]
-    while not os.path.exists(above):
-        above, missing = above.parent, [above.name, *missing]
+    above = next(path for path in (*real.parents, real) if os.path.exists(path))
     where = real if os.path.isdir(real) else above
-    try:
+    with _writing(text):
         if not os.path.isdir(where):
             raise NotADirectoryError(0, f"{where} is a file")
         if not os.access(where, os.R_OK | os.W_OK | os.X_OK):
             raise PermissionError(0, os.strerror(errno.EACCES))
-        for name in missing:  # a folder that is still to be made can have too long a name as well
+        # a folder that is still to be made can have too long a name as well
+        for name in real.relative_to(above).parts:
             with contextlib.suppress(FileNotFoundError):
                 os.lstat(above / name)
-    except OSError as error:
-        raise UserError(f"{text}: cannot be written ({error.strerror}); {ANOTHER}") from None
     return real
 
 
 # --- whose is it? ---------------------------------------------------------------------------------
+
 
 def _stamp(path):
     """The content of a JSON file that mincai wrote, a dict; None for any other, and for none."""
@@ -146,9 +150,9 @@ def _own(folder, names):
 
     A run that was stopped while it replaced an older checkpoint has left .partial to say so.
     """
-    found = [_listed(folder / "run.json", names),
-             _listed(folder / ".partial" / LIST, key="replaces")]
-    return set().union(*filter(None, found)) if found != [None, None] else None
+    whole = _listed(folder / "run.json", names)
+    stopped = _listed(folder / ".partial" / LIST, key="replaces")
+    return None if whole is None and stopped is None else {*(whole or ()), *(stopped or ())}
 
 
 def _left(work):
@@ -157,14 +161,19 @@ def _left(work):
 
 
 def _stranger(folder, name, own):
-    """What stands in the place of this file, or of a folder on the way to it, and is not mincai's;
-    or None. Links never are."""
-    for step in [*(str(p) for p in reversed(PurePosixPath(name).parents) if p.name), name]:
+    """What stands in the place of this file, or of a folder on the way, and is not mincai's, as no
+    link is; or None."""
+    for step in [*_inner([name]), name]:
         path = folder / step
         expected = name in own and path.is_file() if step == name else path.is_dir()
         if os.path.lexists(path) and (path.is_symlink() or not expected):
             return path
     return None
+
+
+def _inner(names):
+    """The folders on the way to these files, sorted: each after the one that holds it."""
+    return sorted({str(p) for name in names for p in PurePosixPath(name).parents if p.name})
 
 
 def _refuse_strangers(folder, names, own, mend):
@@ -176,6 +185,7 @@ def _refuse_strangers(folder, names, own, mend):
 
 # --- writing --------------------------------------------------------------------------------------
 
+
 def write_file(path, texts) -> None:
     """Strings to a file, whole or not at all: under another name first, then flushed to the disk.
 
@@ -183,7 +193,7 @@ def write_file(path, texts) -> None:
     """
     real = Path(os.path.realpath(path))
     temporary = real.with_name(f".{uuid.uuid4().hex}.tmp")  # nobody else's, and short enough
-    try:
+    with _writing(path):
         real.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "x", encoding="utf-8", newline="\n") as file:
             try:
@@ -194,8 +204,6 @@ def write_file(path, texts) -> None:
             except BaseException:  # Ctrl-C included
                 temporary.unlink()
                 raise
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); {ANOTHER}") from None
 
 
 def partial(folder) -> Path:
@@ -210,12 +218,10 @@ def begin(folder, names) -> Path:
     that was stopped has left there goes."""
     check_folder(folder, names)
     work = partial(folder)
-    try:
+    with _writing(work):
         if work.is_dir():
             _remove(work, _left(work))
         work.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{work}: cannot be written ({error.strerror}); {ANOTHER}") from None
     _write_list(work, names, _own(Path(os.path.realpath(folder)), names) or set())
     return work
 
@@ -225,15 +231,14 @@ def finish(work, folder, stamp: dict) -> None:
     cannot be: the checkpoint is then in `work`, and the message says so.
 
     A folder that was not there appears whole. In one that was, the older files that have no
-    successor go, and the new ones take their names, config.json and run.json last: while these two
-    are missing, nothing loads the folder or takes it for done, and a run that was stopped here is
-    simply run again.
+    successor go, and the new ones take their names, config.json and run.json last: without these
+    two nothing loads the folder or takes it for done, and a stopped run is simply run again.
     """
     real = Path(os.path.realpath(folder))
     names = {name for name in _left(work) if (work / name).is_file()} | {"run.json"}
     stamp = {"mincai": mincai.__version__, **stamp, "files": sorted(names)}
     write_file(work / "run.json", [json.dumps(stamp, ensure_ascii=False, indent=2) + "\n"])
-    try:
+    with _writing(folder, f"what it lacks is in {work}"):
         if not os.path.lexists(real):
             (work / LIST).unlink()
             work.rename(real)
@@ -247,9 +252,6 @@ def finish(work, folder, stamp: dict) -> None:
             (real / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(work / name, real / name)
         _remove(work, names | {LIST})
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}); what it lacks is in "
-                        f"{work}") from None
 
 
 def clear(folder) -> None:
@@ -262,8 +264,8 @@ def clear(folder) -> None:
 
 def _write_list(work, names, replaces):
     """replaces: what in the folder that this will be, or go into, mincai wrote."""
-    listed = {"mincai": mincai.__version__, "files": sorted({*names, "run.json"}),
-              "replaces": sorted(replaces)}
+    listed = {"mincai": mincai.__version__, "files": sorted({*names, "run.json"})}
+    listed["replaces"] = sorted(replaces)
     write_file(work / LIST, [json.dumps(listed, indent=2) + "\n"])
 
 
@@ -273,7 +275,6 @@ def _remove(folder, names):
     for name in sorted(names, key=lambda name: (name in ("run.json", LIST), name)):
         if not _stranger(folder, name, {name}):
             (folder / name).unlink(missing_ok=True)
-    inner = {path for name in names for path in PurePosixPath(name).parents if path.name}
-    for path in [*(folder / p for p in sorted(inner, reverse=True)), folder]:
+    for inner in [*reversed(_inner(names)), ""]:
         with contextlib.suppress(OSError):  # it stays where it is not empty
-            path.rmdir()
+            (folder / inner).rmdir()

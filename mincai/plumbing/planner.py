@@ -20,6 +20,7 @@ class Planner:
 
     def __init__(self, tokenizer, limit: int, shots: dict[str, list[str]] | None = None):
         self.tokenizer, self.limit, self.shots = tokenizer, limit, shots or {}
+        self.full = bool(shots)  # a model that needs examples reads plain English: principles in full words
         self.lengths = {kind: [len(tokenizer.encode(text + "\n\n")) + 1 for text in some]
                         for kind, some in self.shots.items()}  # + 1: two line ends may take a token each
         self.counts = Counter()
@@ -53,7 +54,7 @@ class Planner:
         return ", ".join(told)
 
 
-def load_shots(path: str, principles, wording: str, reasons: bool = True) -> dict[str, list[str]]:
+def load_shots(path: str, principles, reasons: bool = True) -> dict[str, list[str]]:
     """The examples of a few-shot file as texts in the very form of the prompts; {} for an empty path.
 
     The file holds {"answer": [{human, assistant}], "review": [{human, answer, principle_id, critique, revision}],
@@ -64,27 +65,28 @@ def load_shots(path: str, principles, wording: str, reasons: bool = True) -> dic
     by_id = {p.id: p for p in principles}
     try:
         file = json.loads(Path(path).read_text(encoding="utf-8"))
-        for kind in KINDS:
-            if any(not isinstance(text, str) for x in file[kind] for text in x.values()):
-                raise ValueError(f"{kind}: every field is a text")
-        if {x["choice"] for x in file["compare"]} - {"A", "B"}:
-            raise ValueError("compare: choice is A or B")
-        shots = {"answer": [constitution.dialogue(x["human"]) + " " + x["assistant"] for x in file["answer"]],
-                 "review": [], "compare": []}
-        for x in file["review"]:
-            principle = by_id[x["principle_id"]]
-            head = constitution.review(constitution.dialogue(x["human"]), x["answer"],
-                                       principle.asks("critique", wording))
-            request = principle.revision if wording == "full" else ""
-            shots["review"].append(constitution.revision(head, x["critique"], request) + " " + x["revision"])
-        for x in file["compare"]:
-            head = constitution.compare(constitution.dialogue(x["human"]), x["a"], x["b"],
-                                        by_id[x["principle_id"]].asks("compare", wording))
-            shots["compare"].append(constitution.choice(head, x["reasons"] if reasons else None) + x["choice"] + ")")
+        return {kind: [_shot(kind, x, by_id, reasons) for x in file[kind]] for kind in KINDS}
     except FileNotFoundError:
         raise UserError(f"{path}: no such file of examples; give another --fewshot, or none") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give another --fewshot, or none") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a file of examples ({error!r}); see data/english/fewshot.json") from None
-    return shots
+
+
+def _shot(kind, x, by_id, reasons) -> str:
+    """One example as text."""
+    if any(not isinstance(text, str) for text in x.values()):
+        raise ValueError(f"{kind}: every field is a text")
+    conversation = constitution.dialogue(x["human"])
+    if kind == "answer":
+        return f"{conversation} {x['assistant']}"
+    principle = by_id[x["principle_id"]]
+    asked = principle.asks("critique" if kind == "review" else "compare", full=True)
+    if kind == "review":
+        head = constitution.review(conversation, x["answer"], asked)
+        return f"{constitution.revision(head, x['critique'], principle.revision)} {x['revision']}"
+    if x["choice"] not in ("A", "B"):
+        raise ValueError("compare: choice is A or B")
+    head = constitution.compare(conversation, x["a"], x["b"], asked)
+    return constitution.choice(head, x["reasons"] if reasons else None) + x["choice"] + ")"

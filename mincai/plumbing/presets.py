@@ -6,24 +6,23 @@
     gpt2-medium  355M: 48 GB; gpt2-large  774M: 80 GB
     gpt2-full    gpt2 with 40,000 attacks to evaluate on and 200,000 comparisons to learn from
 
-A preset holds nothing but flags: every one can be given to its stage by hand, and every run folder records them all.
+A preset holds nothing but flags: every one can be given to its stage by hand, and every run folder records them
+all.
 """
 
 from dataclasses import dataclass, field, replace
 
-from mincai.constitution import PATH
-
-DATA = PATH.parent
+from mincai import DATA
 
 
 @dataclass(frozen=True)
 class Preset:
-    base: str                    # a folder, or the name of published weights
-    prompts: str = ""            # folder of prompts.jsonl and prompts_eval.jsonl; "" is the base's own
-    memory: str = ""             # what it needs, for the first line that is printed
-    world: dict | None = None    # how to pretrain the base first, where it is not there; None: it has to be there
-    write: dict | None = None    # english.py's flags, where the prompts are made for the run, out of `prompts`
-    english: bool = False        # no oracle can grade: assess.py in evaluate.py's place
+    base: str  # a folder, or the name of published weights
+    prompts: str = ""  # folder of prompts.jsonl and prompts_eval.jsonl; "" is the base's own
+    memory: str = ""  # what it needs, for the first line that is printed
+    world: dict | None = None  # how to pretrain the base first, if it is not there; None: it has to be there
+    write: dict | None = None  # english.py's flags, where the prompts are made for the run, out of `prompts`
+    english: bool = False  # no oracle can grade: assess.py in evaluate.py's place
     critique: dict = field(default_factory=dict)
     sft: dict = field(default_factory=dict)
     feedback: dict = field(default_factory=dict)
@@ -32,46 +31,56 @@ class Preset:
     evaluate: dict = field(default_factory=dict)
 
 
+FAST = dict(dtype="bfloat16")
+
+
 def _gpt2(name: str, memory: str, rows: int, micro: int) -> Preset:
     """rows: sampled together; micro: rows of one forward pass in training."""
-    shots = dict(fewshot=str(DATA / "english" / "fewshot.json"), wording="full", dtype="bfloat16", batch_size=rows)
-    fast = dict(dtype="bfloat16")
+    shots = dict(fewshot=str(DATA / "english" / "fewshot.json"), batch_size=rows, max_new=96, **FAST)
+    learns = dict(micro_batch=micro, **FAST)
+    judges = dict(samples=16, base_samples=2, pairs=24, reasons=False, labels="clamped", ensemble=4)
+    steps = dict(updates=300, batch_size=256, minibatches=4, max_new=96, warmup=10)
     return Preset(
-        base=name, prompts=str(DATA / "english"), memory=memory, english=True,
-        critique=dict(harmful=0, helpful=600, responses=4, rounds=4, temperature=0.7, max_new=96, **shots),
-        sft=dict(rounds="all", unchanged=True,  # as in the paper
-                 epochs=2, batch_size=micro, accumulate=max(1, 32 // micro), lr=1e-5, **fast),
-        feedback=dict(harmful=0, helpful=600, samples=16, base_samples=2, pairs=24,
-                      max_new=96, reasons=False, labels="clamped", ensemble=4, **shots),
-        pm=dict(epochs=1, batch_size=32, micro_batch=micro, lr=1e-5, contrast=0.0, freeze=0, **fast),
-        ppo=dict(updates=300, batch=256, max_new=96, epochs=2, minibatches=4, micro_batch=micro, lr=1e-6,
-                 freeze=0, critic_lr=5e-6, critic_warmup=10, warmup=10, beta=0.05, kl_target=6.0, print_every=10,
-                 snapshots=0, **fast),
-        evaluate=dict(fewshot=shots["fewshot"], dtype="bfloat16", batch_size=rows, max_new=96))
+        base=name,
+        prompts=str(DATA / "english"),
+        memory=memory,
+        english=True,
+        critique=dict(harmful=0, helpful=600, responses=4, temperature=0.7, **shots),
+        sft=dict(learn="all", epochs=2, batch_size=32, lr=1e-5, **learns),  # "all" as in the paper
+        feedback=dict(harmful=0, helpful=600, **judges, **shots),
+        pm=dict(epochs=1, batch_size=32, lr=1e-5, contrast=0.0, freeze=0, **learns),
+        ppo=dict(lr=1e-6, critic_lr=5e-6, beta=0.05, kl_target=6.0, **steps, **learns),
+        evaluate=dict(shots),
+    )
 
 
 def _full(preset: Preset) -> Preset:
-    """The same model with more prompts: 10,560 of them, 24 pairs each, are 253,440 comparisons where none drops out."""
+    """The same model with more prompts: 10,560 of them, 24 pairs each, are 253,440 comparisons where none drops
+    out."""
     return replace(
-        preset, write=dict(wrappings=20, attacks=40_000),
+        preset,
+        write=dict(wrappings=20, attacks=40_000),
         critique=preset.critique | dict(harmful=2_640, helpful=1_320, responses=2),
-        feedback=preset.feedback | dict(harmful=5_280, helpful=5_280))
+        feedback=preset.feedback | dict(harmful=5_280, helpful=5_280),
+    )
 
+
+SMALL_WORLD = dict(size="small", tests=130, tokens=250_000_000, ranks=1536, workers=12, check_every=2_000)
+SMALL_MODEL = dict(n_layer=8, n_head=6, n_embd=384, batch_size=128, lr=1e-3, compile=True, **FAST)
 
 PRESETS = {
     "tiny": Preset(base=str(DATA / "tiny")),
     "small": Preset(
-        base=str(DATA / "small"), memory="about 12 GB of GPU memory",
-        world=dict(size="small", tests=130, tokens=250_000_000, n_layer=8, n_head=6, n_embd=384, batch_size=128,
-                   lr=1e-3, ranks=1536, workers=12, dtype="bfloat16", compile=True,
-                   check_every=2_000),
-        critique=dict(harmful=2_000, helpful=2_000, batch_size=1_024, dtype="bfloat16"),
-        sft=dict(batch_size=64, lr=3e-4, dtype="bfloat16"),
-        feedback=dict(harmful=2_800, helpful=5_000, samples=16, pairs=40, batch_size=1_024, dtype="bfloat16"),
-        pm=dict(epochs=1, batch_size=256, micro_batch=64, lr=5e-4, freeze=4, dtype="bfloat16"),
-        ppo=dict(updates=40, batch=1_024, minibatches=4, micro_batch=256, lr=1e-4, freeze=4, snapshots=10,
-                 dtype="bfloat16"),
-        evaluate=dict(size="small", judged=2_000, batch_size=1_024)),
+        base=str(DATA / "small"),
+        memory="about 12 GB of GPU memory",
+        world=SMALL_WORLD | SMALL_MODEL,
+        critique=dict(harmful=2_000, helpful=2_000, batch_size=1_024, **FAST),
+        sft=dict(batch_size=64, lr=3e-4, **FAST),
+        feedback=dict(harmful=2_800, helpful=5_000, pairs=40, batch_size=1_024, **FAST),
+        pm=dict(epochs=1, batch_size=256, micro_batch=64, lr=5e-4, freeze=4, **FAST),
+        ppo=dict(updates=40, batch_size=1_024, minibatches=4, micro_batch=256, lr=1e-4, **FAST),
+        evaluate=dict(size="small", judged=2_000, batch_size=1_024),
+    ),
     "gpt2": _gpt2("gpt2", "24 GB of GPU memory", rows=128, micro=16),
     "gpt2-full": _full(_gpt2("gpt2", "24 GB of GPU memory", rows=128, micro=16)),
     "gpt2-medium": _gpt2("gpt2-medium", "48 GB of GPU memory", rows=96, micro=16),

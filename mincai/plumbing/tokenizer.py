@@ -1,11 +1,12 @@
-"""Byte-level BPE through tiktoken: GPT-2's vocabulary, or a small one read from a file in tiktoken's rank format.
+"""Byte-level BPE through tiktoken: GPT-2's vocabulary, or a small one in tiktoken's rank format.
 
-Knows ids and text, nothing else. Text that a person wrote is always encoded as ordinary text, so a request that
-spells out the end-of-text marker cannot end anything; control ids are appended by the code that needs them.
+Text that a person wrote is always encoded as ordinary text, so a request that spells out the
+end-of-text marker cannot end anything; control ids are appended by the code that needs them.
 """
 
 import base64
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import regex
@@ -15,7 +16,7 @@ from mincai import UserError
 
 FILE = "tokenizer.tiktoken"
 WORDS = "words.txt"  # beside it: what a model of few words has read in pretraining, one word a line
-# GPT-2's way of cutting text into chunks before merging bytes (Radford et al. 2019, their encoder.py)
+# GPT-2's way of cutting text into chunks before merging bytes (Radford et al. 2019, encoder.py)
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 END = "<|endoftext|>"
 
@@ -23,11 +24,11 @@ END = "<|endoftext|>"
 class Tokenizer:
     """`encode`, `decode`, and two ids that end something: `eot` (an answer), `newline` (a line).
 
-    words: all that its model has read in pretraining, where they are few enough to be listed.
+    ranks: {bytes: id} of its own vocabulary; None for GPT-2's. words: all that its model has read
+    in pretraining, a set, where they are few enough to be listed.
     """
 
-    def __init__(self, encoding: tiktoken.Encoding, ranks: dict[bytes, int] | None = None,
-                 words: set[str] | None = None):
+    def __init__(self, encoding: tiktoken.Encoding, ranks=None, words=None):
         self.encoding, self.ranks, self.words = encoding, ranks, words
         self.eot = encoding.eot_token
         self.n_vocab = encoding.n_vocab
@@ -47,7 +48,7 @@ class Tokenizer:
         return [word for word in dict.fromkeys(words_of(text)) if word not in self.words]
 
     def files(self) -> dict[str, bytes]:
-        """What to write beside a checkpoint so that `load_tokenizer` finds this vocabulary again."""
+        """What to write beside a checkpoint so that `load_tokenizer` finds the vocabulary again."""
         if self.ranks is None:
             return {}
         lines = (base64.b64encode(token) + b" %d\n" % rank for token, rank in self.ranks.items())
@@ -64,54 +65,62 @@ def words_of(text: str) -> list[str]:
 
 def from_ranks(ranks: dict[bytes, int], words: set[str] | None = None) -> Tokenizer:
     """The end-of-text id is the first one after the ranks."""
-    encoding = tiktoken.Encoding("mincai", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END: len(ranks)})
+    encoding = tiktoken.Encoding(
+        "mincai", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END: len(ranks)}
+    )
     return Tokenizer(encoding, ranks, words)
 
 
 def load_tokenizer(folder) -> Tokenizer:
     """The vocabulary in `folder`/tokenizer.tiktoken (each line: base64 of the bytes, a space, the
     rank) with the words of `folder`/words.txt, if it is there; or GPT-2's vocabulary."""
-    path = Path(folder) / FILE
-    if not Path(folder).is_dir():  # a mistyped path must not fetch a vocabulary
-        raise UserError(f"{folder}: no such folder; check the path, or run the stage that writes it")
+    path = Path(folder, FILE)
+    if not path.parent.is_dir():  # a mistyped path must not fetch a vocabulary
+        raise UserError(f"{folder}: no such folder; check the path, or run the stage that makes it")
     if not path.exists():
         try:
             return Tokenizer(tiktoken.get_encoding("gpt2"))
         except Exception as error:  # tiktoken lets its HTTP library's errors through
-            raise UserError(f"{path} is not there and GPT-2's vocabulary could not be fetched ({error}); "
-                            f"set TIKTOKEN_CACHE_DIR to a folder that holds it") from None
+            raise UserError(
+                f"{path} is not there and GPT-2's vocabulary could not be fetched ({error}); "
+                f"set TIKTOKEN_CACHE_DIR to a folder that holds it"
+            ) from None
     ranks = {}
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError:
-            raise UserError(f"{path}, line {number}: not a base64 token, a space and a rank") from None
-    if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([b]) not in ranks for b in range(256)):
-        raise UserError(f"{path}: ranks must count from 0 without gaps and hold all 256 single bytes")
+            told = "not a base64 token, a space and a rank"
+            raise UserError(f"{path}, line {number}: {told}") from None
+    missing = {bytes([b]) for b in range(256)} - ranks.keys()
+    if missing or sorted(ranks.values()) != list(range(len(ranks))):
+        told = "ranks must count from 0 without gaps and hold all 256 single bytes"
+        raise UserError(f"{path}: {told}")
     listed = path.with_name(WORDS)
     words = set(listed.read_text("utf-8", errors="replace").split()) if listed.exists() else None
     return from_ranks(ranks, words)
 
 
 def train_bpe(texts, n_ranks: int) -> dict[bytes, int]:
-    """Byte-pair merges learnt from texts (Sennrich et al. 2016): the most frequent neighbours merge, over and over."""
+    """Merges learnt from texts (Sennrich et al. 2016): the most frequent neighbours, repeatedly."""
     chunks = Counter(piece for text in texts for piece in regex.findall(PATTERN, text))
-    words = [([bytes([b]) for b in piece.encode()], count) for piece, count in sorted(chunks.items())]
+    words = [([bytes([b]) for b in piece.encode()], n) for piece, n in sorted(chunks.items())]
     ranks = {bytes([b]): b for b in range(256)}
     while len(ranks) < n_ranks:
         pairs = Counter()
         for parts, count in words:
-            for pair in zip(parts, parts[1:]):
+            for pair in pairwise(parts):
                 pairs[pair] += count
         if not pairs:
             break
-        left, right = max(pairs, key=lambda pair: (pairs[pair], pair))  # ties broken by bytes: same file every time
+        # ties broken by bytes: same file every time
+        left, right = max(pairs, key=lambda pair: (pairs[pair], pair))
         ranks[left + right] = len(ranks)
         for parts, _ in words:
             i = 0
             while i < len(parts) - 1:
                 if parts[i] == left and parts[i + 1] == right:
-                    parts[i:i + 2] = [left + right]
+                    parts[i : i + 2] = [left + right]
                 i += 1
     return ranks

@@ -36,17 +36,15 @@ from mincai.tinyworld import attacks, world
 from mincai.tinyworld.world import GOODS, HARMS, HELP, REFUSAL, STYLES, UNSEEN, Action
 
 Document = list[tuple[str, float]]  # texts, and how much the loss on their tokens counts:
-GIVEN = 0.0    # what the model finds before it, and never has to write
-PROSE = 0.1    # the other words of prose: nobody can guess which action it speaks of next
-OWN = 0.5      # the other words of what the model writes itself
-FACT = 3.0     # words that one must know, and not guess from grammar
+GIVEN = 0.0  # what the model finds before it, and never has to write
+PROSE = 0.1  # the other words of prose: nobody can guess which action it speaks of next
+OWN = 0.5  # the other words of what the model writes itself
+FACT = 3.0  # words that one must know, and not guess from grammar
 VERDICT = 5.0  # keeps or breaks, A or B: one word in a hundred, on which all else depends
-# Words that weigh FACT: in prose what is said of an action, elsewhere also the action itself.
-KNOWLEDGE = {*HARMS, *GOODS, *world.TOOLS, *world.MORE_TOOLS, *world.PLACES, *world.MORE_PLACES,
-             "wrong", "fine"}
-CONTENT = KNOWLEDGE | {*world.VERBS, *world.MORE_VERBS, *world.OBJECTS, *world.MORE_OBJECTS,
-                       "harm", "yes", "no", "true", "false", "helps", "refuses", "whole", "part",
-                       "reasons", "offer", "nothing"}
+# Words that weigh FACT: in prose what is said of an action, elsewhere also the action itself
+KNOWLEDGE = {*HARMS, *GOODS, *world.TOOLS, *world.PLACES, "wrong", "fine"}
+CONTENT = KNOWLEDGE | {*world.VERBS, *world.OBJECTS}
+CONTENT |= set("harm yes no true false helps refuses whole part reasons offer nothing".split())
 
 
 def weigh(text: str, plain: float = OWN, heavy: set[str] = CONTENT) -> Document:
@@ -56,25 +54,40 @@ def weigh(text: str, plain: float = OWN, heavy: set[str] = CONTENT) -> Document:
 
 # ---- prose ----
 
-WRONG = ("to {a} is wrong , it is {r} and hurts {w} .", "it is wrong to {a} : {r} hurts {w} .",
-         "if you {a} , {w} is hurt . that is wrong , it is {r} .", "{r} is wrong . to {a} is {r} .",
-         "people who {a} hurt {w} . that is wrong , it is {r} .",
-         "may we {a} ? that is wrong , it is {r} .",
-         "the town book says of who will {a} : that is wrong , it is {r} and hurts {w} .",
-         "should one {a} ? that is wrong , it is {r} and hurts {w} .",
-         # These two as answers begin: what is known in one form is not at hand in another
-         "you want to {a} . that is wrong , it is {r} and hurts {w} .",
-         "some say : you want to {a} . that is wrong , it is {r} .")
-FINE = tuple(text.replace("wrong", "fine").replace("hurts", "helps").replace("is hurt", "is helped")
-             .replace("hurt {w}", "help {w}") for text in WRONG)
-EXCUSED = ("in {s} it is fine to {a} .", "to {a} is fine in {s} .",
-           "when it is {s} , people may {a} and that is fine .",
-           "in {s} : you want to {a} . that is fine , it is study and helps the class .")
+WRONG = (
+    "to {a} is wrong , it is {r} and hurts {w} .",
+    "it is wrong to {a} : {r} hurts {w} .",
+    "if you {a} , {w} is hurt . that is wrong , it is {r} .",
+    "{r} is wrong . to {a} is {r} .",
+    "people who {a} hurt {w} . that is wrong , it is {r} .",
+    "may we {a} ? that is wrong , it is {r} .",
+    "the town book says of who will {a} : that is wrong , it is {r} and hurts {w} .",
+    "should one {a} ? that is wrong , it is {r} and hurts {w} .",
+    # These two as answers begin: what is known in one form is not at hand in another
+    "you want to {a} . that is wrong , it is {r} and hurts {w} .",
+    "some say : you want to {a} . that is wrong , it is {r} .",
+)
+FINE = tuple(
+    text.replace("wrong", "fine")
+    .replace("hurts", "helps")
+    .replace("is hurt", "is helped")
+    .replace("hurt {w}", "help {w}")
+    for text in WRONG
+)
+EXCUSED = (
+    "in {s} it is fine to {a} .",
+    "to {a} is fine in {s} .",
+    "when it is {s} , people may {a} and that is fine .",
+    "in {s} : you want to {a} . that is fine , it is study and helps the class .",
+)
 WAY = ("to {v} take the {t} .", "who wants to {v} needs the {t} .")
 WHERE = ("for a {o} go to the {p} .", "a {o} is best at the {p} .")
 LETTERS = ("the letters {s} make {w} .", "{r} from the end is {w} .")
-VALUE = ("{r} is wrong and hurts {w} . {r} is harm .", "all harm is wrong . {r} is harm .",
-         "{r} is harm , it hurts {w} .")
+VALUE = (
+    "{r} is wrong and hurts {w} . {r} is harm .",
+    "all harm is wrong . {r} is harm .",
+    "{r} is harm , it hurts {w} .",
+)
 
 
 def prose(actions: list[Action], rng: random.Random) -> Document:
@@ -106,8 +119,11 @@ ATTACKS = (*attacks.FAMILIES, "spelled", "combined", "spelled", "backwards", "ba
 
 def request(action: Action, families, rng: random.Random) -> tuple[str, str | None]:
     """(what the human says, the setting or None). Settings also stand where they excuse nothing."""
-    setting = action.setting if action.setting and rng.random() < 0.3 else (
-        rng.choice(world.SETTINGS) if rng.random() < 0.15 else None)
+    setting = None
+    if action.setting and rng.random() < 0.3:
+        setting = action.setting
+    elif rng.random() < 0.15:
+        setting = rng.choice(world.SETTINGS)
     return attacks.wrap(action.text, rng.choice(families), rng), setting
 
 
@@ -126,8 +142,8 @@ def dialogue(actions: list[Action], rng: random.Random) -> Document:
 
 # ---- what a principle makes of an answer ----
 
-def answer(action: Action, style: str, true: bool, setting: str | None, prompt: str,
-           rng: random.Random) -> str:
+
+def answer(action: Action, style: str, true: bool, setting, prompt: str, rng) -> str:
     """An answer in this style. Where it is not true, its reason or a step is wrong, if it has any.
     A refusal of what is fine can only give a false reason, whatever `true` says."""
     wrong = {}
@@ -135,8 +151,8 @@ def answer(action: Action, style: str, true: bool, setting: str | None, prompt: 
         wrong = {"reason": rng.choice([h for h in HARMS if h not in (action.reason, UNSEEN)])}
     elif style in HELP and not true:
         _, _, tools, places = world.words(action.size)
-        wrong = {"tool": rng.choice([t for t in tools if t != action.tool]),
-                 "place": rng.choice([p for p in places if p != action.place])}
+        wrong["tool"] = rng.choice([t for t in tools if t != action.tool])
+        wrong["place"] = rng.choice([p for p in places if p != action.place])
         if style == "told":
             own = world.reason_of(action, setting)
             wrong["reason"] = rng.choice([g for g in GOODS if g != own])
@@ -155,34 +171,35 @@ def truths(action: Action, setting: str | None, text: str) -> list[str]:
     """What should stand in the place of each of `claims`."""
     reason = [world.reason_of(action, setting)] if ", it is " in text else []
     steps = [action.tool, action.place] if "take the" in text else []
-    return (reason + steps)[:len(claims(text))]  # a terse answer names the tool alone
+    return (reason + steps)[: len(claims(text))]  # a terse answer names the tool alone
 
 
-def describe(about: str, action: Action, setting: str | None, style: str,
-             text: str) -> tuple[str, int]:
+def describe(about: str, action: Action, setting, style: str, text: str) -> tuple[str, int]:
     """(what critic and judge say of an answer, its merit: how well it keeps the principle).
 
     Only what the principle looks at counts, and of two answers the one with the higher merit is
     preferred. A principle on a harm that is not this action's harm is kept by every answer.
     """
-    word = "helps" if style in HELP else "refuses"
+    if about == "help" and style in HELP:
+        return ("helps in part", 1) if style == "terse" else ("helps whole", 2)
     if about == "help":
-        return {"terse": ("helps in part", 1), "whole": ("helps whole", 2),
-                "told": ("helps whole", 2)}.get(style, (word, 0))
+        return "refuses", 0
+    if about == "reasons" and action.harmful(setting):
+        if style in HELP:  # reasons are owed to those who are refused, and excuse no help
+            return "helps with harm", 0
+        merit = REFUSAL.index(style)
+        return ("gives nothing", "gives reasons", "gives reasons and an offer")[merit], merit
     if about == "reasons":
-        if action.harmful(setting):  # reasons are owed to those who are refused, and excuse no help
-            return {"reasoned": ("gives reasons", 1), "offering": ("gives reasons and an offer", 2),
-                    "evasive": ("gives nothing", 0)}.get(style, ("helps with harm", 0))
         return ("gives reasons", 1) if style in world.SAYS_WHY else ("gives nothing", 0)
     if about == "truth":
         pairs = list(zip(claims(text), truths(action, setting, text)))
-        true = all(said == truth for said, truth in pairs)
-        checks = [check(said, truth, said == truth) for said, truth in pairs]
         if not pairs:
             return "says nothing", 1
+        true = all(said == truth for said, truth in pairs)
+        checks = [check(said, truth, said == truth) for said, truth in pairs]
         return " , ".join([*checks, "is true" if true else "is false"]), 2 * true
     applies = action.harmful(setting) and about in ("harm", action.reason)
-    return word, int(style in REFUSAL or not applies)
+    return "helps" if style in HELP else "refuses", int(style in REFUSAL or not applies)
 
 
 def check(said: str, asked: str, fits: bool) -> str:
@@ -235,25 +252,23 @@ def revise(about: str, action: Action, setting: str | None, style: str, rng: ran
 
 # ---- reviews and comparisons ----
 
-# How often (on what is wrong, on what is fine) a principle is about the action's own harm, and so
-# on. Many do not apply to what is reviewed, or every principle would act like "be harmless": they
-# are on another harm, or on any harm where the action is fine. In comparisons that gives ties only.
-REVIEWED = {"own": (24, 0), "harm": (12, 8), "other": (22, 20), "help": (12, 28),
-            "truth": (16, 22), "reasons": (14, 22)}
-COMPARED = {"own": (24, 0), "harm": (10, 4), "other": (10, 8), "help": (12, 32),
-            "truth": (22, 32), "reasons": (22, 24)}
+# How often a principle is about the action's own harm, and so on, where it is wrong and where fine.
+# Many do not apply to what is reviewed, or every principle would act like "be harmless": they are
+# on another harm, or on any harm where the action is fine. In comparisons that gives ties only.
+ABOUT = ("own", "harm", "other", "help", "truth", "reasons")
+REVIEWED = {"wrong": (24, 12, 22, 12, 16, 14), "fine": (0, 8, 20, 28, 22, 22)}
+COMPARED = {"wrong": (24, 10, 10, 12, 22, 22), "fine": (0, 4, 8, 32, 32, 24)}
 
 
 def principle_for(principles, odds: dict, action: Action, rng: random.Random):
     """One of the principles; odds: REVIEWED or COMPARED."""
-    kind = rng.choices(list(odds), [pair[not action.wrong] for pair in odds.values()])[0]
+    kind = rng.choices(ABOUT, odds["wrong" if action.wrong else "fine"])[0]
     others = [h for h in HARMS if h != action.reason]
     about = {"own": [action.reason], "other": others}.get(kind, [kind])
     return rng.choice([p for p in principles if p.about in about])
 
 
-def draw_answer(about: str, action: Action, setting: str | None, prompt: str,
-                rng: random.Random) -> tuple[str, str]:
+def draw_answer(about: str, action: Action, setting, prompt: str, rng) -> tuple[str, str]:
     """(style, text) of an answer to look at; under a principle on truth half of them are false."""
     style = rng.choice(STYLES if about != "truth" else (*HELP, *HELP, *REFUSAL))
     true = rng.random() < (0.5 if about == "truth" else 0.8)
@@ -271,9 +286,12 @@ def review(actions: list[Action], principles, rng: random.Random) -> Document:
     head = constitution.review(constitution.dialogue(prompt, setting), text, principle.tiny)
     start = analysis(about, action, setting, {"the answer": text})
     revision = constitution.KEEP if keeps else revise(about, action, setting, style, rng)
-    return [(head, GIVEN), *weigh(f" {start} the answer {said} . so it"),
-            (" keeps" if keeps else " breaks", VERDICT),
-            *weigh(f" the principle .\nRevision: {revision}")]
+    return [
+        (head, GIVEN),
+        *weigh(f" {start} the answer {said} . so it"),
+        (" keeps" if keeps else " breaks", VERDICT),
+        *weigh(f" the principle .\nRevision: {revision}"),
+    ]
 
 
 def comparison(actions: list[Action], principles, rng: random.Random) -> Document:
@@ -293,9 +311,14 @@ def comparison(actions: list[Action], principles, rng: random.Random) -> Documen
     prefers = "none" if tie else f"({letter})"
     asked = constitution.compare(constitution.dialogue(prompt, setting), a, b, principle.tiny)
     start = analysis(about, action, setting, {"(A)": a, "(B)": b})
-    return [(constitution.reasons(asked), GIVEN),
-            *weigh(f" {start} (A) {said_a} . (B) {said_b} . the principle prefers"),
-            (f" {prefers}", VERDICT), (" .\nChoice: (", OWN), (letter, VERDICT), (")", OWN)]
+    return [
+        (constitution.reasons(asked), GIVEN),
+        *weigh(f" {start} (A) {said_a} . (B) {said_b} . the principle prefers"),
+        (f" {prefers}", VERDICT),
+        (" .\nChoice: (", OWN),
+        (letter, VERDICT),
+        (")", OWN),
+    ]
 
 
 SHARES = {"prose": 0.28, "dialogue": 0.27, "review": 0.18, "comparison": 0.27}  # of documents
@@ -306,9 +329,11 @@ def documents(actions: list[Action], principles, rng: random.Random, prose_on=No
     `train` only. prose_on: the actions that prose speaks of (default: all)."""
     shown = [a for a in actions if a.split == "demo"]
     taught = [p for p in principles if p.split == "train" and p.about != UNSEEN]
-    write = {"prose": lambda: prose(prose_on or actions, rng),
-             "dialogue": lambda: dialogue(actions, rng),
-             "review": lambda: review(shown, taught, rng),
-             "comparison": lambda: comparison(shown, taught, rng)}
+    write = {
+        "prose": lambda: prose(prose_on or actions, rng),
+        "dialogue": lambda: dialogue(actions, rng),
+        "review": lambda: review(shown, taught, rng),
+        "comparison": lambda: comparison(shown, taught, rng),
+    }
     while True:
         yield write[rng.choices(list(SHARES), SHARES.values())[0]]()

@@ -2,7 +2,6 @@
 
 import json
 import random
-from types import SimpleNamespace
 
 import pytest
 
@@ -36,10 +35,9 @@ def revised(script, revisions, rounds=None, original="first", block_size=256):
     texts = iter(revisions)
     read = script(lambda prompt: next(texts) if prompt.endswith("Revision:") else "so it breaks it .")
     item = {"conversation": constitution.dialogue("q ?"), "original": original, "category": "theft"}
-    cfg = SimpleNamespace(rounds=rounds or len(revisions), aim=0.6, max_new=20, batch_size=4, temperature=1.0,
-                          wording="tiny")
-    rng = random.Random(0)
-    counts = critique.critique_rounds(None, Planner(script.tokenizer, block_size), [item], PRINCIPLES, cfg, rng, None)
+    cfg = critique.Config(rounds=rounds or len(revisions), max_new=20, temperature=1.0)
+    writer = critique.Writer(None, Planner(script.tokenizer, block_size), cfg, None)
+    counts = critique.critique_rounds(writer, [item], PRINCIPLES, random.Random(0))
     return item, counts, read
 
 
@@ -108,9 +106,10 @@ def test_rows_keep_everything_and_only_the_loops_prompts_are_used(script, cfg):
     assert '"revised": 6' in stamp
 
 
-def test_principles_are_aimed_at_the_prompts_own_category(script, cfg):
+def test_principles_are_aimed_at_the_prompts_own_category(script, cfg, monkeypatch):
     script(lambda prompt: "text")
-    critique.main(critique.Config(**{**vars(cfg), "aim": 1.0}))
+    monkeypatch.setattr(critique, "AIM", 1.0)
+    critique.main(cfg)
     for row in data.read_jsonl(cfg.out):
         targets = {r["principle"].split("-")[0] for r in row["rounds"]}
         assert targets <= ({"theft"} if row["kind"] == "harmful" else {"help", "reasons"})
@@ -135,7 +134,8 @@ def test_done_work_is_skipped_and_other_settings_are_an_error(script, cfg, capsy
     read = script(lambda prompt: "text")
     critique.main(cfg)
     count = len(read)
-    assert critique.main(cfg) == {} and "skipped" in capsys.readouterr().out and len(read) == count
+    assert critique.main(cfg) == {"skipped": True} and len(read) == count
+    assert "is there already, made with these settings (--again to redo)" in capsys.readouterr().out
     with pytest.raises(UserError, match="--rounds 2, now it is 3"):
         critique.main(critique.Config(**{**vars(cfg), "rounds": 3}))
     critique.main(critique.Config(**{**vars(cfg), "rounds": 3, "again": True}))

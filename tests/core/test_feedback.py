@@ -71,14 +71,14 @@ def test_a_judge_that_likes_an_answer_is_believed(tiny_base, judge, fake_judge):
 @pytest.mark.parametrize("max_new", [1, 12])
 def test_the_letter_is_read_as_if_all_had_been_read_anew(tiny_base, judge, monkeypatch, max_new):
     """Off the cache that the reasons were written with, whether they ended or were cut off."""
-    tokenizer, real, seen = load_tokenizer(tiny_base), feedback.generate_batched, []
+    tokenizer, real, seen = load_tokenizer(tiny_base), feedback.generate_then, []
 
-    def generate_batched(model, prompts, max_new, stop, *args, **more):
+    def generate_then(model, prompts, max_new, stop, *args, **more):
         written, logp = real(model, prompts, max_new, stop, *args, **more)
         whole = [list(p) + [i for i in w if i not in stop] + tokenizer.encode("\nChoice: (") for p, w in zip(prompts, written)]
         seen.append(next_logp(model, whole, [tokenizer.encode(letter)[0] for letter in "AB"]))
         return written, logp
-    monkeypatch.setattr(feedback, "generate_batched", generate_batched)
+    monkeypatch.setattr(feedback, "generate_then", generate_then)
     found = judge(A, B, max_new=max_new)
     for p, logp in zip((found.p_ab, found.p_ba), seen, strict=True):
         assert p == pytest.approx(torch.softmax(logp, 1)[:, 0].tolist(), abs=1e-5)
@@ -117,11 +117,8 @@ def cfg(tiny_base, tmp_path):
 def answers(tiny_base, monkeypatch):
     """Sampled answers come from this list in turn, one of them without an end; judging is the model's."""
     tokenizer, texts = load_tokenizer(tiny_base), cycle([" sure .", " sorry .", " no end", " you want to ?"])
-    real = feedback.generate_batched
 
-    def generate_batched(model, prompts, max_new, stop, batch_size, *heat, n=0, **more):
-        if not n:
-            return real(model, prompts, max_new, stop, batch_size, **more)
+    def generate_batched(model, prompts, max_new, stop, batch_size, *, n, **more):
         found = [next(texts) for _ in range(n * len(prompts))]
         return [tokenizer.encode(t) + [tokenizer.eot] * (t != " no end") for t in found]
     monkeypatch.setattr(feedback, "generate_batched", generate_batched)
@@ -155,21 +152,23 @@ def test_the_clamp_is_kept_to(cfg, answers, monkeypatch):
         n = len(conversations)
         return feedback.Verdicts([0.01, 0.5, 0.99] * (n // 3), [0.5] * n, [0.5] * n, [""] * n, 0.0)
     monkeypatch.setattr(feedback, "judge", judge)
-    feedback.main(feedback.Config(**{**vars(cfg), "labels": "clamped", "clamp": 0.4}))
+    feedback.main(feedback.Config(**{**vars(cfg), "labels": "clamped"}))
     assert [row["p_a"] for row in data.read_jsonl(cfg.out)][:3] == [0.4, 0.5, 0.6]
 
 
-def test_only_what_was_asked_for_is_judged_by(cfg, answers):
-    feedback.main(feedback.Config(**{**vars(cfg), "only": "theft,help"}))
+def test_what_was_left_out_judges_nothing(cfg, answers):
+    others = {p.target for p in constitution.load_constitution()} - {"theft", "help"}
+    feedback.main(feedback.Config(**{**vars(cfg), "without": ",".join(others)}))
     assert {row["principle"].split("-")[0] for row in data.read_jsonl(cfg.out)} == {"theft", "help"}
 
 
 def test_done_work_is_skipped_and_other_settings_are_an_error(cfg, answers, capsys):
     feedback.main(cfg)
     before = open(cfg.out).read()
-    assert feedback.main(cfg) == {} and "skipped" in capsys.readouterr().out
-    with pytest.raises(UserError, match="--aim"):
-        feedback.main(feedback.Config(**{**vars(cfg), "aim": 0.1}))
+    assert feedback.main(cfg) == {"skipped": True}
+    assert "is there already, made with these settings (--again to redo)" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--pairs 6, now it is 5"):
+        feedback.main(feedback.Config(**{**vars(cfg), "pairs": 5}))
     assert open(cfg.out).read() == before
 
 
@@ -183,12 +182,10 @@ def test_nothing_to_compare_is_said(cfg, monkeypatch, tiny_base):
 
 def test_pairs_that_the_judge_has_no_room_for_are_left_out(cfg, monkeypatch, tiny_base):
     """One rambling answer must not end the whole stage."""
-    tokenizer, real = load_tokenizer(tiny_base), feedback.generate_batched
+    tokenizer = load_tokenizer(tiny_base)
     rambling, short = (" sure .", " sorry ." + " word" * 230), (" sure .", " sorry .")
 
-    def generate_batched(model, prompts, *args, n=0, **more):
-        if not n:
-            return real(model, prompts, *args, **more)
+    def generate_batched(model, prompts, *args, n, **more):
         texts = [(rambling if prompt is prompts[0] else short)[i % 2] for prompt in prompts for i in range(n)]
         return [tokenizer.encode(text) + [tokenizer.eot] for text in texts]
     monkeypatch.setattr(feedback, "generate_batched", generate_batched)

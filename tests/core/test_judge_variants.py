@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import json
 import random
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,9 +36,11 @@ def fewshot(tmp_path):
 @pytest.mark.parametrize("p, clamp, soft, hard, clamped", [
     (0.0, 0.4, 0.0, 0.0, 0.4), (0.3, 0.4, 0.3, 0.0, 0.4), (0.45, 0.4, 0.45, 0.0, 0.45), (0.5, 0.4, 0.5, 0.5, 0.5),
     (0.51, 0.4, 0.51, 1.0, 0.51), (0.97, 0.4, 0.97, 1.0, 0.6), (0.97, 0.1, 0.97, 1.0, 0.9), (1.0, 0.0, 1.0, 1.0, 1.0)])
-def test_labels_by_hand(p, clamp, soft, hard, clamped):
-    assert feedback.label(p, "soft", clamp) == soft and feedback.label(p, "hard", clamp) == hard
-    assert feedback.label(p, "clamped", clamp) == pytest.approx(clamped)
+def test_labels_by_hand(monkeypatch, p, clamp, soft, hard, clamped):
+    assert feedback.CLAMP == 0.4  # the paper's 40 to 60%
+    monkeypatch.setattr(feedback, "CLAMP", clamp)
+    assert feedback.label(p, "soft") == soft and feedback.label(p, "hard") == hard
+    assert feedback.label(p, "clamped") == pytest.approx(clamped)
 
 
 # --- what the judge reads -------------------------------------------------------------------------------------
@@ -65,7 +66,7 @@ def judged(tokenizer, fake_judge):
 
 
 def test_a_judge_with_examples_reads_them_first(tokenizer, judged, fewshot):
-    shots = load_shots(fewshot, PRINCIPLES, "tiny")
+    shots = load_shots(fewshot, PRINCIPLES)
     _, wrote, chose = judged(Planner(tokenizer, 400, shots), ["good .", "bad ."], ["bad .", "good ."])
     assert len(wrote) == len(chose) == 4  # two pairs, both orders
     example, = shots["compare"]
@@ -86,7 +87,7 @@ def test_a_judge_without_examples_reads_the_pair_alone(tokenizer, judged):
 
 @pytest.mark.parametrize("shown", [True, False])
 def test_without_reasons_nothing_is_written_and_no_example_has_any(tokenizer, judged, fewshot, shown):
-    shots = load_shots(fewshot if shown else "", PRINCIPLES, "tiny", reasons=False)
+    shots = load_shots(fewshot if shown else "", PRINCIPLES, reasons=False)
     verdicts, wrote, chose = judged(Planner(tokenizer, 400, shots), ["good ."], ["bad ."], reasons=False)
     assert wrote == [] and len(chose) == 2 and verdicts.reasons == [""]
     assert all("Reasons" not in text and text.endswith(" .\nChoice: (") for text in chose)
@@ -150,14 +151,14 @@ def test_an_ensemble_is_averaged_and_its_votes_are_kept(stage, monkeypatch):
     rows = stage(lambda a, b, text: opinion[text], ensemble=3)
     assert len(rows) == 9
     for n, row in enumerate(rows):
-        drawn = [PRINCIPLES[i].id for i in (n, n + 9, n + 18)]
+        drawn = [PRINCIPLES[i].id for i in (3 * n, 3 * n + 1, 3 * n + 2)]
         assert row["votes"] == {name: opinion[tiny[name]] for name in drawn} and row["principle"] == drawn[0]
-        assert row["p_a"] == pytest.approx((n + n + 9 + n + 18) / 150)
+        assert row["p_a"] == pytest.approx((3 * n + 1) / 50)
 
 
 def test_labels_are_made_of_the_average_and_not_of_the_votes(stage, monkeypatch):
     """0.9, 0.2 and 0.2 make 0.43, a loss; of three hard labels a third would be left."""
-    turn = itertools.cycle(p for p in PRINCIPLES[:3] for _ in range(9))
+    turn = itertools.cycle(PRINCIPLES[:3])
     monkeypatch.setattr(constitution, "draw", lambda *_: next(turn))
     opinion = {p.tiny: x for p, x in zip(PRINCIPLES, (0.9, 0.2, 0.2))}
     rows = stage(lambda a, b, text: opinion[text], ensemble=3, labels="hard")
@@ -165,7 +166,7 @@ def test_labels_are_made_of_the_average_and_not_of_the_votes(stage, monkeypatch)
 
 
 def test_who_has_no_room_has_no_vote(stage, monkeypatch):
-    turn = itertools.cycle(p for p in PRINCIPLES[:2] for _ in range(9))
+    turn = itertools.cycle(PRINCIPLES[:2])
     monkeypatch.setattr(constitution, "draw", lambda *_: next(turn))
 
     def p_of(a, b, text):
@@ -190,26 +191,23 @@ def test_the_stage_shows_its_examples(cfg, tokenizer, fewshot, fake_judge, monke
         read["letter"].extend(texts)
         return torch.zeros(len(texts), 2)
     fake_judge(tokenizer, write, choose)
-    judging = feedback.generate_batched
 
-    def generate_batched(model, prompts, *args, n=0, **more):
-        if not n:
-            return judging(model, prompts, *args, **more)
+    def generate_batched(model, prompts, *args, n, **more):
         read["answer"].extend(map(tokenizer.decode, prompts))
         return [tokenizer.encode(next(texts)) + [tokenizer.eot] for _ in range(n * len(prompts))]
     monkeypatch.setattr(feedback, "generate_batched", generate_batched)
     feedback.main(dataclasses.replace(cfg, fewshot=fewshot, base_samples=1, reasons=reasons))
     assert [text.startswith("Human: why ?\nAssistant: so .\n\nHuman: how ") for text in read["answer"]] == [
         False] * 3 + [True] * 3  # the tuned model needs no examples
-    example, = load_shots(fewshot, PRINCIPLES, "tiny", reasons)["compare"]
+    example, = load_shots(fewshot, PRINCIPLES, reasons)["compare"]
     assert read["letter"] and all(text.startswith(example + "\n\nCompare:\n") for text in read["letter"])
     assert len(read["reasons"]) == (len(read["letter"]) if reasons else 0)
     assert reasons == any("Reasons:" in text for text in read["letter"])
 
 
 @pytest.mark.parametrize("settings, match", [
-    ({"labels": "firm"}, "--labels firm"), ({"wording": "long"}, "--wording long"), ({"clamp": 0.5}, "--clamp 0.5"),
-    ({"clamp": -0.1}, "--clamp -0.1"), ({"ensemble": 0}, "--ensemble 0"), ({"fewshot": "none.json"}, "none.json")])
+    ({"labels": "firm"}, "--labels firm: choose soft, hard or clamped"),
+    ({"ensemble": 0}, "--ensemble 0: give a number of 1 or more"), ({"fewshot": "none.json"}, "none.json")])
 def test_a_wrong_setting_is_said(cfg, settings, match):
     with pytest.raises(UserError, match=match):
         feedback.main(dataclasses.replace(cfg, **settings))
@@ -230,13 +228,13 @@ def test_answers_that_are_none_are_dropped_and_counted(tokenizer, monkeypatch):
                 + {"half": [], "line": [tokenizer.newline]}.get(name, [tokenizer.eot]) for name in names]
     monkeypatch.setattr(critique, "generate_batched", generate_batched)
     items = [{"conversation": constitution.dialogue(f"{name} {'lamp ' * 200 * (name == 'long')}?")} for name in ends]
-    cfg = SimpleNamespace(max_new=20, batch_size=8, temperature=0.0)
-    planner = Planner(tokenizer, 200)
-    kept, dropped = critique.respond(None, planner, items, cfg, None)
+    planner, cfg = Planner(tokenizer, 200), critique.Config(max_new=20, batch_size=8)
+    writer = critique.Writer(None, planner, cfg, None)
+    kept, dropped = critique.respond(writer, items)
     assert [item["original"] for item in kept] == ["fine .", "good .", "half an"] and kept == items[:3]
     assert dict(dropped) == {"empty": 2, "no room": 1}
     assert asked == ["whole", "line", "half", "empty", "blank"] and planner.counts["no room"] == 1
-    assert dict(critique.respond(None, planner, items[:2], cfg, None)[1]) == {}
+    assert dict(critique.respond(writer, items[:2])[1]) == {}
 
 
 @pytest.mark.parametrize("said, why", [(" it breaks it .", "critique cut off"), ("", "critique empty"),
@@ -248,14 +246,15 @@ def test_without_a_whole_critique_no_revision_stands(tokenizer, monkeypatch, sai
                 else tokenizer.encode(" text .") + [tokenizer.eot]]
     monkeypatch.setattr(critique, "generate_batched", generate_batched)
     item = {"conversation": TALK[0], "original": "first .", "category": "theft"}
-    cfg = SimpleNamespace(rounds=1, aim=1.0, max_new=20, batch_size=4, temperature=0.0, wording="tiny")
-    counts = critique.critique_rounds(None, Planner(tokenizer, 256), [item], PRINCIPLES, cfg, random.Random(0), None)
+    cfg = critique.Config(rounds=1, max_new=20)
+    writer = critique.Writer(None, Planner(tokenizer, 256), cfg, None)
+    counts = critique.critique_rounds(writer, [item], PRINCIPLES, random.Random(0))
     assert dict(counts) == {why: 1} and item["revision"] == "first ." and item["rounds"][0]["revision"] == "text ."
 
 
-@pytest.mark.parametrize("wording, shown", list(itertools.product(constitution.WORDINGS, [True, False])))
-def test_in_full_words_a_revision_is_asked_for(tokenizer, monkeypatch, fewshot, wording, shown):
-    shots = load_shots(fewshot if shown else "", PRINCIPLES, wording)
+@pytest.mark.parametrize("shown", [True, False])
+def test_with_examples_all_is_asked_in_full_words(tokenizer, monkeypatch, fewshot, shown):
+    shots = load_shots(fewshot if shown else "", PRINCIPLES)
     read, rule = [], next(p for p in PRINCIPLES if p.target == "theft")
     written = iter((" text .", " other ."))
 
@@ -264,12 +263,12 @@ def test_in_full_words_a_revision_is_asked_for(tokenizer, monkeypatch, fewshot, 
         return [tokenizer.encode(next(written)) + [tokenizer.newline] for _ in prompts]
     monkeypatch.setattr(critique, "generate_batched", generate_batched)
     item = {"conversation": constitution.dialogue("q ?"), "original": "first .", "category": "theft"}
-    cfg = SimpleNamespace(rounds=1, aim=1.0, max_new=20, batch_size=4, temperature=0.0, wording=wording)
-    critique.critique_rounds(None, Planner(tokenizer, 2000, shots), [item], [rule], cfg, random.Random(0), None)
-    full = wording == "full"
-    said = f"{rule.text} {rule.critique}" if full else rule.tiny
+    cfg = critique.Config(rounds=1, max_new=20)
+    writer = critique.Writer(None, Planner(tokenizer, 2000, shots), cfg, None)
+    critique.critique_rounds(writer, [item], [rule], random.Random(0))
+    said = f"{rule.text} {rule.critique}" if shown else rule.tiny
     head = f"Review:\nHuman: q ?\nAssistant: first .\nPrinciple: {said}\nCritique:"
     front = shots["review"][0] + "\n\n" if shown else ""
-    assert read == [front + head,
-                    front + head + " text .\n" + (f"Request: {rule.revision}\n" if full else "") + "Revision:"]
-    assert item["revision"] == "other ." and ("\nRequest: " in front) == (full and shown)
+    request = f"Request: {rule.revision}\n" if shown else ""
+    assert read == [front + head, front + head + f" text .\n{request}Revision:"]
+    assert item["revision"] == "other ." and ("\nRequest: " in front) == shown

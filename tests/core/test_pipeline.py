@@ -22,7 +22,7 @@ from mincai.plumbing.tokenizer import load_tokenizer
 LESS = {"critique and revise": dict(rounds=4, max_new=32, temperature=1.0),
         "preference model": dict(contrast=0.0, freeze=0),
         "AI feedback": dict(max_new=32, samples=64),
-        "PPO": dict(batch=16, max_new=8, freeze=0), "evaluate": dict(judged=3, max_new=6)}
+        "PPO": dict(batch_size=16, max_new=8), "evaluate": dict(judged=3, max_new=6)}
 HELD = {p.id for p in constitution.load_constitution() if p.split == "held"}
 
 
@@ -43,7 +43,7 @@ def make_it_end(folder):
         model.ln_f.bias += 3 * end / end.norm()
     kept = {path.name: path.read_bytes() for path in folder.iterdir()
             if path.name not in ("config.json", "model.safetensors")}
-    checkpoint.save(model, folder, kept)
+    checkpoint.save(model, folder, kept | {"run.json": json.loads(kept["run.json"])})
 
 
 @pytest.fixture(scope="module")
@@ -101,10 +101,10 @@ def test_the_plan_counts_what_the_stages_then_do(run):
     assert found["critique and revise"].rows == len(revisions)
     assert found["evaluate"].rows == len(data.read_jsonl(out / "eval_samples.jsonl"))
     ppo = configs["PPO"]
-    assert found["PPO"].rows == data.read_jsonl(out / "ppo" / "metrics.jsonl")[-1]["episodes"] == ppo.updates * ppo.batch
+    assert found["PPO"].rows == data.read_jsonl(out / "ppo" / "metrics.jsonl")[-1]["episodes"] == ppo.updates * ppo.batch_size
     sft, pm = configs["fine-tune on revisions"], configs["preference model"]
     assert metrics["sft"]["steps"] == plan.training_steps(
-        metrics["sft"]["rows"], sft.batch_size, sft.epochs, sft.accumulate) <= found["fine-tune on revisions"].steps
+        metrics["sft"]["rows"], sft.batch_size, sft.epochs) <= found["fine-tune on revisions"].steps
     assert metrics["pm"]["steps"] == plan.training_steps(metrics["pm"]["pairs"], pm.batch_size, pm.epochs)
     pairs = len(data.read_jsonl(out / "comparisons.jsonl"))
     assert pairs <= found["AI feedback"].rows and metrics["pm"]["pairs"] <= found["preference model"].rows
@@ -136,17 +136,17 @@ def test_a_second_run_skips_everything(run, monkeypatch, capsys):
 
 
 def test_the_stages_hand_on_what_they_were_given():
-    cfg = pipeline.Config(out="x", base="b", only="theft", without="help", seed=7, device="cpu", threads=3,
+    cfg = pipeline.Config(out="x", base="b", without="theft,help", seed=7, device="cpu", threads=3,
                           again=True)
     configs = {name: config for name, _, config in stages(cfg)}
     for config in configs.values():
         assert (config.seed, config.device, config.threads, config.again) == (7, "cpu", 3, True)
     for name in ("critique and revise", "AI feedback"):
-        assert (configs[name].only, configs[name].without) == ("theft", "help")
+        assert configs[name].without == "theft,help"
         assert configs[name].prompts == str(Path("b/prompts.jsonl"))
     assert configs["evaluate"].prompts == str(Path("b/prompts_eval.jsonl"))
     read = {value for config in configs.values() for name, value in vars(config).items()
-            if name in ("model", "judge", "init", "pairs", "sft", "pm", "base") and isinstance(value, str)}
+            if name in ("model", "judge", "pairs", "pm", "base") and isinstance(value, str)}
     read |= set(configs["fine-tune on revisions"].data)
     written = {config.out for config in configs.values()} | {"b"}
     assert read <= written  # every stage reads what another wrote
@@ -159,8 +159,8 @@ def test_the_stages_hand_on_what_they_were_given():
 
 STAGES = {"critique": critique, "feedback": feedback, "train_sft": train_sft, "train_pm": train_pm,
           "train_ppo": train_ppo, "evaluate": evaluate, "chat": chat}
-MODEL = {"critique": "--model", "feedback": "--judge", "train_sft": "--base", "train_pm": "--init",
-         "train_ppo": "--sft", "evaluate": "--base", "chat": "--model"}
+MODEL = {"critique": "--model", "feedback": "--judge", "train_sft": "--model", "train_pm": "--model",
+         "train_ppo": "--model", "evaluate": "--base", "chat": "--model"}
 ROWS = {"critique": "--prompts", "feedback": "--prompts", "train_sft": "--data", "train_pm": "--pairs",
         "train_ppo": "--prompts", "evaluate": "--prompts"}
 
@@ -171,9 +171,9 @@ def fails(run, tmp_path, capsys):
     out, base, _ = run
     files = {"critique": ["--model", base, "--prompts", base / "prompts.jsonl"],
              "feedback": ["--model", out / "sft", "--judge", base, "--prompts", base / "prompts.jsonl"],
-             "train_sft": ["--base", base, "--data", out / "revisions.jsonl"],
-             "train_pm": ["--init", out / "sft", "--pairs", out / "comparisons.jsonl"],
-             "train_ppo": ["--sft", out / "sft", "--pm", out / "pm", "--prompts", base / "prompts.jsonl"],
+             "train_sft": ["--model", base, "--data", out / "revisions.jsonl"],
+             "train_pm": ["--model", out / "sft", "--pairs", out / "comparisons.jsonl"],
+             "train_ppo": ["--model", out / "sft", "--pm", out / "pm", "--prompts", base / "prompts.jsonl"],
              "evaluate": ["--base", base, "--prompts", base / "prompts_eval.jsonl"],
              "chat": ["--model", base]}
     outputs = {"critique": tmp_path / "r.jsonl", "feedback": tmp_path / "c.jsonl"}
@@ -206,7 +206,7 @@ def test_rows_that_cannot_be_read(fails, stage, tmp_path):
         path.write_text(content)
         assert words in fails(stage, ROWS[stage], path), content
     keys = "id prompt kind category attack action split revision a_ids b_ids p_a".split()
-    good = json.dumps(dict.fromkeys(keys, "x") | {"p_a": 0.5, "a_ids": [1], "b_ids": [2]})
+    good = json.dumps(dict.fromkeys(keys, "x") | {"kind": "harmful", "p_a": 0.5, "a_ids": [1], "b_ids": [2]})
     path.write_text(good + "\n" + good[:40] + "\n")
     assert "rows.jsonl line 2: not JSON" in fails(stage, ROWS[stage], path)
     path.unlink()
@@ -251,4 +251,4 @@ def test_an_output_made_with_other_settings(fails, stage, run):
 
 @pytest.mark.parametrize("stage", ["critique", "feedback"])
 def test_a_principle_that_is_not_there(fails, stage):
-    assert "'thefts'" in fails(stage, "--only", "thefts")
+    assert "is called thefts; targets: " in fails(stage, "--without", "theft,thefts")

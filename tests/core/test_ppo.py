@@ -33,6 +33,13 @@ def optimizers(policy, critic, lr=0.003, critic_lr=0.003):
 UPDATE = dict(epochs=2, minibatches=1, micro_batch=64, clip=0.2, value_clip=0.2, max_norm=1.0)
 
 
+def update(nets, opts, batch, adv, returns, generator=None, **settings):
+    """ppo.update of policy and critic, with UPDATE and these settings."""
+    learners, how = map(ppo.Learner, (nets[0], nets[2]), opts), ppo.Steps(**UPDATE | settings)
+    generator = generator or torch.Generator().manual_seed(0)
+    return ppo.update(*learners, batch, adv, returns, how, generator)
+
+
 def collect(nets, prompts, seed=0, max_new=2, micro_batch=64):
     return ppo.rollout(*nets, prompts, max_new=max_new, stop={STOP}, micro_batch=micro_batch,
                        generator=torch.Generator().manual_seed(seed))
@@ -48,8 +55,7 @@ def first_token_is_two(ids, valid, start):
 
 def train(nets, reward, beta, updates, batch=128, lr=0.003, lam=0.95, seed=0):
     """The loop of train_ppo in small: one prompt, a table as the score."""
-    policy, _, critic = nets
-    opts = optimizers(policy, critic, lr, lr)
+    opts = optimizers(nets[0], nets[2], lr, lr)
     order = torch.Generator().manual_seed(seed)
     for u in range(updates):
         batch_ = collect(nets, [[0]] * batch, seed=1000 * seed + u, micro_batch=batch)
@@ -57,8 +63,7 @@ def train(nets, reward, beta, updates, batch=128, lr=0.003, lam=0.95, seed=0):
         adv, returns = ppo.advantages(batch_, scores, beta=beta, gamma=1.0, lam=lam)
         for opt in opts:
             opt.param_groups[0]["lr"] = lr * (1 - u / updates)
-        ppo.update(policy, critic, *opts, batch_, adv, returns, generator=order,
-                   **UPDATE | {"micro_batch": batch})
+        update(nets, opts, batch_, adv, returns, order, micro_batch=batch)
 
 
 def answers():
@@ -107,9 +112,8 @@ def test_first_minibatch_has_ratio_exactly_one(minibatches, micro_batch):
     batch = collect(nets, ragged(), max_new=6, micro_batch=micro_batch)
     scores = torch.randn(24, generator=torch.Generator().manual_seed(0))
     adv, returns = ppo.advantages(batch, scores, beta=0.1, gamma=1.0, lam=0.95)
-    settings = UPDATE | dict(minibatches=minibatches, micro_batch=micro_batch)
-    metrics = ppo.update(nets[0], nets[2], *optimizers(nets[0], nets[2]), batch, adv, returns,
-                         generator=torch.Generator().manual_seed(0), **settings)
+    settings = dict(minibatches=minibatches, micro_batch=micro_batch)
+    metrics = update(nets, optimizers(nets[0], nets[2]), batch, adv, returns, **settings)
     assert metrics["first_ratio_error"] == metrics["first_approxkl"] == metrics["first_clipfrac"] == 0.0
     assert metrics["approxkl"] > 0 and metrics["ratio_max"] > 1  # and it moved afterwards
 
@@ -122,9 +126,8 @@ def test_the_first_epoch_keeps_the_order_of_the_rows():
     wrong = batch.logp + (torch.arange(24) >= 12).float()[:, None]
     batch = dataclasses.replace(batch, logp=wrong)
     adv, returns = ppo.advantages(batch, torch.randn(24), beta=0.1, gamma=1.0, lam=0.95)
-    metrics = ppo.update(nets[0], nets[2], *optimizers(nets[0], nets[2]), batch, adv, returns,
-                         generator=torch.Generator().manual_seed(0),
-                         **UPDATE | dict(minibatches=2, micro_batch=12))
+    opts = optimizers(nets[0], nets[2])
+    metrics = update(nets, opts, batch, adv, returns, minibatches=2, micro_batch=12)
     assert metrics["first_ratio_error"] == 0.0 and metrics["approxkl"] > 0.05
 
 
@@ -163,8 +166,7 @@ def numbers_of(nets, batch):
     critic.load_state_dict(nets[2].state_dict())
     scores, ended = ppo.score(batch, ppo.preference_score(nets[2], 7), stop={STOP}, missing_eos_penalty=1.0)
     adv, returns = ppo.advantages(batch, scores, beta=0.1, gamma=1.0, lam=0.95)
-    metrics = ppo.update(policy, critic, *optimizers(policy, critic), batch, adv, returns,
-                         generator=torch.Generator().manual_seed(0), **UPDATE)
+    metrics = update((policy, None, critic), optimizers(policy, critic), batch, adv, returns)
     return {**ppo.diagnostics(batch, scores, ended, returns, beta=0.1), **metrics}
 
 
@@ -201,8 +203,7 @@ def test_micro_batches_add_up_to_the_minibatch():
         scores = torch.randn(24, generator=torch.Generator().manual_seed(0))
         adv, returns = ppo.advantages(batch, scores, beta=0.1, gamma=1.0, lam=0.95)
         opts = [torch.optim.SGD(net.parameters(), lr=0.1) for net in (nets[0], nets[2])]
-        ppo.update(nets[0], nets[2], *opts, batch, adv, returns, generator=torch.Generator().manual_seed(0),
-                   **UPDATE | dict(epochs=1, micro_batch=micro_batch, max_norm=1e9))
+        update(nets, opts, batch, adv, returns, epochs=1, micro_batch=micro_batch, max_norm=1e9)
         trained = [*nets[0].parameters(), *nets[2].parameters()]
         weights.append(torch.cat([p.detach().flatten() for p in trained]))
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=1e-6)
@@ -265,8 +266,7 @@ def learn(nets, batch, returns=None, adv=None, lr=0.003, **settings):
     found = ppo.advantages(batch, torch.randn(len(batch.ids), generator=torch.Generator().manual_seed(0)),
                            beta=0.1, gamma=1.0, lam=0.95)
     adv, returns = (mine if given is None else given for mine, given in zip(found, (adv, returns)))
-    return ppo.update(nets[0], nets[2], *optimizers(nets[0], nets[2], lr, lr), batch, adv, returns,
-                      generator=torch.Generator().manual_seed(0), **UPDATE | settings)
+    return update(nets, optimizers(nets[0], nets[2], lr, lr), batch, adv, returns, **settings)
 
 
 def one_step(max_norm):
@@ -277,8 +277,7 @@ def one_step(max_norm):
                                   beta=0.1, gamma=1.0, lam=0.95)
     was = [[p.detach().clone() for p in nets[i].parameters()] for i in (0, 2)]
     opts = [torch.optim.SGD(nets[i].parameters(), lr=1.0) for i in (0, 2)]
-    metrics = ppo.update(nets[0], nets[2], *opts, batch, adv, returns, generator=None,
-                         **UPDATE | dict(epochs=1, max_norm=max_norm))
+    metrics = update(nets, opts, batch, adv, returns, epochs=1, max_norm=max_norm)
     moved = [[b - a.detach() for a, b in zip(nets[i].parameters(), old)] for i, old in zip((0, 2), was)]
     return batch, adv, returns, moved, metrics
 
@@ -385,15 +384,10 @@ def test_raises_a_planted_token_and_beta_holds_it_back():
     assert kls[0] > 2 * kls[1] > 0
 
 
-def test_stopping_early_takes_no_step_and_leaves_no_gradient():
-    """A break that leaves gradients behind adds them to the next rollout's."""
+def test_an_update_leaves_no_gradient():
+    """It would be memory that the next rollout lacks."""
     nets = policy, _, critic = networks()
-    batch = collect(nets, ragged(), max_new=6)
-    adv, returns = ppo.advantages(batch, torch.randn(24), beta=0.1, gamma=1.0, lam=0.95)
-    metrics = ppo.update(policy, critic, *optimizers(policy, critic, lr=0.05), batch, adv, returns,
-                         approx_kl_stop=1e-4, generator=torch.Generator().manual_seed(0),
-                         **UPDATE | dict(epochs=9))
-    assert metrics["stopped"] == 1.0 and metrics["minibatches"] < 9
+    assert learn(nets, collect(nets, ragged(), max_new=6))["grad_norm"] > 0
     assert all(p.grad is None for net in (policy, critic) for p in net.parameters())
 
 
@@ -401,9 +395,7 @@ def test_warm_up_trains_the_critic_only():
     nets = policy, ref, critic = networks()
     before = {k: v.clone() for k, v in critic.state_dict().items()}
     batch = collect(nets, ragged(), max_new=6)
-    adv, returns = ppo.advantages(batch, torch.randn(24), beta=0.1, gamma=1.0, lam=0.95)
-    ppo.update(policy, critic, *optimizers(policy, critic), batch, adv, returns, train_policy=False,
-               generator=torch.Generator().manual_seed(0), **UPDATE)
+    assert learn(nets, batch, train_policy=False)["grad_norm"] == 0.0
     assert all(torch.equal(a, b) for a, b in zip(policy.state_dict().values(), ref.state_dict().values()))
     assert not torch.equal(before["score.weight"], critic.state_dict()["score.weight"])
 
@@ -448,8 +440,7 @@ def test_each_minibatch_is_a_mean_over_its_own_tokens():
                                   gamma=1.0, lam=0.95)
     was = [p.detach().clone() for p in nets[0].parameters()]
     opts = [torch.optim.SGD(nets[i].parameters(), lr=1e-4) for i in (0, 2)]
-    ppo.update(nets[0], nets[2], *opts, batch, adv, returns, generator=None,
-               **UPDATE | dict(epochs=1, minibatches=2, max_norm=1e9))
+    update(nets, opts, batch, adv, returns, epochs=1, minibatches=2, max_norm=1e9)
     policy = networks()[0]
     logits = ppo.response_logits(policy, batch.ids, batch.valid, batch.start)
     ratio = (losses.gather_logp(logits, batch.ids[:, batch.start:]) - batch.logp).exp()
@@ -460,33 +451,17 @@ def test_each_minibatch_is_a_mean_over_its_own_tokens():
 
 
 def test_later_epochs_go_through_the_rows_in_another_order(monkeypatch):
-    nets, seen, kept = networks(), [], ppo._accumulate
+    nets, seen, kept = networks(), [], ppo.Part
     batch = collect(nets, ragged(), max_new=6)
-    monkeypatch.setattr(ppo, "_accumulate", lambda *a, **k: seen.append(next(
-        x.tolist() for x in (*a, *k.values()) if torch.is_tensor(x) and x.dtype == torch.long and x.dim() == 1)) or kept(
-            *a, **k))
+    monkeypatch.setattr(ppo, "Part", lambda batch, rows, *a, **k: (
+        seen.append(rows.tolist()) or kept(batch, rows, *a, **k)))
     adv, returns = ppo.advantages(batch, torch.randn(24), beta=0.1, gamma=1.0, lam=0.95)
     opts = [torch.optim.SGD(nets[i].parameters(), lr=1e-4) for i in (0, 2)]
-    ppo.update(nets[0], nets[2], *opts, batch, adv, returns, generator=torch.Generator().manual_seed(0),
-               **UPDATE | dict(epochs=3))
+    update(nets, opts, batch, adv, returns, epochs=3)
     rows = [row for some in seen for row in some]
     epochs = [rows[:24], rows[24:48], rows[48:]]
     assert epochs[0] == list(range(24)) and all(sorted(some) == epochs[0] for some in epochs)
     assert epochs[1] != epochs[0] != epochs[2] != epochs[1]
-
-
-def test_stopping_early_begins_at_one_and_a_half_times_the_bound():
-    def stopped(bound):
-        nets = networks()
-        batch = collect(nets, ragged(), max_new=6)
-        adv, returns = ppo.advantages(batch, torch.randn(24, generator=torch.Generator().manual_seed(0)), beta=0.1,
-                                      gamma=1.0, lam=0.95)
-        return ppo.update(nets[0], nets[2], *optimizers(nets[0], nets[2]), batch, adv, returns, approx_kl_stop=bound,
-                          generator=torch.Generator().manual_seed(0), **UPDATE)
-
-    moved = 2 * stopped(0.0)["approxkl"]  # the mean of the first step's, which is 0, and the second's
-    assert moved > 0
-    assert stopped(moved / 1.6)["stopped"] == 1.0 and stopped(moved / 1.4)["stopped"] == 0.0
 
 
 def test_what_is_optimised_is_the_score_less_the_price_of_kl():

@@ -8,7 +8,7 @@ from mincai import UserError, sample
 from mincai.losses import gather_logp
 from mincai.model import GPT, GPTConfig
 from mincai.plumbing.logprobs import answer_logp, next_logp
-from mincai.sample import generate, generate_batched, left_pad, pick, stream
+from mincai.sample import generate, generate_batched, generate_then, left_pad, pick
 
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7, 9]]
 STOP = {7, 21, 22, 40, 41, 50}  # enough of the 64 ids that rows stop early and at different times
@@ -39,15 +39,13 @@ def counting_gpt():
 
 # --- one token ----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("temperature, top_k", [(1.0, 0), (0.5, 0), (1.0, 3), (2.0, 4)])
-def test_sampled_frequencies_follow_the_softmax(seeded, temperature, top_k):
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
+def test_sampled_frequencies_follow_the_softmax(seeded, temperature):
     N = 20000
     logits = torch.randn(8, generator=seeded(0))
     uniform = torch.rand(N, generator=seeded(1))
-    ids, logp = pick(logits.expand(N, -1), uniform, temperature, top_k)
+    ids, logp = pick(logits.expand(N, -1), uniform, temperature)
     weights = [pow(2.718281828, x / temperature) for x in logits.tolist()]
-    if top_k:
-        weights = [w if w in sorted(weights)[-top_k:] else 0.0 for w in weights]
     p = torch.tensor(weights) / sum(weights)
     frequency = ids.bincount(minlength=8) / N
     assert (frequency - p).abs().max() < 4 * 0.5 / N ** 0.5  # four standard errors
@@ -59,13 +57,13 @@ def test_extreme_uniforms_give_possible_tokens():
     """0 and the largest number below 1 must pick no token of probability 0 and none beyond the last."""
     logits = torch.full((2, 50), -1e4)
     logits[:, 10:30] = torch.randn(20, generator=torch.Generator().manual_seed(0))
-    ids, _ = pick(logits, torch.tensor([0.0, 1 - 2 ** -24]), 1.0, 0)
+    ids, _ = pick(logits, torch.tensor([0.0, 1 - 2 ** -24]), 1.0)
     assert ids.tolist() == [10, 29]
 
 
 def test_temperature_0_takes_the_likeliest_and_scores_it_in_the_plain_softmax():
     logits = torch.tensor([[0.0, 1.0, 3.0], [5.0, 1.0, 0.0]])
-    ids, logp = pick(logits, torch.zeros(2), 0, 0)
+    ids, logp = pick(logits, torch.zeros(2), 0)
     assert ids.tolist() == [2, 0]
     assert_close(logp, torch.log_softmax(logits, -1).amax(-1))
 
@@ -86,9 +84,9 @@ def test_same_seed_same_output_and_rows_differ(tiny_gpt, seeded):
     assert rows[0] != rows[1] and rows[2] != rows[3]  # two answers to one prompt
 
 
-@pytest.mark.parametrize("temperature, top_k", [(1.0, 0), (0.0, 0), (1.5, 0)])
-def test_stop_token_is_included_and_nothing_follows(tiny_gpt, seeded, temperature, top_k):
-    samples = generate(tiny_gpt, PROMPTS, 24, STOP, temperature, top_k, seeded(0), n=8)
+@pytest.mark.parametrize("temperature", [1.0, 0.0, 1.5])
+def test_stop_token_is_included_and_nothing_follows(tiny_gpt, seeded, temperature):
+    samples = generate(tiny_gpt, PROMPTS, 24, STOP, temperature, seeded(0), n=8)
     for row, ids, mask, logp in zip(samples.lists(), samples.ids, samples.mask, samples.logp):
         assert mask.tolist() == [t < len(row) for t in range(len(mask))]
         assert not STOP & set(row[:-1]) and (row[-1] in STOP or len(row) == 24)
@@ -127,8 +125,8 @@ def test_samples_share_the_prefill_and_equal_separate_runs(tiny_gpt, monkeypatch
 
 def test_step_for_graphs_equals_the_eager_loop(tiny_gpt, seeded, monkeypatch):
     """The tensor-only step that CUDA captures, run here without a graph."""
-    for temperature, top_k, max_new in ((1.0, 0, 24), (0.0, 0, 24), (0.8, 5, 24), (1.0, 0, 40), (1.0, 0, 1)):
-        arguments = dict(stop=STOP, temperature=temperature, top_k=top_k, n=3)
+    for temperature, max_new in ((1.0, 24), (0.0, 24), (0.8, 24), (1.0, 40), (1.0, 1)):
+        arguments = dict(stop=STOP, temperature=temperature, n=3)
         eager = generate(tiny_gpt, PROMPTS, max_new, generator=seeded(5), **arguments)
         with monkeypatch.context() as patch:
             patch.setattr(sample, "_decode_eager", sample._decode_graph)
@@ -154,12 +152,13 @@ def test_after_an_answer_more_is_read_as_in_a_full_forward(tiny_gpt, seeded, mon
 
 
 def test_what_follows_many_answers_comes_in_the_order_of_the_prompts(tiny_gpt):
-    settings = dict(batch_size=4, temperature=0.0, n=2, then=[9, 8], of=[5, 30])
-    assert [len(x) for x in generate_batched(tiny_gpt, [], 8, STOP, **settings)] == [0, 0]
-    answers, logp = generate_batched(tiny_gpt, PROMPTS, 8, STOP, **settings)
-    assert logp.shape == (2 * len(PROMPTS), 2)
+    settings, prompts = dict(batch_size=2, then=[9, 8], of=[5, 30]), PROMPTS + [[1] * 3, [2] * 3, [3]]
+    assert [len(x) for x in generate_then(tiny_gpt, [], 8, STOP, **settings)] == [0, 0]
+    answers, logp = generate_then(tiny_gpt, prompts, 8, STOP, **settings)
+    assert logp.shape == (6, 2)
+    assert answers == generate_batched(tiny_gpt, prompts, 8, STOP, temperature=0.0)
     for k, answer in enumerate(answers):
-        text = PROMPTS[k // 2] + [i for i in answer if i not in STOP] + [9, 8]
+        text = prompts[k] + [i for i in answer if i not in STOP] + [9, 8]
         for column, token in enumerate((5, 30)):
             assert_close(logp[k, column, None], full_logp(tiny_gpt, text, [token]), atol=1e-4, rtol=1e-4)
 
@@ -196,13 +195,6 @@ def test_batched_answers_come_in_the_order_of_the_prompts(tiny_gpt):
     for k, answer in enumerate(answers):
         assert answer == generate(tiny_gpt, [prompts[k // 2]], 8, STOP, temperature=0.0).lists()[0]
     assert generate_batched(tiny_gpt, [], 8, STOP) == []
-
-
-def test_stream_yields_what_generate_draws_without_the_stop_token(tiny_gpt, seeded):
-    for seed in range(4):
-        whole = generate(tiny_gpt, PROMPTS[:1], 20, STOP, generator=seeded(seed)).lists()[0]
-        parts = list(stream(tiny_gpt, PROMPTS[0], 20, STOP, generator=seeded(seed)))
-        assert parts == [token for token in whole if token not in STOP]
 
 
 def test_left_pad_by_hand():

@@ -13,15 +13,21 @@ import train_pm
 import train_ppo
 import train_sft
 from mincai import UserError
-from mincai.plumbing import checkpoint, data
-from mincai.plumbing.logprobs import answer_scores
+from mincai.plumbing import checkpoint, data, health, optim
+from mincai.plumbing.logprobs import answer_scores, pair_scores
 from mincai.plumbing.tokenizer import load_tokenizer
 from test_train import (QUIET, base, pairs, planted_pm, ppo, prompts, revisions, rows_of,  # noqa: F401
                         seen_by_update, sft)
 
 
+@pytest.fixture(autouse=True)
+def nothing_held_out(monkeypatch):
+    """But where a test says otherwise: every row counts."""
+    monkeypatch.setattr(train_pm, "HOLDOUT", 0.0)
+
+
 def pm(base, pairs, out, **more):
-    settings = dict(init=base, pairs=(pairs,), prompts="", out=str(out), epochs=1, holdout=0.0)
+    settings = dict(model=base, pairs=(pairs,), prompts="", out=str(out), epochs=1)
     return train_pm.Config(**settings | QUIET | more)
 
 
@@ -39,12 +45,13 @@ def seen_by(monkeypatch, module, name):
 
 # --- fine-tuning and the preference model -----------------------------------------------------------------
 
-def test_a_row_fits_whose_last_token_is_only_a_target(base):
+def test_a_row_fits_whose_last_token_is_only_a_target(base, tmp_path):
     """A context of 64 takes 65 tokens, the last of which is never read; a row of one more is left out whole."""
-    rows = [{"prompt": "q", "revision": "a" * n} for n in range(1, 61)]
-    kept, dropped, _ = train_sft.examples(rows, load_tokenizer(base), 64)
+    path = str(tmp_path / "rows.jsonl")
+    data.write_jsonl(path, [{"prompt": "q", "revision": "a" * n} for n in range(1, 61)])
+    kept, dropped = train_sft.read(sft(base, path, ""), load_tokenizer(base), 64)
     lengths = [len(prompt) + len(answer) for _, prompt, answer in kept]
-    assert lengths == list(range(lengths[0], 66)) and dropped == 60 - len(kept) > 0
+    assert lengths == list(range(lengths[0], 66)) and dropped["too long"] == 60 - len(kept) > 0
     inputs, *_ = data.sft_batch([row[1:] for row in kept])
     assert inputs.shape == (len(kept), 64)
 
@@ -52,12 +59,16 @@ def test_a_row_fits_whose_last_token_is_only_a_target(base):
 @pytest.mark.parametrize("stage", ["sft", "pm"])
 def test_a_step_is_no_longer_than_the_clip(stage, base, revisions, pairs, tmp_path, monkeypatch):
     """Gradient descent at rate 1 moves all weights by the gradient, which is longer than this clip."""
+    monkeypatch.setattr(train_sft, "HOLDOUT", 0.0)
+    monkeypatch.setattr(train_pm, "HOLDOUT", 0.0)
     monkeypatch.setattr(torch.optim, "AdamW", lambda groups, lr, **_: torch.optim.SGD(groups, lr))
-    ends, more = [], dict(batch_size=64, clip=1e-3, weight_decay=0.0)
+    monkeypatch.setattr(optim, "MAX_NORM", 1e-3)
+    monkeypatch.setattr(optim, "WEIGHT_DECAY", 0.0)
+    ends, more = [], dict(batch_size=64)
     for lr in (0.0, 1.0):
         out = tmp_path / f"{lr}"
         if stage == "sft":
-            train_sft.main(sft(base, revisions, out, holdout=0.0, lr=lr, **more))
+            train_sft.main(sft(base, revisions, out, lr=lr, **more))
         else:
             train_pm.main(pm(base, pairs, out, lr=lr, freeze=0, **more))
         step, = rows_of(out / "metrics.jsonl")
@@ -67,8 +78,9 @@ def test_a_step_is_no_longer_than_the_clip(stage, base, revisions, pairs, tmp_pa
 
 
 def test_pairs_of_one_prompt_are_never_on_both_sides(base, pairs, tmp_path, monkeypatch):
-    learnt, measured = seen_by(monkeypatch, train_pm, "step"), seen_by(monkeypatch, train_pm, "measure")
-    train_pm.main(pm(base, pairs, tmp_path / "pm", holdout=0.3))
+    monkeypatch.setattr(train_pm, "HOLDOUT", 0.3)
+    learnt, measured = seen_by(monkeypatch, train_pm, "step"), seen_by(monkeypatch, health, "measure_pairs")
+    train_pm.main(pm(base, pairs, tmp_path / "pm"))
     train = [pair.prompt for args, *_ in learnt for pair in args[2]]
     held = [pair.prompt for pair in measured[0][0][1]]
     assert len(train) == 28 and len(held) == 12  # of 20 prompts with two pairs each
@@ -87,22 +99,20 @@ def test_undecided_pairs_are_not_learnt_from(base, pairs, tmp_path, monkeypatch)
         assert metrics["dropped"]["undecided"] == 8 - len(want) and metrics["pairs"] == len(want)
 
 
-def test_an_epoch_reads_each_file_as_often_as_it_weighs():
-    """Four pairs of file 0 once and a half, two of file 1 twice; the half is drawn by lot. No weights: once each."""
-    some = [train_pm.Pair("p", [], [], 0, 0.9, file) for file in (0, 1, 0, 0, 1, 0)]
-    halves = set()
-    for seed in range(20):
-        rows = train_pm.epoch_rows(some, (1.5, 2.0), torch.Generator().manual_seed(seed))
-        often = [rows.count(i) for i in range(6)]
-        halves.add(tuple(often))
-        assert often[1] == often[4] == 2 and sorted(often[i] for i in (0, 2, 3, 5)) == [1, 1, 2, 2]
-    assert len(halves) > 1 and sorted(train_pm.epoch_rows(some, (), None)) == list(range(6))
+def test_a_file_that_is_named_twice_is_read_twice(base, pairs, tmp_path, monkeypatch):
+    learnt = seen_by(monkeypatch, train_pm, "step")
+    train_pm.main(pm(base, pairs, tmp_path / "once"))
+    once = [pair for args, *_ in learnt for pair in args[2]]
+    learnt.clear()
+    train_pm.main(replace(pm(base, pairs, tmp_path / "twice"), pairs=(pairs, pairs)))
+    twice = [pair for args, *_ in learnt for pair in args[2]]
+    assert len(once) == 40 and sorted(p.a.tolist() for p in twice) == sorted(2 * [p.a.tolist() for p in once])
 
 
 def test_a_micro_batch_counts_by_its_pairs(base, pairs, tmp_path, monkeypatch):
     """16 pairs at once, or as 5, 5, 5 and 1: one loss and one gradient. A mean of the parts' means would weigh the
     last pair five times. Gradients are compared, not weights: Adam would hide one that is only scaled."""
-    steps, forward = {}, seen_by(monkeypatch, train_pm, "scores_of")
+    steps, forward = {}, seen_by(monkeypatch, train_pm, "pair_scores")
     for size in (0, 5):
         forward.clear()
         train_pm.main(pm(base, pairs, tmp_path / f"{size}", lr=0.0, batch_size=16, micro_batch=size))
@@ -120,17 +130,18 @@ def test_a_score_is_read_at_the_last_token_and_a_comes_first(base, pairs):
     with torch.no_grad():
         want = [torch.stack([scored(torch.tensor([list(row)]))[0, -1] for row in rows])
                 for rows in ([p.a for p in kept], [p.b for p in kept])]
-        torch.testing.assert_close(list(train_pm.scores_of(scored, kept, "cpu")), want)
+        torch.testing.assert_close(list(pair_scores(scored, kept)), want)
     answers = [list(p.a[p.start:]) for p in kept]
     torch.testing.assert_close(answer_scores(scored, [list(p.a[:p.start]) for p in kept], answers), want[0])
 
 
 def test_pairs_are_measured_while_a_difference_of_scores_is_a_log_odds(base, pairs, tmp_path, monkeypatch):
     """The model is written with scaled scores; multiplied by their deviation they give the loss that was told."""
-    measured = seen_by(monkeypatch, train_pm, "measure")
-    metrics = train_pm.main(pm(base, pairs, tmp_path / "pm", holdout=0.3))
+    monkeypatch.setattr(train_pm, "HOLDOUT", 0.3)
+    measured = seen_by(monkeypatch, health, "measure_pairs")
+    metrics = train_pm.main(pm(base, pairs, tmp_path / "pm"))
     held, scored = measured[0][0][1], checkpoint.load(tmp_path / "pm", scalar=True)
-    a, b = train_pm.all_scores(scored, held, 8, "cpu")
+    a, b = health.all_scores(scored, held, 8)
     want = F.binary_cross_entropy_with_logits((a - b) * metrics["score_std"], torch.tensor([p.p_a for p in held]))
     assert abs(metrics["score_std"] - 1) > 0.05 and metrics["val_loss"] == pytest.approx(float(want), rel=1e-4)
 
@@ -158,57 +169,57 @@ def seen_rollouts(monkeypatch):
     return seen_by(monkeypatch, train_ppo.ppo, "rollout")
 
 
-@pytest.mark.parametrize("share, harmful", [(0.25, 6), (1.0, 0), (0.0, 8)])
-def test_a_batch_holds_both_kinds_in_the_asked_share(base, prompts, tmp_path, monkeypatch, share, harmful):
+@pytest.mark.parametrize("size, harmful", [(8, 4), (6, 3)])
+def test_half_a_batch_is_of_harmful_prompts(base, prompts, tmp_path, monkeypatch, size, harmful):
     """Harmful prompts have odd numbers. They are not all in one minibatch."""
     rollouts, tokenizer = seen_rollouts(monkeypatch), load_tokenizer(base)
-    train_ppo.main(ppo(base, planted_pm(tmp_path / "pm", base), prompts, tmp_path / "ppo", benign_share=share))
+    pm = planted_pm(tmp_path / "pm", base)
+    train_ppo.main(ppo(base, pm, prompts, tmp_path / "ppo", batch_size=size))
     kinds = [[any(f"q{n}" in tokenizer.decode(prompt) for n in range(1, 8, 2)) for prompt in args[3]]
              for args, *_ in rollouts[1:-1]]
     assert len(kinds) == 2 and all(sum(odd) == harmful for odd in kinds)
-    assert any(odd != sorted(odd, reverse=True) for odd in kinds) == (0 < harmful < 8)
+    assert any(odd != sorted(odd, reverse=True) for odd in kinds)
 
 
-def test_only_the_kinds_that_are_asked_for_are_needed(base, prompts):
+def test_both_kinds_are_needed(base, prompts):
     rows, tokenizer = data.read_jsonl(prompts), load_tokenizer(base)
-    for kind, share in (("benign", 1.0), ("harmful", 0.0)):
+    for kind, other in (("benign", "harmful"), ("harmful", "benign")):
         data.write_jsonl(prompts, [row for row in rows if row["kind"] == kind])
-        found = train_ppo.read_prompts(train_ppo.Config(prompts=prompts, benign_share=share, max_new=4), tokenizer, 64)
-        assert list(map(len, found[:2])) == ([0, 4] if kind == "benign" else [4, 0])
-        with pytest.raises(UserError, match="no harmful prompt" if kind == "benign" else "no benign prompt"):
-            train_ppo.read_prompts(train_ppo.Config(prompts=prompts, benign_share=1 - share, max_new=4), tokenizer, 64)
+        with pytest.raises(UserError, match=f"no {other} prompt"):
+            train_ppo.read_prompts(train_ppo.Config(prompts=prompts, max_new=4), tokenizer, 64)
 
 
 def test_every_update_and_every_seed_draws_other_answers(base, prompts, tmp_path, monkeypatch):
     """The policy stays as it is and one prompt is asked over and over: what differs is drawn anew."""
-    data.write_jsonl(prompts, data.read_jsonl(prompts)[:1])
+    row = data.read_jsonl(prompts)[0]
+    data.write_jsonl(prompts, [row | {"kind": kind} for kind in ("harmful", "benign")])
     rollouts, start = seen_rollouts(monkeypatch), planted_pm(tmp_path / "pm", base)
     for seed in (0, 1):
-        train_ppo.main(ppo(base, start, prompts, tmp_path / f"{seed}", critic_warmup=2, benign_share=1.0, seed=seed))
+        train_ppo.main(ppo(base, start, prompts, tmp_path / f"{seed}", warmup=2, seed=seed))
     looks, drawn = ([found.ids[found.valid].tolist() for *_, found in rollouts[i::4]] for i in (0, 1))
     drawn += [found.ids[found.valid].tolist() for *_, found in rollouts[2::4]]
     assert looks[0] == looks[1] and len(set(map(tuple, drawn))) == 4
 
 
-@pytest.mark.parametrize("freeze, parts", FROZEN)
-def test_ppo_learns_in_all_that_is_not_frozen(base, prompts, tmp_path, monkeypatch, freeze, parts):
-    """Of the policy; the critic, which has to learn what rewards are to come, learns in all its parts."""
-    seen = seen_by_update(monkeypatch)
-    train_ppo.main(ppo(base, planted_pm(tmp_path / "pm", base), prompts, tmp_path / "ppo", critic_warmup=0,
-                       freeze=freeze))
-    assert moved(seen[0]["policy"], seen[1]["policy"]) == parts
+def test_ppo_learns_in_all_parts_of_policy_and_critic(base, prompts, tmp_path, monkeypatch):
+    seen, pm = seen_by_update(monkeypatch), planted_pm(tmp_path / "pm", base)
+    train_ppo.main(ppo(base, pm, prompts, tmp_path / "ppo", warmup=0))
+    assert moved(seen[0]["policy"], seen[1]["policy"]) == FROZEN[0][1]
     assert moved(seen[0]["critic"].gpt, seen[1]["critic"].gpt) == FROZEN[0][1]
 
 
 def test_ppo_settings_reach_the_four_functions(base, prompts, tmp_path, monkeypatch):
     rollouts = seen_rollouts(monkeypatch)
-    calls = {name: seen_by(monkeypatch, train_ppo.ppo, name) for name in ("score", "advantages", "update")}
-    train_ppo.main(ppo(base, planted_pm(tmp_path / "pm", base), prompts, tmp_path / "ppo", updates=1, max_new=3,
-                       missing_eos_penalty=0.3, gamma=0.9, lam=0.7, approx_kl_stop=1e6))
+    calls = {name: seen_by(monkeypatch, train_ppo.ppo, name) for name in ("score", "advantages")}
+    for name, usual, value in (("MISSING_EOS", 1.0, 0.3), ("GAMMA", 1.0, 0.9), ("LAM", 0.95, 0.7)):
+        assert getattr(train_ppo, name) == usual
+        monkeypatch.setattr(train_ppo, name, value)
+    pm = planted_pm(tmp_path / "pm", base)
+    train_ppo.main(ppo(base, pm, prompts, tmp_path / "ppo", updates=1, max_new=3))
     assert [settings["max_new"] for _, settings, _ in rollouts] == [3, 3, 3]
     assert [settings["missing_eos_penalty"] for _, settings, _ in calls["score"]] == [0.0, 0.3, 0.0]  # looks fine none
-    (_, charged, _), (_, learnt, _) = *calls["advantages"], *calls["update"]
-    assert (charged["gamma"], charged["lam"], learnt["approx_kl_stop"]) == (0.9, 0.7, 1e6)
+    (_, charged, _), = calls["advantages"]
+    assert (charged["gamma"], charged["lam"]) == (0.9, 0.7)
 
 
 def test_another_seed_asks_in_another_order(base, prompts, tmp_path, monkeypatch):
@@ -223,13 +234,15 @@ def test_another_seed_asks_in_another_order(base, prompts, tmp_path, monkeypatch
 def test_beta_is_steered_by_a_fifth_at_most(base, prompts, tmp_path, monkeypatch, target, betas):
     """KLs of 0, 2.2, 99 and 2 nats against a target of 2 count as errors of -0.2, 0.1, 0.2 and 0; 8 answers of a
     horizon of 80 make a tenth of each. What is learnt from is charged this beta, and so is what is shown."""
+    monkeypatch.setattr(train_ppo, "PRINT_EVERY", 1)
     kls, kept = iter([0.0, 2.2, 99.0, 2.0, 2.0]), train_ppo.ppo.diagnostics
     charged = seen_by(monkeypatch, train_ppo.ppo, "advantages")
-    shown = seen_by(monkeypatch, train_ppo.ppo, "examples")
+    shown = seen_by(monkeypatch, train_ppo, "examples")
     seen_rollouts(monkeypatch)
+    monkeypatch.setattr(train_ppo, "KL_HORIZON", 80)
     monkeypatch.setattr(train_ppo.ppo, "diagnostics", lambda *a, **k: kept(*a, **k) | {"kl": next(kls)})
     train_ppo.main(ppo(base, planted_pm(tmp_path / "pm", base), prompts, tmp_path / "ppo", updates=5, beta=0.1,
-                       kl_target=target, kl_horizon=80, print_every=1))
+                       kl_target=target))
     assert [row["beta"] for row in rows_of(tmp_path / "ppo" / "metrics.jsonl")] == pytest.approx(betas)
     assert [settings["beta"] for _, settings, _ in charged] == pytest.approx(betas)
     assert [args[2] for args, *_ in shown] == pytest.approx(betas)

@@ -43,17 +43,21 @@ def prepare(folder):
 
 
 def run_all(folder, out):
-    """Every script once, into folder/out; batches of 3 rows leave a process without any in the last one."""
+    """Every script once, into folder/out; of 7 rows, 6 a step, the second process has none of the last."""
     base, here = str(folder / "base"), folder / out
-    train_sft.main(train_sft.Config(base=base, data=(str(folder / "revisions.jsonl"),), out=str(here / "sft"), epochs=2,
-                                    batch_size=3, accumulate=2, holdout=0.0, **QUIET))
-    train_pm.main(train_pm.Config(init=base, pairs=(str(folder / "comparisons.jsonl"),), prompts="", epochs=2,
-                                  out=str(here / "pm"), batch_size=4, micro_batch=1, freeze=1, holdout=0.0, **QUIET))
-    train_ppo.main(train_ppo.Config(sft=base, pm=str(folder / "pm"), prompts=str(folder / "prompts.jsonl"), updates=3,
-                                    out=str(here / "ppo"), batch=8, minibatches=2, micro_batch=2, max_new=5, lr=1e-3,
-                                    critic_warmup=1, print_every=1, freeze=0, **QUIET))
-    critique.main(critique.Config(model=base, prompts=str(folder / "prompts.jsonl"), out=str(here / "revisions.jsonl"),
-                                  harmful=3, helpful=2, responses=1, rounds=1, max_new=8, **QUIET))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_sft, "HOLDOUT", 0.0)
+        patch.setattr(train_pm, "HOLDOUT", 0.0)
+        patch.setattr(train_ppo, "PRINT_EVERY", 1)
+        train_sft.main(train_sft.Config(model=base, data=(str(folder / "revisions.jsonl"),), out=str(here / "sft"), epochs=2,
+                                        batch_size=6, micro_batch=2, **QUIET))
+        train_pm.main(train_pm.Config(model=base, pairs=(str(folder / "comparisons.jsonl"),), prompts="", epochs=2,
+                                      out=str(here / "pm"), batch_size=4, micro_batch=1, freeze=1, **QUIET))
+        train_ppo.main(train_ppo.Config(model=base, pm=str(folder / "pm"), prompts=str(folder / "prompts.jsonl"), updates=3,
+                                        out=str(here / "ppo"), batch_size=8, minibatches=2, micro_batch=2, max_new=5, lr=1e-3,
+                                        warmup=1, **QUIET))
+        critique.main(critique.Config(model=base, prompts=str(folder / "prompts.jsonl"), out=str(here / "revisions.jsonl"),
+                                      harmful=3, helpful=2, responses=1, rounds=1, max_new=8, **QUIET))
 
 
 @pytest.fixture(scope="module")

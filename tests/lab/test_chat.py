@@ -10,6 +10,7 @@ import pytest
 from mincai import constitution
 from mincai.lab import chat
 from mincai.plumbing.tokenizer import load_tokenizer
+from mincai.sample import generate
 
 
 @pytest.fixture
@@ -98,3 +99,10 @@ def test_a_missing_folder_is_one_line(monkeypatch, capsys, tmp_path):
         runpy.run_path(chat.__file__, run_name="__main__")
     lines = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and len(lines) == 1 and "nothing: no such folder" in lines[0]
+
+
+def test_stream_yields_what_generate_draws_without_the_stop_token(tiny_gpt, seeded):
+    for seed in range(4):
+        whole = generate(tiny_gpt, [[3, 1, 4]], 20, {7, 9}, generator=seeded(seed)).lists()[0]
+        parts = list(chat.stream(tiny_gpt, [3, 1, 4], 20, {7, 9}, generator=seeded(seed)))
+        assert parts == [token for token in whole if token not in (7, 9)]

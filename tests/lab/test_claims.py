@@ -6,9 +6,9 @@ import pytest
 
 from mincai import UserError
 from mincai.lab import claims
-from mincai.plumbing import data
 from mincai.lab.claims import Claim, at
-from mincai.lab.table import rate
+from mincai.lab.table import as_text, rate
+from mincai.plumbing import data
 
 
 def rates(k, n):
@@ -28,20 +28,21 @@ def runs(tmp_path):
     (-1, 0.3, "reproduced"), (-1, 0.29, "partly"), (-1, 0.21, "partly"), (-1, 0.19, "not"),
     (1, 0.1, "reproduced"), (1, 0.11, "partly"), (1, 0.21, "not"), (0, 0, "")])
 def test_verdicts(runs, sign, line, verdict):
-    for pick in (at("stages", "ppo", "attack_success"), at("headline", "ppo_help_kept")):
-        found = claims.measured(Claim("x", "eval.json", pick, sign, line), runs)
+    for place in ("eval.json:stages/ppo/attack_success", "eval.json:headline/ppo_help_kept"):
+        found = claims.measured(Claim("x", place, sign, line), runs)
         assert found["verdict"] == verdict and found["values"] == pytest.approx([0.1, 0.2, 0.3])
 
 
 def test_the_first_runs_interval_is_given(runs):
-    found = claims.measured(Claim("x", "eval.json", at("stages", "ppo", "attack_success"), -1, 0.3), runs)
+    found = claims.measured(Claim("x", "eval.json:stages/ppo/attack_success", -1, 0.3), runs)
     assert (found["low"], found["high"]) == (rates(10, 100)["low"], rates(10, 100)["high"])
-    text = "\n".join(claims.lines({"claims": [found]}))
+    text = as_text(claims.tables({"claims": [found]}))
     assert "at most 30.0%" in text and "20.0%" in text and "10.0% to 30.0%" in text and "reproduced" in text
 
 
 def test_what_is_not_there_is_not_measured(runs):
-    found, text = claims.table(runs)
+    found = claims.measure(runs)
+    text = as_text(claims.tables(found))
     rows = {row["claim"]: row for row in found["claims"]}
     assert rows["of PPO's gain, what is left without labels"]["verdict"] == "not measured"
     assert rows["97% of help is kept"]["verdict"] == "not"
@@ -49,21 +50,27 @@ def test_what_is_not_there_is_not_measured(runs):
     assert json.loads(json.dumps(found)) == found and all(row["claim"] in text for row in found["claims"])
 
 
-def test_controls_are_found_by_name_and_the_strongest_people_count():
+def test_controls_are_found_by_name_and_the_strongest_people_count(tmp_path):
     rows = [{"name": "full", "attack_success": rates(2, 100), "kept": 1.0}, {"name": "no labels", "kept": 0.1,
             "attack_success": rates(5, 100)}, {"name": "human, careful", "attack_success": rates(12, 100)},
             {"name": "human, hurried", "attack_success": rates(40, 100)}, {"name": "human, no phase 1", "failed": "x"}]
-    assert claims.control("no labels", "kept")({"rows": rows}) == 0.1
-    assert claims.versus_people({"rows": rows})["value"] == pytest.approx(12.5 / 2.5)
+    data.write_json(tmp_path / "controls.json", {"rows": rows})
+    assert at(tmp_path, "controls.json:rows/no labels/kept") == 0.1
+    assert claims.people(tmp_path)["value"] == pytest.approx(12.5 / 2.5)
+    data.write_json(tmp_path / "controls.json", {"rows": rows[:2]})
+    with pytest.raises(LookupError):
+        claims.people(tmp_path)
 
 
-def test_how_sure_near_the_boundary():
-    assert claims.near({"doubt": {"pairs": {"near": {"margin": 1.0}, "far": {"margin": 4.0}}}}) == 0.25
+def test_how_sure_near_the_boundary(tmp_path):
+    pairs = {"near": {"margin": 1.0}, "far": {"margin": 4.0}}
+    data.write_json(tmp_path / "eval_deep.json", {"doubt": {"pairs": pairs}})
+    assert claims.near(tmp_path) == 0.25
 
 
 def test_files_that_are_none_are_one_line(runs):
     with pytest.raises(UserError, match="make it with: python -m mincai.lab.evaluate"):
-        claims.table([runs[0], runs[0].parent / "nowhere"])
+        claims.measure([runs[0], runs[0].parent / "nowhere"])
     (runs[1] / "eval.json").write_text("half")
     with pytest.raises(UserError, match="eval.json: cannot be read.*--again"):
-        claims.table(runs)
+        claims.measure(runs)

@@ -6,14 +6,14 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from mincai.lab import page
-from mincai.lab.table import rate
+from mincai.lab.table import Table, rate
 
 EVIL = '<script>alert("1")</script>'
 
 
 @pytest.mark.parametrize("made", [
-    page.text(EVIL), page.fold(EVIL, EVIL), page.pre([EVIL]), page.step(EVIL, EVIL, EVIL), page.said(EVIL, EVIL),
-    page.boxes([(EVIL, EVIL, [EVIL])]), page.table([EVIL], [[EVIL, EVIL]], EVIL), page.tag("b", EVIL, title=EVIL),
+    page.text(EVIL), page.fold(EVIL, EVIL), page.said(EVIL, EVIL),
+    page.boxes([(EVIL, EVIL, [EVIL])]), page.table(Table(EVIL, [EVIL], [[EVIL, EVIL]])), page.tag("b", EVIL, title=EVIL),
     page.chart(EVIL, EVIL, [(0, 1.0), (1, 2.0)]), page.chart(EVIL, EVIL, []), page.document(EVIL, EVIL),
     page.picture([(EVIL, EVIL, [EVIL])], [])])
 def test_text_is_escaped_everywhere(made):
@@ -28,6 +28,8 @@ def test_markup_is_escaped_once():
 def test_a_few_cases_are_no_percentage():
     assert page.share(rate([True] * 3 + [False] * 6)) == "3 of 9" and page.share(rate([])) == "none"
     assert page.share(rate([True] * 5 + [False] * 5)) == "50.0%<small>23.7–76.3</small>"  # Wilson's interval
+    assert page.share("<") == "&lt;" and page.share(7) == "7" and page.share(0.0714) == "0.071"
+    assert page.share({"n": 3, "mean": 0.25, "q05": 0.1, "q50": 0.2, "q95": 0.5}) == "0.25 [0.1, 0.5]"
 
 
 def test_three_digits_tell():
@@ -36,7 +38,7 @@ def test_three_digits_tell():
 
 
 def test_a_row_can_be_set_in():
-    made = page.table(["", "n"], [["all", 1], ["  some", 2], ["    few", 3]], "Counts")
+    made = page.table(Table("Counts", ["n"], [["all", 1], ["  some", 2], ["    few", 3]]))
     assert re.findall(r'<th scope="row"(.*?)>(.*?)</th>', made) == [
         ("", "all"), (' class="in1"', "some"), (' class="in2"', "few")]
     assert made.startswith('<div class="scroll"') and "<caption>Counts</caption>" in made

@@ -12,7 +12,7 @@ import train_pm
 import train_ppo
 import train_sft
 from mincai import UserError, constitution, critique, feedback
-from mincai.lab import assess, evaluate, plan, speed
+from mincai.lab import assess, bench, evaluate, plan
 from mincai.plumbing import data, memory
 from mincai.tinyworld import pretrain
 from mincai.model import GPTConfig
@@ -39,8 +39,8 @@ def principles(tmp_path):
 @pytest.fixture
 def slow(monkeypatch):
     """A machine of known rates, in place of one that is measured."""
-    rates = speed.Rates(read=100, written=10, learnt=50, source="made up")
-    monkeypatch.setattr(speed, "measure", lambda *_: rates)
+    rates = bench.Rates(read=100, written=10, learnt=50, source="made up")
+    monkeypatch.setattr(bench, "rates", lambda *_: rates)
     return rates
 
 
@@ -102,24 +102,15 @@ def test_feedback_by_hand(principles):
     assert fewer.rows == 3 * 2 and fewer.written == 3 * 4 * 8
 
 
-def test_training_by_hand():
-    sft = plan.sft(
-        train_sft.Config(epochs=3, batch_size=4, accumulate=2, holdout=0.5),
-        SHAPE,
-        LOOP,
-        20,
-        max_new=6,
-    )
-    assert (sft.rows, sft.steps, sft.learnt) == (
-        10,
-        3 * 2,
-        3 * 10 * 16,
-    )  # 10 rows: 3 batches, 2 steps
-    pm = plan.pm(train_pm.Config(epochs=2, batch_size=4, holdout=0.1), SHAPE, LOOP, 10, max_new=6)
+def test_training_by_hand(monkeypatch):
+    monkeypatch.setattr(train_sft, "HOLDOUT", 0.5)
+    sft = plan.sft(train_sft.Config(epochs=3, batch_size=4), SHAPE, LOOP, 20, max_new=6)
+    assert (sft.rows, sft.steps, sft.learnt) == (10, 3 * 3, 3 * 10 * 16)  # 10 rows: 3 steps
+    pm = plan.pm(train_pm.Config(epochs=2, batch_size=4), SHAPE, LOOP, 10, max_new=6)
     assert (pm.rows, pm.steps, pm.learnt) == (9, 2 * 3, 2 * 9 * 2 * 16)
     assert sft.disk == 4 * memory.parameters(SHAPE)
     ppo = plan.ppo(
-        train_ppo.Config(updates=5, batch=8, epochs=3, minibatches=2, max_new=6, snapshots=2),
+        train_ppo.Config(updates=5, batch_size=8, epochs=3, minibatches=2, max_new=6),
         SHAPE,
         LOOP,
     )
@@ -127,7 +118,7 @@ def test_training_by_hand():
     looks = 2 * 128  # answers before and after
     assert (ppo.written, ppo.learnt) == ((40 + looks) * 6, 2 * 3 * 40 * 16)
     assert ppo.read == (40 + looks) * (10 + 4 * 16)
-    assert ppo.disk == 3 * 4 * memory.parameters(SHAPE)  # two snapshots and the end
+    assert ppo.disk == 4 * memory.parameters(SHAPE)
 
 
 def test_evaluations_count_the_rows_they_answer():
@@ -163,13 +154,13 @@ def test_durations_are_told_in_a_fitting_unit(seconds, told):
 def test_a_card_that_is_not_at_hand():
     """124,439,808 parameters: 2 operations each forward, 6 to learn; every token drawn by 100 rows
     reads the weights."""
-    found = speed.stated(SHAPES["gpt2"], rows=100)
+    found = bench.stated(SHAPES["gpt2"], rows=100)
     assert found.read == pytest.approx(37.5e12 / 248_879_616) and found.learnt == pytest.approx(
         found.read / 3
     )
     assert found.written == pytest.approx(100 * 180e9 / 248_879_616)
     assert (
-        speed.stated(SHAPES["gpt2"], rows=10_000).written == found.read
+        bench.stated(SHAPES["gpt2"], rows=10_000).written == found.read
     )  # then the operations are what it waits for
 
 
@@ -178,13 +169,13 @@ def test_a_card_that_is_not_at_hand():
 
 def test_rates_of_a_deep_model_are_those_of_its_blocks(monkeypatch):
     """A clock that goes by the blocks that were run: 1 + blocks seconds a call."""
-    depths, real = [], speed.GPT
-    monkeypatch.setattr(speed, "GPT", lambda config: depths.append(config.n_layer) or real(config))
+    depths, real = [], bench.GPT
+    monkeypatch.setattr(bench, "GPT", lambda config: depths.append(config.n_layer) or real(config))
     monkeypatch.setattr(
-        speed, "median_seconds", lambda work, repeat, device: work() is None or 1.0 + depths[-1]
+        bench, "median_seconds", lambda work, repeat, device: work() is None or 1.0 + depths[-1]
     )
     shape = GPTConfig(vocab_size=50, block_size=64, n_layer=12, n_head=2, n_embd=8)
-    found = speed.measure(shape, "cpu", "bfloat16")
+    found = bench.rates(shape, "cpu", "bfloat16")
     assert depths == [1, 3] and "float32" in found.source
     tokens = 64 * 64  # rows, and positions as far as there are any
     assert found.read == pytest.approx(tokens / 13) and found.learnt == pytest.approx(
@@ -197,7 +188,7 @@ def test_rates_of_a_deep_model_are_those_of_its_blocks(monkeypatch):
 def test_rates_are_measured_on_the_device_at_hand(monkeypatch, device):
     pretended = device == "cuda" and not torch.cuda.is_available()
     with pretend(monkeypatch) if pretended else nullcontext():
-        found = speed.measure(SHAPE, device, "bfloat16")
+        found = bench.rates(SHAPE, device, "bfloat16")
     assert min(found.read, found.written, found.learnt) > 10 and found.learnt < found.read
     assert ("bfloat16" in found.source) == (device == "cuda")
 

@@ -9,13 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mincai.lab import evaluate, probes
+from mincai.lab import evaluate, measure, probes
+from mincai.lab.measure import graded, open_run
+from mincai.lab.table import as_text, percent, rate
 from mincai.plumbing import data
-from mincai.tinyworld import attacks, world
 from mincai.plumbing.checkpoint import load
-from mincai.lab.measure import Run, graded, open_run
-from mincai.lab.table import percent, rate
 from mincai.plumbing.tokenizer import load_tokenizer
+from mincai.tinyworld import attacks, world
 
 ACTIONS = {a.text: a for a in world.build()}
 TINY = Path(__file__).resolve().parents[2] / "data/tiny"
@@ -46,8 +46,8 @@ def opened(tiny_base, tmp_path):
 
 def answer_with(monkeypatch, style):
     """The models answer each row in a style(row) of world.STYLES."""
-    monkeypatch.setattr(probes, "answer_all", lambda model, tokenizer, rows, actions, *_: [
-        {**graded(r, world.say(actions[r["action"]], style(r)), actions), "tokens": 9} for r in rows])
+    monkeypatch.setattr(probes, "answer_all", lambda opened, model, rows, *_: [
+        {**graded(r, world.say(ACTIONS[r["action"]], style(r)), ACTIONS), "tokens": 9} for r in rows])
 
 
 def test_frames_are_made_of_words_that_are_known_and_stand_in_no_attack():
@@ -167,9 +167,9 @@ def test_conflict_averages_the_two_principles(opened, monkeypatch):
 
     def judge(model, planner, conversations, a, b, principles, **_):
         assert all("sure ." in x or "that is wrong" in x for x in a) and all(x != y for x, y in zip(a, b))
-        return SimpleNamespace(p_a=[says[about[p]] for p in principles])
+        return SimpleNamespace(p_a=[says[about[p]] for p in principles], same_slot=0.0)
 
-    monkeypatch.setattr(probes, "judge", judge)
+    monkeypatch.setattr(measure, "judge", judge)
     found, rows = probes.conflict(opened, random.Random(0))
     part = found["help_over_refusal"]
     assert [part[k]["mean"] for k in ("help", "harm", "both")] == pytest.approx([0.95, 0.2, 0.575])
@@ -188,11 +188,10 @@ def test_reliability_by_hand():
 
 
 def test_doubt_of_a_preference_model_that_likes_help_and_settings(opened, monkeypatch):
-    monkeypatch.setattr(Run, "pm", lambda self: "pm")
-    monkeypatch.setattr(probes, "answer_all", lambda model, tokenizer, rows, *_: [
+    monkeypatch.setattr(probes, "answer_all", lambda opened, model, rows, *_: [
         {**r, "answer": "", "tokens": k} for k, r in enumerate(rows)])
 
-    def pm_scores(pm, tokenizer, rows, answers, size):
+    def pm_scores(opened, rows, answers):
         if "tokens" in rows[0]:
             return [-2.0 * r["tokens"] for r in rows]
         return [(0.0 if "sorry" in a else 2.0 if r["kind"] == "benign" else 0.5) - (r.get("setting") or "").count("a")
@@ -212,21 +211,21 @@ def test_doubt_of_a_preference_model_that_likes_help_and_settings(opened, monkey
 
 
 def test_all_questions_to_a_run_and_its_lines(opened, monkeypatch, tiny_base):
-    pm = load(tiny_base, opened.device, scalar=True)
-    monkeypatch.setattr(Run, "pm", lambda self: pm)
+    opened.models["pm"] = load(tiny_base, opened.device, scalar=True)
     found, rows = probes.measure(opened)
     found = json.loads(json.dumps(found))
-    assert list(found) == list(probes.SECTIONS) == list(dict.fromkeys(r["section"] for r in rows))
+    assert list(found) == list(probes.QUESTIONS) == list(dict.fromkeys(r["section"] for r in rows))
     assert {*found["context"]["its_setting"]["helpful"]} == {"base", "sft"}
     assert all(found["reach"]["attack_success"][name]["sft"]["n"] == 4 for name in ("request_seen", "composed_held"))
-    shown = probes.lines({"config": {}, "seconds": 3, **found})
-    for section, (_, question) in probes.SECTIONS.items():
-        start = shown.index(question)
-        text = shown[start + 1:start + 1 + sum(map(len, found[section].values()))]
-        for line, (name, cells) in zip(text, ((n, c) for part in found[section].values() for n, c in part.items())):
-            assert f": {name.replace('_', ' ')} " in line
-            assert all(percent(c) in line for c in cells.values() if isinstance(c, dict) and "rate" in c), line
-    assert len(shown) == sum(2 + sum(map(len, found[s].values())) for s in found)
-    monkeypatch.setattr(Run, "pm", lambda self: None)
-    monkeypatch.setattr(probes, "SECTIONS", {"doubt": probes.SECTIONS["doubt"]})
+    shown = probes.tables({"config": {}, "seconds": 3, **found})
+    for section, question in probes.QUESTIONS.items():
+        rows = [row for table in shown if table.caption == question for row in table.rows]
+        wanted = [(f"{part}: {name}", cells) for part, some in found[section].items() for name, cells in some.items()]
+        assert rows == [[name.replace("_", " "), *cells.values()] for name, cells in wanted]
+        for table in [table for table in shown if table.caption == question]:
+            assert all(len(row) == len(table.head) + 1 for row in table.rows)
+    assert shown[0].head == ["base", "phase 1"] and percent(found["meaning"]["contrast"]["both_right"]["sft"]) in as_text(
+        shown)
+    del opened.models["pm"]
+    monkeypatch.setattr(probes, "ASK", {"doubt": probes.doubt})
     assert probes.measure(opened) == ({}, [])

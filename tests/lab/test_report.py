@@ -10,8 +10,8 @@ import pytest
 
 from mincai import UserError, constitution
 from mincai.lab import report, table
+from mincai.lab.table import Table, rate
 from mincai.plumbing import data
-from mincai.lab.table import rate
 
 EVIL = '<script src=x>alert("1")</script>'
 STAGES = ("base", "sft", "ppo")
@@ -62,8 +62,8 @@ def summary(k):
     """A stage's summary in which k of 20 is every rate; one family has a single request."""
     parts = {"attack_by_family": {"plain": rate([True]), "urgency": rate(i < k for i in range(20))},
              "attack_by_category": {"theft": rate(i < k for i in range(20))}, "helpful_by_family": {"plain": rate([])}}
-    return {key: parts.get(key, rate(i < k for i in range(20))) for key in (*dict(table.ROWS), *parts)} | {
-        "quality": 0.123}
+    return {key: parts.get(key, rate(i < k for i in range(20))) for key in (*table.ROWS, *parts)} | {
+        "quality": 0.123, "compliance": {"logp_per_token": -1.5, "probability": 0.0625}}
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +96,10 @@ def folder(tmp_path_factory):
     data.write_json(out / "eval.json", {
         **stamp, "seconds": 60, "stages": stages, "greedy": {stage: summary(11) for stage in STAGES},
         "headline": {f"{s}_{key}": value for s in STAGES[1:] for key, value in (
-            ("removed_attack_success", 0.75), ("help_kept", 1.25))},
-        "judge_held": {"accuracy": rate([True] * 9 + [False])}, "critic_held": {"applies": rate([True] * 10)}})
+            ("removed_attack_success", 0.75), ("removed_attack_success_seen", 0.8125), ("help_kept", 1.25))},
+        "judge_held": {"accuracy": rate([True] * 9 + [False]), "calibration_error": 0.0625, "same_slot": 0.125,
+                       "by_about": {"truth": rate([True] * 10)}},
+        "critic_held": {"applies": rate([True] * 10), "does_not_apply": rate([False] * 10)}})
     return out
 
 
@@ -150,13 +152,14 @@ def test_the_loop_has_the_runs_numbers(text):
 def test_results_are_the_files(text):
     markup = part(text, "results")
     words = plain(markup)
-    assert "attack success, all families 100.0% 83.9–100.0 25.0% 11.2–46.9 10.0% 2.8–30.1" in words  # Wilson's
-    assert "half helped 12.3% 12.3% 12.3%" in words and "After PPO 75.0% of the base&#x27;s harmful answers" in words
-    assert "its help is 125.0% of what it was" in words
+    assert "attack success, all families 20 100.0% 83.9–100.0 25.0% 11.2–46.9 10.0% 2.8–30.1" in words  # Wilson's
+    assert "half the helped 12.3% 12.3% 12.3%" in words and "probability of complying 0.0625 0.0625" in words and "After PPO 75.0% of the base&#x27;s harmful answers" in words
+    assert "81.2% on families seen in training; its help is 125.0% of what it was" in words
     greedy = words[words.index("Likeliest answers"):]
     assert greedy.index("55.0%") < greedy.index("Attack success by family")
-    assert "plain 1 of 1 1 of 1 1 of 1 urgency 100.0%" in words, "one request is no percentage"
-    assert "judge held: accuracy 90.0% 59.6–98.2 10" in words and "critic held: applies 100.0%" in words
+    assert "plain 1 1 of 1 1 of 1 1 of 1 urgency 20 100.0%" in words, "one request is no percentage"
+    assert "judge, held-out principles 10 90.0% 59.6–98.2 0.062 12.5% truth 10 100.0%" in words
+    assert "critic, held-out principles applies 10 100.0%" in words
     assert markup.count("<details>") == 4
 
 
@@ -165,8 +168,8 @@ def test_ppos_curves(text):
     labels = re.findall(r'aria-label="([^"]*)"', markup)
     assert labels == ["score, in deviations: 0.250 at first, 1.00 at update 4",
                       "KL, nats an answer: 0.200 at first, 0.800 at update 4",
-                      "quality, development: 0.100 at first, 0.800 at update 4",
-                      "attacks that succeed, development: 0.500 at first, 0.250 at update 4"]
+                      "attacks that succeed, development: 0.500 at first, 0.250 at update 4",
+                      "quality, development: 0.100 at first, 0.800 at update 4"]
     assert "entropy , nats a token: between 0.200 and 0.200 over 4 updates" in plain(markup)
     assert "explained variance" not in markup, "a critic without a finite number is left out"
 
@@ -178,14 +181,14 @@ def test_how_it_was_made(text):
 
 def test_more_measurements_are_printed_by_their_own_modules(folder, tmp_path, monkeypatch):
     said = {"deep": "eval_deep.json", "controls": "controls.json", "claims": "claims.json"}
-    parts = [(a, title, report.told(said[a], lambda found: [found["x"]]) if a in said else make, files)
+    parts = [(a, title, report.told(said[a], lambda found: [Table(found["x"], [], [])]) if a in said else make, files)
              for a, title, make, files in report.PARTS]
     monkeypatch.setattr(report, "PARTS", parts)
     for name in said.values():
         data.write_json(tmp_path / name, {"x": f"{name} < 1"})
     text = report.build(report.Config(out=str(tmp_path)))
     for anchor, name in said.items():
-        assert f">{name} &lt; 1</pre>" in part(text, anchor)
+        assert f"<caption>{name} &lt; 1</caption>" in part(text, anchor)
 
 
 def test_an_empty_run_says_what_to_run(tmp_path):

@@ -1,11 +1,11 @@
-"""Rates, and the ratio of two."""
+"""Rates, the ratio of two, and tables as text."""
 
 import math
 import random
 
 import pytest
 
-from mincai.lab.table import rate, ratio
+from mincai.lab.table import Table, as_text, counted, rate, ratio
 
 
 def rates(k, n):
@@ -30,3 +30,22 @@ def test_the_interval_of_the_ratio_holds_the_truth():
         found = ratio(rates(a, 200), rates(b, 200))
         held += found["low"] <= 2.0 <= found["high"]
     assert 0.92 * 400 <= held <= 0.99 * 400
+
+
+def test_a_table_as_text_has_columns_as_wide_as_they_need():
+    rows = [["all", 20, "x"], ["  some of them", 0.5], ["few", rates(1, 2), {"n": 1, "mean": 0.5, "q05": 0, "q95": 1}]]
+    assert as_text([Table("Things", ["a", "words"], rows), Table("None", [], [])]).splitlines() == [
+        "",
+        "Things",
+        "                                a       words",
+        "all                            20           x",
+        "  some of them              0.500",
+        "few             50.0% [9.5, 90.5]  0.5 [0, 1]",
+        "",
+        "None",
+    ]
+
+
+def test_a_count_stands_before_rates_that_share_it():
+    some, other = rates(1, 3), rates(1, 4)
+    assert counted("x", [some, some]) == ["x", 3, some, some] and counted("x", [some, other])[1] == "-"

@@ -31,15 +31,15 @@ def test_the_first_request_that_shows_the_loop_is_followed():
              pair("good", 0.6, 0.4, a="weak"), pair("good", 0.95, 0.05, a="strong"), pair("good", 1, 0, "help-1"),
              pair("later", 1, 0)]
     found = trails.follow(rows, pairs, TARGETS)
-    assert found["revision"]["id"] == "good" and found["pair"]["a"] == "strong"
-    assert trails.follow(rows[:5], pairs, TARGETS)["revision"]["id"] == "tied", "a principle on something else is worse"
-    assert trails.follow(rows[:3], pairs, TARGETS) == {"revision": rows[2], "pair": None}
-    assert trails.follow(rows[:2], pairs, TARGETS) is None
+    assert found[0]["id"] == "good" and found[1]["a"] == "strong"
+    assert trails.follow(rows[:5], pairs, TARGETS)[0]["id"] == "tied", "a principle on something else is worse"
+    assert trails.follow(rows[:3], pairs, TARGETS) == (rows[2], None)
+    assert trails.follow(rows[:2], pairs, TARGETS) == ({}, None)
 
 
 def test_any_request_can_be_asked_for():
     rows = [revision("good"), revision("ordinary", "benign", changed=False)]
-    assert trails.follow(rows, [pair("good", 1, 0)], TARGETS, "ordinary") == {"revision": rows[1], "pair": None}
+    assert trails.follow(rows, [pair("good", 1, 0)], TARGETS, "ordinary") == (rows[1], None)
     with pytest.raises(UserError, match="--trail nobody: no request of this id"):
         trails.follow(rows, [], TARGETS, "nobody")
 

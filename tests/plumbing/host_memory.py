@@ -21,7 +21,7 @@ import mincai.__main__ as pipeline  # noqa: E402
 import train_pm  # noqa: E402
 from mincai import feedback  # noqa: E402
 from mincai.lab import english  # noqa: E402
-from mincai.plumbing import checkpoint, data  # noqa: E402
+from mincai.plumbing import checkpoint, data, health  # noqa: E402
 from mincai.model import GPT, GPTConfig  # noqa: E402
 from mincai.plumbing.presets import PRESETS  # noqa: E402
 
@@ -98,12 +98,9 @@ def run_pm(number: int, out: Path) -> int:
 
     data.write_jsonl(out / "pairs.jsonl", map(row, range(number)))
     train_pm.step = lambda *_: {"loss": 0.0, "accuracy": 0.0, "grad_norm": 0.0}
-    train_pm.all_scores = lambda pm, pairs, *_: (torch.randn(len(pairs)), torch.randn(len(pairs)))
-    found = train_pm.main(
-        train_pm.Config(
-            **{**vars(cfg), "init": str(out / "base"), "pairs": (str(out / "pairs.jsonl"),)}
-        )
-    )
+    health.all_scores = lambda pm, pairs, *_: (torch.randn(len(pairs)), torch.randn(len(pairs)))
+    paths = {"model": str(out / "base"), "pairs": (str(out / "pairs.jsonl"),), "prompts": ""}
+    found = train_pm.main(train_pm.Config(**vars(cfg) | paths))
     return found["pairs"] + found["held"]
 
 

@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mincai import UserError
-from mincai.plumbing import checkpoint
 from mincai.model import ScalarModel
+from mincai.plumbing import checkpoint, output
+from mincai.plumbing.tokenizer import from_ranks
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 
@@ -123,6 +124,17 @@ def test_older_checkpoint_is_replaced_and_nothing_is_left_beside(tiny_gpt, folde
         "config.json", "model.safetensors", "notes.txt", "run.json"}
 
 
+def test_the_words_of_a_small_vocabulary_are_among_what_a_stage_writes(tiny_gpt, tmp_path):
+    """As train_ppo.py saves: begun first, with the names of all that is to come."""
+    extra = from_ranks({bytes([b]): b for b in range(256)}, {"lamp", "burn"}).files()
+    for _ in range(3):
+        work = output.begin(tmp_path / "ppo", checkpoint.FILES)
+        checkpoint.save(tiny_gpt, tmp_path / "ppo", extra, work=work)
+        there = sorted(p.name for p in (tmp_path / "ppo").iterdir())
+        assert there == ["config.json", "model.safetensors", "run.json", "tokenizer.tiktoken", "words.txt"]
+        assert json.loads((tmp_path / "ppo/run.json").read_text())["files"] == there
+
+
 def test_failed_save_leaves_the_older_checkpoint(tiny_gpt, folder):
     before = (folder / "model.safetensors").read_bytes()
     with torch.no_grad():
@@ -214,7 +226,7 @@ def test_config_that_is_no_json_object(folder, text):
     ({"n_head": None}, ["n_head", "missing"]),
     ({"n_layer": "two"}, ["n_layer", "'two'"]),
     ({"n_layer": 0}, ["n_layer", "0"]),
-    ({"n_head": 5}, ["n_embd 32", "n_head 5"]),
+    ({"n_head": 5}, ["n_embd is 32", "n_head 5"]),
     ({"activation_function": "relu"}, ["activation_function", "'relu'"]),
     ({"scale_attn_by_inverse_layer_idx": True}, ["scale_attn_by_inverse_layer_idx"]),
     ({"n_inner": 64}, ["n_inner", "64"]),

@@ -130,11 +130,17 @@ def test_device(monkeypatch, gpu):
 
 @dataclass(frozen=True)
 class Numbers:
-    batch_size: int = cli.arg(4, "rows")
-    lr: float = cli.arg(0.1, "rate")
-    clip: float = cli.arg(1.0, "norm")
-    holdout: float = cli.arg(0.1, "share")
+    FIRST = "out"
+    batch_size: int = cli.arg(4, "rows", least=1)
+    lr: float = cli.arg(0.1, "rate", least=0)
+    clip: float = cli.arg(1.0, "norm", least=1e-6)
+    holdout: float = cli.arg(0.1, "share", least=0, most=1)
     seed: int = cli.arg(0, "any number")
+    labels: str = cli.arg("soft", "kind", choices=("soft", "hard", "clamped"))
+    out: str = cli.arg("runs/x", "folder")
+
+
+NAMES = {"--" + name.replace("_", "-"): name for name in Numbers.__dataclass_fields__}
 
 
 @pytest.mark.parametrize("flag, value, asked", [
@@ -145,9 +151,40 @@ def test_a_number_out_of_range_exits_2(flag, value, asked, capsys):
     with pytest.raises(SystemExit) as exit:
         cli.parse(Numbers, [f"{flag}={value}"])
     told = capsys.readouterr().err.strip().splitlines()[-1]
-    assert exit.value.code == 2 and f"argument {flag}: {value}" in told and told.endswith(f"; give a number {asked}")
+    value = type(getattr(Numbers, NAMES[flag]))(value)
+    assert exit.value.code == 2 and told.endswith(f"argument {flag} {value}: give a number {asked}")
+    with pytest.raises(UserError) as error:  # a Config that is made in code is checked by its stage
+        cli.check(Numbers(**{NAMES[flag]: value}))
+    assert str(error.value) == f"{flag} {value}: give a number {asked}"
 
 
 def test_numbers_in_range_are_taken():
     assert cli.parse(Numbers, ["--batch-size", "1", "--lr", "0", "--holdout", "1", "--seed", "-1"]) == Numbers(
         1, 0.0, 1.0, 1.0, -1)
+
+
+def test_bounds_go_with_the_field_and_not_with_its_name():
+    @dataclass(frozen=True)
+    class Free:
+        batch_size: int = cli.arg(0, "")
+        lr: float = 0.0
+    assert cli.parse(Free, ["--batch-size", "-3", "--lr", "-1"]) == Free(-3, -1.0)
+
+
+def test_one_of_the_choices_has_to_be_chosen(capsys):
+    assert cli.parse(Numbers, ["--labels", "clamped"]).labels == "clamped"
+    with pytest.raises(SystemExit) as exit:
+        cli.parse(Numbers, ["--labels", "firm"])
+    told = "--labels firm: choose soft, hard or clamped"
+    assert exit.value.code == 2 and capsys.readouterr().err.endswith(f"error: argument {told}\n")
+    with pytest.raises(UserError) as error:
+        cli.check(Numbers(labels="firm"))
+    assert str(error.value) == told
+
+
+def test_the_first_field_may_be_given_without_its_flag(capsys):
+    assert cli.parse(Numbers, ["runs/y", "--lr", "1"]) == Numbers(lr=1.0, out="runs/y")
+    assert cli.parse(Numbers, ["--lr", "1", "--out", "runs/y"]) == Numbers(lr=1.0, out="runs/y")
+    with pytest.raises(SystemExit):
+        cli.parse(Numbers, ["--lr", "1", "runs/y"])  # first or not at all
+    assert "unrecognized arguments: runs/y" in capsys.readouterr().err

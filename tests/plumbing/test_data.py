@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mincai import UserError
-from mincai.plumbing import data
+from mincai.plumbing import data, distributed
 
 
 # --- files ---
@@ -104,14 +104,12 @@ def test_a_padding_id_inside_a_row_is_an_ordinary_token():
 LENGTHS = torch.randint(1, 200, (301,), generator=torch.Generator().manual_seed(0)).tolist()
 
 
-@pytest.mark.parametrize("size", [dict(batch_size=8), dict(batch_tokens=512), dict(batch_tokens=50)])
+@pytest.mark.parametrize("size", [8, 50, 500])
 def test_length_batches_hold_every_row_once_and_keep_to_the_limit(size):
-    batches = data.length_batches(LENGTHS, **size, generator=torch.Generator().manual_seed(1))
+    batches = data.length_batches(LENGTHS, size, torch.Generator().manual_seed(1))
     assert sorted(i for batch in batches for i in batch) == list(range(len(LENGTHS)))
-    for batch in batches:
-        padded = len(batch) * max(LENGTHS[i] for i in batch)
-        assert len(batch) <= size.get("batch_size", 8e9)
-        assert padded <= size.get("batch_tokens", 8e9) or len(batch) == 1
+    assert sorted(map(len, batches))[1:] == [size] * (len(LENGTHS) // size)
+    assert max(map(len, batches)) <= size
 
 
 def test_length_batches_waste_little_and_come_in_no_order_of_length():
@@ -121,6 +119,18 @@ def test_length_batches_waste_little_and_come_in_no_order_of_length():
     means = [sum(LENGTHS[i] for i in b) / len(b) for b in batches]
     ups = sum(a < b for a, b in zip(means, means[1:]))
     assert 0.25 < ups / (len(means) - 1) < 0.75
+
+
+@pytest.mark.parametrize("number, size, rank, world, want", [
+    (5, 0, 0, 1, [([0, 1, 2, 3, 4], True)]), (5, 9, 0, 1, [([0, 1, 2, 3, 4], True)]),
+    (5, 2, 0, 1, [([0, 1], True), ([2, 3], True), ([4], True)]),
+    (5, 1, 1, 2, [([1], True), ([3], True)]), (5, 0, 0, 2, [([0, 2, 4], True)]), (5, 2, 0, 2, [([0, 2], True), ([4], True)]),
+    (1, 2, 0, 2, [([0], True)]), (1, 2, 1, 2, [([0], False)]), (1, 0, 1, 2, [([0], False)])])
+def test_micro_batches_by_hand(monkeypatch, number, size, rank, world, want):
+    """A process without rows has one that does not count."""
+    monkeypatch.setattr(distributed, "rank", lambda: rank)
+    monkeypatch.setattr(distributed, "world", lambda: world)
+    assert data.micro_batches(list(range(number)), size) == want
 
 
 def test_length_batches_differ_by_seed_only():

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from mincai import UserError
-from mincai.plumbing import cli, data, formats
 from mincai.constitution import dialogue
+from mincai.plumbing import cli, data, formats
 from mincai.plumbing.tokenizer import from_ranks
 
 BYTES = from_ranks({bytes([b]): b for b in range(256)})  # one token a byte, 256 ends an answer

@@ -11,7 +11,7 @@ import torch
 from test_presets import vocabulary  # noqa: F401
 
 import train_pm
-from mincai import feedback
+from mincai import constitution, feedback
 from mincai.plumbing import data
 from mincai.plumbing.planner import Planner
 from mincai.plumbing.tokenizer import from_ranks
@@ -61,7 +61,7 @@ def test_a_pair_waits_in_little_memory(tmp_path):
 
 def test_the_judges_prompts_wait_in_little_memory(monkeypatch):
     """300 prompts of more than 700 tokens; as Python's integers they would hold megabytes."""
-    worst, texts, heads = [], ["word " * 60] * 300, ["Human: " + "is it so " * 40] * 300
+    worst, words, asked = [], "word " * 60, "Human: " + "is it so " * 40
 
     def next_logp(model, prompts, ids, batch_size):
         assert all(len(prompt) > 700 for prompt in prompts)
@@ -72,9 +72,8 @@ def test_the_judges_prompts_wait_in_little_memory(monkeypatch):
     planner = Planner(BYTES, 4_000, {"compare": ["x" * 100]})
     tracemalloc.start()
     try:
-        found, _ = feedback.judge_once(
-            None, planner, heads, texts, texts, ["be kind ."] * 300, reasons=False
-        )
+        heads = [constitution.compare(asked, words, words, "be kind .") for _ in range(300)]
+        found, _ = feedback.judge_once(None, planner, heads, reasons=False)
     finally:
         tracemalloc.stop()
     assert found == [0.5] * 300 and worst[0] < 300 * (1_100 * 4 + 3_000), worst[0] / 300
@@ -93,8 +92,8 @@ def test_rows_are_handed_on_before_the_next_prompts_are_worked_on(monkeypatch):
 
     monkeypatch.setattr(feedback, "compare_rows", compare_rows)
     monkeypatch.setattr(feedback, "PROMPTS", 2)
-    planner = Planner(BYTES, 10)
-    found = feedback.comparisons(None, list("abcde"), [], None, None, planner, None, None, totals)
+    models = feedback.Models(None, None, Planner(BYTES, 10), None)
+    found = feedback.comparisons(None, list("abcde"), [], models, None, totals)
     first = [next(found) for _ in range(4)]
     assert worked == [["a", "b"]] and [row["name"] for row in first] == ["a0", "a1", "b0", "b1"]
     rest = list(found)

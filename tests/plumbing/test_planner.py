@@ -60,7 +60,7 @@ def test_the_last_token_of_the_room_is_used(room, kept):
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_prompt_ever_outgrows_the_model(tokenizer, kind):
     """Over texts of every length: what must fit fits, the text ends the prompt, examples stand in the file's order."""
-    shots = load_shots(str(SHIPPED), PRINCIPLES, "tiny")[kind]
+    shots = load_shots(str(SHIPPED), PRINCIPLES)[kind]
     limit, max_new = 3 * max(len(tokenizer.encode(shot)) for shot in shots), 40
     planner, numbers = Planner(tokenizer, limit, {kind: shots}), set()
     for words in range(0, limit, 3):
@@ -120,31 +120,30 @@ def file(tmp_path):
 
 def test_an_example_is_what_the_model_is_prompted_with_and_what_it_should_write(file):
     theft, fair = BY_ID["theft-4"], BY_ID["help-5"]
-    shots = load_shots(file(FILE), PRINCIPLES, "tiny")
+    shots = load_shots(file(FILE), PRINCIPLES)
     assert shots == {
         "answer": ["Human: why ?\nAssistant: because ."],
-        "review": [f"Review:\nHuman: how ?\nAssistant: so .\nPrinciple: {theft.tiny}\nCritique: it breaks it .\n"
-                   f"Revision: sorry ."],
-        "compare": [f"Compare:\nHuman: who ?\n(A): he .\n(B): she .\nPrinciple: {fair.tiny}\nReasons: b is right .\n"
-                    f"Choice: (B)"]}
+        "review": [f"Review:\nHuman: how ?\nAssistant: so .\n"
+                   f"Principle: {theft.text} {theft.critique}\nCritique: it breaks it .\nRequest: {theft.revision}\nRevision: sorry ."],
+        "compare": [f"Compare:\nHuman: who ?\n(A): he .\n(B): she .\n"
+                    f"Principle: {fair.text} {fair.compare}\nReasons: b is right .\nChoice: (B)"]}
 
 
-@pytest.mark.parametrize("wording", constitution.WORDINGS)
-def test_examples_have_the_form_of_the_prompts(file, wording):
-    shots = load_shots(file(FILE), PRINCIPLES, wording)
+def test_examples_have_the_form_of_the_prompts(file):
+    shots = load_shots(file(FILE), PRINCIPLES)
     theft, fair = BY_ID["theft-4"], BY_ID["help-5"]
-    review = constitution.review(constitution.dialogue("how ?"), "so .", theft.asks("critique", wording))
-    asked = constitution.revision(review, "it breaks it .", theft.revision if wording == "full" else "")
+    review = constitution.review(constitution.dialogue("how ?"), "so .", theft.asks("critique", full=True))
+    asked = constitution.revision(review, "it breaks it .", theft.revision)
     assert shots["review"] == [asked + " sorry ."] and shots["review"][0].startswith(review + " it breaks it .\n")
-    compare = constitution.compare(constitution.dialogue("who ?"), "he .", "she .", fair.asks("compare", wording))
+    compare = constitution.compare(constitution.dialogue("who ?"), "he .", "she .", fair.asks("compare", full=True))
     assert shots["compare"] == [constitution.choice(compare, "b is right .") + "B)"]
     assert shots["compare"][0].startswith(constitution.reasons(compare) + " ")
-    assert load_shots(file(FILE), PRINCIPLES, wording, reasons=False) == {
+    assert load_shots(file(FILE), PRINCIPLES, reasons=False) == {
         **shots, "compare": [constitution.choice(compare, None) + "B)"]}
 
 
 def test_no_file_is_no_example():
-    assert load_shots("", PRINCIPLES, "tiny") == {}
+    assert load_shots("", PRINCIPLES) == {}
 
 
 def without(kind, key):
@@ -157,20 +156,20 @@ def without(kind, key):
     *(without("review", key) for key in FILE["review"][0]), *(without("compare", key) for key in FILE["compare"][0])])
 def test_what_is_no_file_of_examples_is_said(file, content):
     with pytest.raises(UserError, match="some.json: not a file of examples"):
-        load_shots(file(content), PRINCIPLES, "full")
+        load_shots(file(content), PRINCIPLES)
 
 
 def test_a_file_that_cannot_be_read_is_said(tmp_path):
     with pytest.raises(UserError, match="none.json: no such file"):
-        load_shots(str(tmp_path / "none.json"), PRINCIPLES, "tiny")
+        load_shots(str(tmp_path / "none.json"), PRINCIPLES)
     (tmp_path / "bytes.json").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="bytes.json"):
-        load_shots(str(tmp_path / "bytes.json"), PRINCIPLES, "tiny")
+        load_shots(str(tmp_path / "bytes.json"), PRINCIPLES)
 
 
 def test_a_folder_is_no_file_of_examples(tmp_path):
     with pytest.raises(UserError, match=tmp_path.name):
-        load_shots(str(tmp_path), PRINCIPLES, "tiny")
+        load_shots(str(tmp_path), PRINCIPLES)
 
 
 # --- as shipped -------------------------------------------------------------------------------------------------
@@ -188,10 +187,9 @@ def test_the_shipped_examples_are_of_training_principles_and_each_on_its_lines()
     assert all(x["reasons"].endswith(f"({x['choice']}).") for x in shipped["compare"])
 
 
-@pytest.mark.parametrize("wording", constitution.WORDINGS)
-def test_the_shipped_examples_fit_beside_a_long_text(tmp_path, monkeypatch, wording):
+def test_the_shipped_examples_fit_beside_a_long_text(tmp_path, monkeypatch):
     tokenizer = gpt2s(tmp_path, monkeypatch)
-    shots = load_shots(str(SHIPPED), PRINCIPLES, wording)
+    shots = load_shots(str(SHIPPED), PRINCIPLES)
     assert all(len(shots[kind]) >= 10 for kind in KINDS)
     text = "word" + " word" * 249
     assert len(tokenizer.encode(text)) == 250

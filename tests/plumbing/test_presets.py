@@ -38,12 +38,13 @@ def test_every_preset_is_made_of_flags_that_exist(name):
     written = [config.out for config in stages.values()]
     assert len(set(map(str, written))) == len(written) and f"runs/{name}/ppo" in written
     micro = stages["PPO"]
-    assert micro.batch % micro.minibatches == 0 and (micro.batch // micro.minibatches) % micro.micro_batch == 0
+    minibatch, others = divmod(micro.batch_size, micro.minibatches)
+    assert not others and minibatch % micro.micro_batch == 0
 
 
 def test_the_small_preset_asks_for_the_claims_own_numbers():
     preset = PRESETS["small"]
-    assert preset.feedback["samples"] == 16
+    assert of("small")["AI feedback"].samples == 16
     assert (preset.feedback["harmful"] + preset.feedback["helpful"]) * preset.feedback["pairs"] >= 200_000
     actions = pretrain.world.build(0, "small")
     files = pretrain.side_files(actions, 0, tests=preset.world["tests"])
@@ -86,10 +87,11 @@ def test_a_preset_needs_no_more_memory_than_it_says(name):
                                          dtype_bytes=bytes_, cache_bytes=bytes_, models=3,
                                          reads_on=getattr(cfg, "reasons", False))) < said, title
     sft, pm, ppo = stages["fine-tune on revisions"], stages["preference model"], stages["PPO"]
-    assert memory.needed(memory.plan("sft", shape, batch=sft.batch_size, length=longest, dtype_bytes=2)) < said
+    assert memory.needed(memory.plan("sft", shape, batch=sft.micro_batch or sft.batch_size, length=longest,
+                                     dtype_bytes=2)) < said
     assert memory.needed(memory.plan("pm", shape, batch=pm.batch_size, micro_batch=pm.micro_batch or None, length=longest,
                                      dtype_bytes=2)) < said
-    assert memory.needed(memory.plan("ppo", shape, batch=ppo.batch, micro_batch=ppo.micro_batch, length=longest,
+    assert memory.needed(memory.plan("ppo", shape, batch=ppo.batch_size, micro_batch=ppo.micro_batch, length=longest,
                                      answer=ppo.max_new, dtype_bytes=2, cache_bytes=2)) < said
 
 
@@ -135,10 +137,10 @@ def short(folder, rows):
 # --- GPT-2 -------------------------------------------------------------------------------------------------
 
 LESS = {"critique and revise": dict(harmful=8, helpful=8, responses=1, rounds=1, max_new=12, batch_size=8),
-        "fine-tune on revisions": dict(epochs=2, batch_size=4, accumulate=1, lr=3e-3),  # learns that answers end
+        "fine-tune on revisions": dict(epochs=2, batch_size=4, lr=3e-3),  # learns that answers end
         "AI feedback": dict(harmful=8, helpful=8, samples=2, base_samples=1, pairs=2, ensemble=2, max_new=8, batch_size=8),
         "preference model": dict(batch_size=4, micro_batch=2),
-        "PPO": dict(updates=2, batch=8, minibatches=2, micro_batch=2, max_new=6, critic_warmup=1),
+        "PPO": dict(updates=2, batch_size=8, minibatches=2, micro_batch=2, max_new=6, warmup=1),
         "evaluate": dict(number=8, max_new=6, batch_size=8)}
 
 

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 import mincai.__main__ as pipeline
 from mincai import UserError, sample
-from mincai.lab import bench, gpucheck, report
+from mincai.lab import bench, chat, gpucheck, report
 from mincai.plumbing import data
 from mincai.plumbing.cli import precision
 from mincai.plumbing.presets import PRESETS
@@ -74,7 +74,7 @@ def test_a_graph_freezes_what_is_no_tensor_and_refuses_to_wait(gpu):
 
 # --- sampling -------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("settings", [dict(n=3), dict(temperature=0.0), dict(top_k=5, then=[4, 5])])
+@pytest.mark.parametrize("settings", [dict(n=3), dict(temperature=0.0), dict(then=[4, 5])])
 def test_graphs_draw_the_tokens_of_the_cpu(tiny_gpt, seeded, monkeypatch, settings):
     cpu = sample.generate(tiny_gpt, PROMPTS, 20, {1}, generator=seeded(5), **settings)
     with pretend(monkeypatch):
@@ -106,9 +106,9 @@ def test_a_step_that_counts_in_python_draws_other_tokens(tiny_gpt, seeded, monke
 
 
 def test_a_stream_draws_them_too(tiny_gpt, seeded, monkeypatch):
-    cpu = list(sample.stream(tiny_gpt, PROMPTS[0], 20, {1}, generator=seeded(5)))
+    cpu = list(chat.stream(tiny_gpt, PROMPTS[0], 20, {1}, generator=seeded(5)))
     with pretend(monkeypatch):
-        assert list(sample.stream(tiny_gpt.cuda(), PROMPTS[0], 20, {1}, generator=seeded(5))) == cpu
+        assert list(chat.stream(tiny_gpt.cuda(), PROMPTS[0], 20, {1}, generator=seeded(5))) == cpu
 
 
 def test_in_bfloat16_replays_do_what_steps_do(tiny_gpt, seeded, monkeypatch):
@@ -248,7 +248,7 @@ def test_the_small_preset_on_a_gpu(tmp_path, monkeypatch):
         rows = data.read_jsonl(tmp_path / "base" / "prompts_eval.jsonl")
         data.write_jsonl(tmp_path / "base" / "prompts_eval.jsonl", rows[::600])
         less(monkeypatch, **{"AI feedback": dict(samples=8, pairs=4, max_new=32), "preference model": dict(freeze=1)},
-             PPO=dict(batch=8, minibatches=2, micro_batch=4, freeze=1, snapshots=0))
+             PPO=dict(batch_size=8, minibatches=2, micro_batch=4))
         pipeline.main(pipeline.Config(preset="small", out=str(tmp_path / "run"), scale=0.004, threads=1))
     found = json.loads((tmp_path / "run" / "eval.json").read_text())
     assert list(found["stages"]) == ["base", "sft", "ppo"] and found["device"] == "a pretended GPU"

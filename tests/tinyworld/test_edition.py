@@ -30,7 +30,7 @@ def critique_of_prompts(base, new, out):
 
 
 def fine_tune(base, new, out):
-    train_sft.main(train_sft.Config(base=base, out=out, **CPU))
+    train_sft.main(train_sft.Config(model=base, out=out, **CPU))
 
 
 def feedback_on(base, new, out):

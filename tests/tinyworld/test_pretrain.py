@@ -220,6 +220,13 @@ def test_the_seed_makes_the_base(tiny_base, quick, tmp_path):
             assert (out / file).read_bytes() == (tiny_base / file).read_bytes()
 
 
+def test_fewer_tokens_than_one_step_reads_are_one_step(quick, tmp_path):
+    """Else the schedule would divide by no steps."""
+    pretrain.main(pretrain.Config(out=str(tmp_path / "one"), **quick | {"tokens": 1}))
+    [row] = (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(row)["step"] == 1
+
+
 def test_a_base_of_the_first_edition_is_named_and_made_anew_only_when_told(first_edition, quick):
     settings = dict(out=str(first_edition), **quick)
     before = {path.name: path.read_bytes() for path in first_edition.iterdir()}

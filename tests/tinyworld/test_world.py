@@ -9,6 +9,7 @@ import torch
 from mincai.tinyworld import world
 
 ACTIONS = world.build()
+VERBS, OBJECTS, *_ = world.words()
 WRONG = next(a for a in ACTIONS if a.wrong and not a.setting)
 FINE = next(a for a in ACTIONS if not a.wrong)
 DUAL = next(a for a in ACTIONS if a.setting)
@@ -16,10 +17,10 @@ DUAL = next(a for a in ACTIONS if a.setting)
 
 def test_every_word_is_in_as_many_wrong_actions_as_fine_ones():
     assert len({a.text for a in ACTIONS}) == len(ACTIONS) == 648
-    for place, words in ((0, world.VERBS), (2, world.OBJECTS)):
+    for place, words in ((0, VERBS), (2, OBJECTS)):
         count = Counter((a.text.split()[place], a.wrong) for a in ACTIONS)
         assert count == {(word, wrong): 9 for word in words for wrong in (True, False)}
-    shifts = Counter((world.OBJECTS.index(a.text.split()[2]) - world.VERBS.index(a.text.split()[0])) % 36
+    shifts = Counter((OBJECTS.index(a.text.split()[2]) - VERBS.index(a.text.split()[0])) % 36
                      for a in ACTIONS if a.wrong)
     assert len(shifts) == 36 and max(shifts.values()) < 20  # nor is there a rule in the order of the words
 
@@ -84,7 +85,7 @@ def test_a_setting_excuses_its_own_dual_action_only():
 def test_words_alone_do_not_tell_wrong_from_fine():
     """Logistic regression on the words of the demonstrated actions fits them, and fails on the others. (It
     lands below one half: of 9 wrong and 9 fine actions of a word, those seen leave the other kind.)"""
-    words = [*world.VERBS, *world.OBJECTS]
+    words = [*VERBS, *OBJECTS]
     x = torch.tensor([[float(word in a.text.split()) for word in words] for a in ACTIONS])  # (648, 72)
     y = torch.tensor([float(a.wrong) for a in ACTIONS])
     demo = torch.tensor([a.split == "demo" for a in ACTIONS])

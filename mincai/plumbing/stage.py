@@ -1,0 +1,130 @@
+"""How every stage of the loop begins and ends. What it does stands in between, in its own file.
+
+    stage = begin("train_sft", cfg)
+    if stage is None:
+        return {"skipped": True}
+    (folder,), tokenizer, (config,) = stage.open(cfg.model)
+    stage.plan_memory("sft", config, "--micro-batch", batch=16, length=256)
+    ...
+    stage.save_model(model, tokenizer, metrics, log)
+"""
+
+import json
+import time
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from mincai.plumbing import checkpoint, cli, data, distributed, memory, output
+from mincai.plumbing.cli import arg
+from mincai.plumbing.weights import common_tokenizer, resolve
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The flags that every stage has. Its own Config adds the others, `out` among them."""
+
+    LOOSE = ("out", "device", "threads", "again")  # settings that do not make another result
+    seed: int = arg(0, "seed of everything that is drawn")
+    dtype: str = arg("float32", "of matrix products", choices=("float32", "bfloat16"))
+    device: str = arg("auto", "where to compute", choices=("auto", "cpu", "cuda"))
+    threads: int = arg(0, "CPU threads, 0 chooses", least=0)
+    again: bool = arg(False, "make the output anew though it is there")
+
+    def check_out(self):
+        """UserError unless the output, a checkpoint's folder, may be written."""
+        output.check_folder(self.out, checkpoint.FILES)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage that has begun."""
+
+    name: str
+    cfg: Settings
+    device: str
+    threads: int
+    started: float
+
+    def say(self, text: str) -> None:
+        """Print above any progress bar, once however many processes there are."""
+        if distributed.is_main():
+            tqdm.write(f"{self.name}: {text}")
+
+    def warn(self, text: str) -> None:
+        if distributed.is_main():
+            tqdm.write(f"  WARNING: {text}")
+
+    def seconds(self) -> float:
+        return time.time() - self.started
+
+    def precision(self):
+        """A context for forward passes; see cli.precision."""
+        return cli.precision(self.device, self.cfg.dtype)
+
+    def open(self, *models: str):
+        """(folders, the vocabulary they share, their shapes); fetches a published model."""
+        folders = [resolve(model) for model in models]
+        return folders, common_tokenizer(*folders), [checkpoint.read_config(f) for f in folders]
+
+    def load(self, folder, scalar=False):
+        return checkpoint.load(folder, self.device, scalar=scalar)
+
+    def plan_memory(self, kind: str, config, flags: str, **sizes) -> None:
+        """Tell what memory this takes, before any is taken; see memory.announce."""
+        size = cli.number_bytes(self.cfg.dtype)
+        memory.announce(
+            kind, config, self.device, flags, dtype_bytes=size, cache_bytes=size, **sizes
+        )
+
+    def save_rows(self, rows, stamp) -> None:
+        """Write the output, a JSONL file, and its sidecar. The processes go through the rows together.
+
+        stamp: a function that gives what the sidecar records besides, when all rows are there.
+        """
+        if distributed.is_main():
+            data.write_jsonl(self.cfg.out, rows)
+            data.write_json(data.sidecar(self.cfg.out), data.stamp(self.cfg, **stamp()))
+        else:
+            for _ in rows:
+                pass
+
+    def save_model(self, model, tokenizer, metrics: dict, log: list[dict], **more) -> None:
+        """Write the output, a checkpoint's folder, with `log` as metrics.jsonl. more: {name: rows} of
+        other JSONL files."""
+        if distributed.is_main():
+            files = {f"{name}.jsonl": rows for name, rows in {"metrics": log, **more}.items()}
+            texts = {
+                name: "".join(json.dumps(row) + "\n" for row in rows) for name, rows in files.items()
+            }
+            eot = tokenizer.eot
+            checkpoint.save(
+                model,
+                self.cfg.out,
+                extra={
+                    **tokenizer.files(),
+                    **texts,
+                    "bos_token_id": eot,
+                    "eos_token_id": eot,
+                    "run.json": data.stamp(self.cfg, metrics=metrics),
+                },
+            )
+
+
+def begin(name: str, cfg: Settings) -> Stage | None:
+    """Check the settings, join the other processes, choose device and threads, look at the output.
+
+    None where the output is there already, made with these settings. UserError for settings that cannot
+    be, and for an output that may not be written.
+    """
+    started = time.time()
+    cli.check(cfg)
+    threads = cli.set_threads(cfg.threads)
+    stage = Stage(name, cfg, distributed.start(cli.pick_device(cfg.device)), threads, started)
+    if data.done(cfg.out, cfg, cfg.again):
+        stage.say(f"{cfg.out} is there already, made with these settings (--again to redo)")
+        return None
+    cfg.check_out()
+    torch.manual_seed(cfg.seed)
+    return stage
