@@ -12,6 +12,7 @@ import mincai.__main__ as pipeline
 import train_pm
 import train_ppo
 import train_sft
+from compare_runs import compare
 from mincai import constitution, critique, feedback
 from mincai.lab import chat, evaluate, plan
 from mincai.plumbing import checkpoint, cli, data
@@ -252,3 +253,20 @@ def test_an_output_made_with_other_settings(fails, stage, run):
 @pytest.mark.parametrize("stage", ["critique", "feedback"])
 def test_a_principle_that_is_not_there(fails, stage):
     assert "is called thefts; targets: " in fails(stage, "--without", "theft,thefts")
+
+
+def test_runs_are_compared_by_their_figures_alone(run, tmp_path):
+    """compare_runs.py: another place and time is the same run; a figure, a row or a weight is not."""
+    shutil.copytree(run[0], tmp_path / "same")
+    stamp = json.loads((tmp_path / "same" / "eval.json").read_text())
+    stamp["config"]["out"], stamp["seconds"] = "elsewhere", 1.0
+    (tmp_path / "same" / "eval.json").write_text(json.dumps(stamp))
+    assert compare(run[0], tmp_path / "same") == []
+    stamp["stages"]["ppo"]["quality"] += 1e-9
+    (tmp_path / "same" / "eval.json").write_text(json.dumps(stamp))
+    (tmp_path / "same" / "comparisons.jsonl").unlink()
+    model = checkpoint.load(tmp_path / "same" / "ppo")
+    model.ln_f.bias.data[0] += 1e-6
+    checkpoint.save(model, tmp_path / "same" / "ppo")
+    assert compare(run[0], tmp_path / "same")[:2] == ["comparisons.jsonl", "eval.json"]
+    assert "ppo/model.safetensors" in compare(run[0], tmp_path / "same")
