@@ -134,7 +134,7 @@ def normalise(pm, sampler, prompts, eot, batch_size, generator):
     return float(scores.mean()), float(std)
 
 
-def step(net, optimizer, batch, lr, cfg, stage) -> dict:
+def step(net, optimizer, batch, lr, cfg, stage, place) -> dict:
     """One optimiser step on a list of pairs, shared among the processes and cut into micro-batches;
     its metrics.
 
@@ -153,7 +153,7 @@ def step(net, optimizer, batch, lr, cfg, stage) -> dict:
         for name, value in found.items():
             metrics[name] += float(value) * share
     metrics = {name: distributed.total(value) for name, value in metrics.items()}
-    return metrics | {"grad_norm": optim.step(optimizer, net, lr)}
+    return metrics | {"grad_norm": optim.step(optimizer, net, lr, place)}
 
 
 def main(cfg: Config) -> dict:
@@ -198,7 +198,8 @@ def main(cfg: Config) -> dict:
     for epoch in range(1, cfg.epochs + 1):
         for batch in data.length_batches(lengths, cfg.batch_size, shuffle):
             lr = optim.learning_rate(cfg.lr, WARMUP, len(log), steps, fall="line")
-            metrics = step(net, optimizer, [train[i] for i in batch], lr, cfg, stage)
+            rows, place = [train[i] for i in batch], f"train_pm, step {len(log) + 1} of {steps}"
+            metrics = step(net, optimizer, rows, lr, cfg, stage, place)
             log.append({"step": len(log) + 1, "epoch": epoch, **metrics, "lr": lr})
             bar.update()
             bar.set_postfix(loss=f"{metrics['loss']:.3f}", accuracy=f"{metrics['accuracy']:.2f}")

@@ -35,7 +35,7 @@ from itertools import islice
 import torch
 from tqdm import tqdm
 
-from mincai import UserError, ppo
+from mincai import Diverged, UserError, ppo
 from mincai.constitution import dialogue
 from mincai.plumbing import cli, distributed, formats
 from mincai.plumbing.cli import arg
@@ -251,8 +251,8 @@ def main(cfg: Config, watch=None) -> dict:
         how = replace(how, train_policy=u > cfg.warmup)
         try:
             metrics = ppo.update(policy_learner, critic_learner, batch, adv, returns, how, order)
-        except UserError as error:
-            raise UserError(f"update {u} of {cfg.updates}, {error}") from None
+        except Diverged as error:
+            raise Diverged(f"train_ppo, update {u} of {cfg.updates}, {error}") from None
         row = {"update": u, **ppo.diagnostics(batch, scores, ended, returns, beta=beta), **metrics}
         row |= {"lr": lr, "critic_lr": critic_lr, "episodes": u * cfg.batch_size}
         row["episodes_per_s"] = cfg.batch_size / (time.time() - tick)

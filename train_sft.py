@@ -143,7 +143,8 @@ def main(cfg: Config) -> dict:
                     (loss * distributed.scale()).backward()
                 loss_sum += float(loss.detach())
             lr = optim.learning_rate(cfg.lr, WARMUP, len(log), steps)
-            norm = optim.step(optimizer, model, lr)
+            place = f"train_sft, step {len(log) + 1} of {steps}"
+            norm = optim.step(optimizer, model, lr, place)
             row = {"step": len(log) + 1, "epoch": epoch, "loss": distributed.total(loss_sum)}
             log.append(row | {"tokens": total, "grad_norm": norm, "lr": lr})
             bar.update()

@@ -8,3 +8,11 @@ DATA = Path(__file__).resolve().parent.parent / "data"  # what is shipped, and w
 
 class UserError(Exception):
     """A mistake that a person can mend: shown as one line on stderr, exit code 2."""
+
+    code = 2
+
+
+class Diverged(UserError):
+    """Numbers went wrong while a stage ran: what was there before it stays, exit code 1."""
+
+    code = 1

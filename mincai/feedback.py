@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mincai import UserError, constitution
+from mincai import Diverged, UserError, constitution
 from mincai.plumbing import data, distributed, formats, output
 from mincai.plumbing.cli import arg, run
 from mincai.plumbing.logprobs import next_logp
@@ -103,6 +103,10 @@ def judge_once(
             written[i] = constitution.clean(tokenizer.decode(ids))
     else:
         logp = next_logp(model, prompts, letters, batch_size)  # (N, 2), like the other
+    if not torch.isfinite(logp).all():
+        raise Diverged(
+            "the judge's log-probs of (A) and (B) are no finite numbers; look at --judge"
+        )
     p = dict(zip(fits, torch.softmax(logp, dim=1)[:, 0].tolist()))
     return [p.get(i) for i in range(len(heads))], written
 

@@ -33,7 +33,7 @@ def entropy(logits):
     0."""
     logp = F.log_softmax(logits.float(), dim=-1)
     p = logp.exp()
-    return -torch.where(p > 0, p * logp, 0.0).sum(-1)  # 0 * log 0 = 0, not NaN
+    return -torch.where(p == 0, 0.0, p * logp).sum(-1)  # 0 * log 0 = 0; a NaN stays one
 
 
 def masked_sum(x, mask):
@@ -141,7 +141,7 @@ def exact_kl(logits, ref_logits):
     logp = F.log_softmax(logits.float(), dim=-1)
     ref_logp = F.log_softmax(ref_logits.float(), dim=-1)
     p = logp.exp()
-    return torch.where(p > 0, p * (logp - ref_logp), 0.0).sum(-1)
+    return torch.where(p == 0, 0.0, p * (logp - ref_logp)).sum(-1)
 
 
 # ---- PPO -------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from mincai import UserError, losses
+from mincai import Diverged, losses
 from mincai.plumbing import distributed
 from mincai.losses import masked_mean
 from mincai.model import attention_mask, positions_of
@@ -127,12 +127,14 @@ def score(batch: Rollout, score_fn, *, stop, missing_eos_penalty):
 
     An answer that was cut off loses missing_eos_penalty: the preference model has read only answers
     that end (Ziegler et al. replace the score by a constant; a subtraction still ranks the cut
-    answers).
+    answers). Diverged where a score is no finite number.
     """
     mine = distributed.share(list(range(len(batch.ids))))
     scores = score_fn(batch.ids[mine], batch.valid[mine], batch.start).float()
     scores = distributed.gather_rows(scores)
     assert scores.shape == batch.ids.shape[:1], f"{tuple(scores.shape)} for {len(batch.ids)} rows"
+    if not torch.isfinite(scores).all():
+        raise Diverged("an answer's score is no finite number; look at the preference model")
     stops = torch.tensor(sorted(stop), device=batch.ids.device)
     ended = (torch.isin(batch.ids[:, batch.start :], stops) & batch.mask).any(1)  # (B,)
     return scores - missing_eos_penalty * (~ended).float(), ended
@@ -184,7 +186,7 @@ def update(
     its own rows of every minibatch, and the gradients add up.
 
     ratios_beyond counts the tokens, of all minibatches, whose log-ratio is outside +-losses.LIMIT.
-    UserError, and no step, where they are more than MOST_BEYOND of a minibatch, or where a loss or
+    Diverged, and no step, where they are more than MOST_BEYOND of a minibatch, or where a loss or
     a gradient is no finite number.
     """
     B, rank, world = len(batch.ids), distributed.rank(), distributed.world()
@@ -209,7 +211,7 @@ def update(
             largest.append({name: max(part[name] for part in extremes) for name in extremes[0]})
             place = f"minibatch {len(steps)} of {how.epochs * how.minibatches}"
             if step["ratios_beyond"] > MOST_BEYOND * total:
-                raise UserError(
+                raise Diverged(
                     f"{place}: {step['ratios_beyond']:.0f} of its {int(total)} tokens are more than "
                     f"e^{losses.LIMIT:g} times likelier, or less likely, than when they were sampled: the "
                     f"policy has run away; lower --lr or --epochs, or raise --beta"
@@ -236,9 +238,9 @@ def update(
 
 
 def _check_finite(number, name, flags):
-    """UserError for an infinity or a NaN, before a step carries it into the weights."""
+    """Diverged for an infinity or a NaN, before a step carries it into the weights."""
     if not math.isfinite(number):
-        raise UserError(f"{name} is {number}; look at the scores and lower {flags}")
+        raise Diverged(f"{name} is {number}; look at the scores and lower {flags}")
 
 
 class Part:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from mincai import UserError
+from mincai import Diverged, UserError
 from mincai.losses import gather_logp
 from mincai.model import GPT, KVCache, attention_mask, positions_of
 
@@ -92,7 +92,7 @@ def pick(logits, uniform, temperature):
     # greater than 0
     point = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
     ids = torch.searchsorted(cdf, point, right=True).squeeze(1)  # (B,)
-    # Beyond the last only if the logits are NaN: then logp says so
+    # Beyond the last only if the logits are NaN: then logp says so, and `generate`
     ids = ids.clamp(max=logits.shape[-1] - 1)
     return ids, gather_logp(logits, ids)
 
@@ -153,6 +153,11 @@ def generate(
     mask = stops.cumsum(1) - stops == 0  # no stop token before this one
     R = int(mask.sum(1).max())
     ids, mask, logp = ids[:, :R], mask[:, :R], logp[:, :R]
+    if not torch.isfinite(logp[mask]).all():
+        raise Diverged(
+            "the model's log-probs are no finite numbers: its weights hold NaN, or the temperature is too "
+            "near to 0; look at the run that made it"
+        )
     return Samples(ids.masked_fill(~mask, 0), mask, logp.masked_fill(~mask, 0.0), after)
 
 

@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from mincai import Diverged
+
 WEIGHT_DECAY = 0.01  # on matrices alone
 MAX_NORM = 1.0  # the largest norm of a gradient
 
@@ -35,11 +37,14 @@ def learning_rate(highest: float, warmup: float, step: int, steps: int, fall: st
     return highest * (0.5 * (1 + math.cos(math.pi * gone)) if fall == "cosine" else 1 - gone)
 
 
-def step(optimizer, model, lr: float) -> float:
-    """One step at this rate, the gradient cut to MAX_NORM and then forgotten; returns its norm before that."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+def step(optimizer, model, lr: float, place: str) -> float:
+    """One step at this rate, the gradient cut to MAX_NORM and then forgotten; its norm before that.
+    Diverged, and no step, where that is no finite number. place: of the step, for the message."""
+    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM))
+    if not math.isfinite(norm):  # cut to its length it would be NaN, in every weight
+        raise Diverged(f"{place}: the gradient's norm is {norm}; lower --lr, or look at the rows")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return float(norm)
+    return norm
