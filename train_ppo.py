@@ -205,6 +205,8 @@ def main(cfg: Config, watch=None) -> dict:
         f"{len(harmful)} harmful and {len(benign)} other prompts, {dropped} too long; {cfg.updates} updates of "
         f"{cfg.batch_size} answers on {stage.device}"
     )
+    if dropped > len(harmful + benign):
+        stage.warn("most prompts are too long for the model; lower --max-new, or give shorter ones")
     turns = shuffled(harmful, order), shuffled(benign, order)
     beta, log, shown, same = cfg.beta, [], [], same_prompts(cfg, harmful, benign)
 

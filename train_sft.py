@@ -113,6 +113,9 @@ def main(cfg: Config) -> dict:
         f"{len(train)} rows to train on, {len(held)} held out, {told}; {steps} steps on {stage.device}"
     )
 
+    if dropped["too long"] > len(rows):
+        stage.warn("most answers are too long for the model, and what is left may be a poor choice")
+
     mine = math.ceil(cfg.batch_size / distributed.world())
     sizes = dict(batch=min(mine, cfg.micro_batch or mine), length=max(lengths))
     stage.plan_memory("sft", config, "--micro-batch", **sizes)

@@ -186,6 +186,12 @@ def critique_rounds(writer, items, principles, rng) -> Counter:
 KEPT = {"setting": None, "kind": None, "category": "", "attack": "", "action": ""}
 
 
+# What to do where most revisions come to nothing for one of these reasons
+LONGER, OTHER = "raise --max-new", "the model may not know the form: give it examples (--fewshot)"
+WANTING = {"critique cut off": LONGER, "cut off": LONGER, "no room": "lower --max-new"}
+WANTING |= dict.fromkeys(("critique empty", "empty", "not an answer"), OTHER)
+
+
 def main(cfg: Config) -> dict:
     stage = begin("critique", cfg)
     if stage is None:
@@ -236,6 +242,11 @@ def main(cfg: Config) -> dict:
         f"prompts revised; outcomes {dict(outcomes)}{told}; {stage.seconds():.0f} s on {stage.threads} "
         f"threads -> {cfg.out}"
     )
+    for why, count in outcomes.items():
+        if why in WANTING and 2 * count > sum(outcomes.values()):
+            stage.warn(
+                f"most revisions came to nothing, {count} for this reason: {why}; {WANTING[why]}"
+            )
     distributed.barrier()  # the next stage reads what the first process wrote
     return {"items": len(items), "harmful": len(harmful), "changed": changed, **outcomes}
 

@@ -100,6 +100,8 @@ def warnings(log: list[dict], gap: float = 1e-3) -> list[str]:
     if row["ratios_beyond"]:
         lines.append(f"{row['ratios_beyond']} tokens became e^20 times likelier or less likely within "
                      f"one update; lower --lr")
+    if not row["score_std"] > 1e-6:
+        lines.append("all answers have the same score: there is nothing to learn from; look at the preference model")
     if not row["kl_exact"] <= MOST_KL:
         lines.append(f"KL to the reference is {row['kl_exact']:.1f} nats an answer: the policy leaves "
                      f"what the preference model can judge; raise --beta or lower --lr")

@@ -177,3 +177,12 @@ def test_prompts_of_one_s_own_with_unread_words_are_warned_of_once(tiny_base, tm
                                   device="cpu", threads=1))
     warning = f"1 of 2 prompts have words that {tiny_base} has never read: rent flat;"
     assert capsys.readouterr().err.count(warning) == 1
+
+
+@pytest.mark.parametrize("cut, told", [(True, "for this reason: cut off; raise --max-new"), (False, "")])
+def test_a_reason_that_most_revisions_fail_for_is_told(script, cfg, capsys, cut, told):
+    step = iter(range(100))
+    script(lambda prompt: f"text {next(step)}" + ("..." if cut and prompt.endswith("Revision:") else ""))
+    critique.main(cfg)
+    shown = capsys.readouterr().out
+    assert ("WARNING" in shown) == cut and told in shown

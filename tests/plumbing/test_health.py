@@ -6,7 +6,7 @@ import pytest
 
 from mincai.plumbing.health import nothing_learnt, warnings
 
-WELL = {"score": 0.0, "kl": 0.5, "kl_k3": 0.5, "kl_exact": 0.5, "sampling_gap": 1e-5,
+WELL = {"score": 0.0, "score_std": 1.0, "kl": 0.5, "kl_k3": 0.5, "kl_exact": 0.5, "sampling_gap": 1e-5,
         "first_ratio_error": 0.0, "ratios_beyond": 0, "entropy": 1.0}
 NAN = math.nan
 
@@ -22,6 +22,7 @@ def test_a_healthy_run_is_not_warned_of():
 
 
 @pytest.mark.parametrize("change, told", [
+    ({"score_std": 0.0}, "all answers have the same score"), ({"score_std": NAN}, "the same score"),
     ({"kl_exact": 15.5}, "KL to the reference is 15.5 nats an answer"),
     ({"kl_exact": NAN}, "KL to the reference is nan nats an answer"),
     ({"entropy": 0.09}, "entropy fell from 1.000 to 0.090"),
