@@ -11,7 +11,6 @@ attention and takes no positions. Shapes: B rows, P prompt columns, R answer col
 columns (P + max_new), V vocabulary.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +19,7 @@ from tqdm import tqdm
 from mincai import Diverged, UserError
 from mincai.losses import gather_logp
 from mincai.model import GPT, KVCache, attention_mask, positions_of
+from mincai.plumbing import workers
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,6 @@ def generate(
     temperature=1.0,
     generator=None,
     n=1,
-    progress=None,
     uniforms=None,
     then=(),
 ) -> Samples:
@@ -123,15 +122,14 @@ def generate(
     `stop`.
 
     Rows are prompt-major: the n answers to prompt 0 first. Each prompt is read once and its cache
-    repeated. progress: called with the number of rows that have just finished. uniforms (B,
-    max_new): the random numbers to use instead of drawing them. then: tokens to read after each
+    repeated. uniforms (B, max_new): the random numbers to use instead of drawing them. then: tokens to read after each
     answer, in its stop token's place (an answer without one stays whole); `after` are the logits
     that follow, from the same cache, without reading the row again. Raises UserError when a prompt,
     max_new and `then` do not fit into the model's positions together.
     """
     assert max_new > 0 and n > 0 and temperature >= 0, (max_new, n, temperature)
     check_room(model, [len(p) for p in prompts], max_new + len(then))
-    device, progress = model.device, progress or (lambda rows: None)
+    device = model.device
     ids, valid = left_pad(prompts, device)  # (B / n, P)
     cache = KVCache(model.config, len(ids), ids.shape[1] + max_new, device, cache_dtype(model))
     hidden = model(ids, positions_of(valid), attention_mask(valid), cache)
@@ -147,7 +145,7 @@ def generate(
     stop = torch.tensor(sorted(stop), dtype=torch.long, device=device)
     decode = _decode_graph if device.type == "cuda" else _decode_eager
     then = torch.tensor(then, dtype=torch.long, device=device)
-    drawing = Drawing(model, cache, valid, uniforms, stop, temperature, progress, then)
+    drawing = Drawing(model, cache, valid, uniforms, stop, temperature, then)
     ids, logp, after = decode(drawing, logits)
     stops = _is_stop(ids, stop).long()
     mask = stops.cumsum(1) - stops == 0  # no stop token before this one
@@ -171,7 +169,6 @@ class Drawing:
     uniforms: torch.Tensor  # (B, max_new)
     stop: torch.Tensor  # (number of stop tokens,) long
     temperature: float
-    progress: Callable
     then: torch.Tensor  # (K,) long, to read after each answer; K may be 0
 
     def nothing(self):
@@ -204,9 +201,8 @@ def _decode_eager(d: Drawing, logits):
     for t in range(max_new):
         token, logp = pick(logits, d.uniforms[rows, t], d.temperature)
         out_ids[rows, t], out_logp[rows, t] = token, logp
-        before, finished = finished, finished | _is_stop(token, d.stop)
+        finished = finished | _is_stop(token, d.stop)
         done = int(finished.sum())
-        d.progress(done - int(before.sum()) if t < max_new - 1 else int((~before).sum()))
         if done == len(rows) or t == max_new - 1 and after is None:
             break
         if 4 * done >= len(rows):  # copying the cache costs, carrying finished rows costs more
@@ -274,16 +270,10 @@ def _decode_graph(d: Drawing, logits):
             with torch.cuda.graph(graph, capture_error_mode="thread_local"), auto:
                 step()  # recorded, not run
             advance = graph.replay
-    told = 0
     for t in range(warm, max_new):
         advance()
-        if t % 16 == 15:
-            done = int(finished.sum())
-            d.progress(done - told)
-            told = done
-            if done == B:
-                break
-    d.progress(B - told)
+        if t % 16 == 15 and finished.all():
+            break
     if not len(d.then):
         return out_ids, out_logp, None
     before_stop = _is_stop(out_ids, d.stop).cumsum(1) == 0  # (B, max_new)
@@ -305,15 +295,21 @@ def generate_batched(
     uniforms = torch.zeros(len(prompts) * n, max_new)
     if temperature > 0:
         uniforms = torch.rand(len(prompts) * n, max_new, generator=generator, device=where)
-    answers = [None] * len(uniforms)
+    answers, parts = (
+        [None] * len(uniforms),
+        chunks([len(p) for p in prompts], max(1, batch_size // n)),
+    )
+
+    def write(chunk):
+        places = [i * n + k for i in chunk for k in range(n)]
+        some, how = [prompts[i] for i in chunk], dict(n=n, uniforms=uniforms[places])
+        return places, generate(model, some, max_new, stop, temperature, **how).lists()
+
     with tqdm(total=len(answers), desc=desc, disable=desc is None, unit="sample") as bar:
-        for chunk in chunks([len(p) for p in prompts], max(1, batch_size // n)):
-            places = [i * n + k for i in chunk for k in range(n)]
-            some = [prompts[i] for i in chunk]
-            how = dict(n=n, progress=bar.update, uniforms=uniforms[places])
-            samples = generate(model, some, max_new, stop, temperature, **how)
-            for place, answer in zip(places, samples.lists()):
+        for places, written in workers.spread(write, parts, workers.number(model)):
+            for place, answer in zip(places, written):
                 answers[place] = answer
+            bar.update(len(places))
     return answers
 
 
@@ -322,14 +318,20 @@ def generate_then(model: GPT, prompts, max_new: int, stop, batch_size, then, of,
     lists, log-probs (N, len(of)) float32 on the CPU of the tokens `of`, after answer and
     `then`)."""
     answers, after = [None] * len(prompts), torch.empty(len(prompts), len(of))
+
+    def write(chunk):
+        some, uniforms = [prompts[i] for i in chunk], torch.zeros(len(chunk), max_new)
+        samples = generate(model, some, max_new, stop, 0.0, uniforms=uniforms, then=then)
+        logp = torch.log_softmax(samples.after, dim=-1)[:, of]
+        return chunk, samples.lists(), logp.cpu().numpy()
+
     with tqdm(total=len(answers), desc=desc, disable=desc is None, unit="sample") as bar:
-        for chunk in chunks([len(p) for p in prompts], batch_size):
-            some, uniforms = [prompts[i] for i in chunk], torch.zeros(len(chunk), max_new)
-            how = dict(progress=bar.update, uniforms=uniforms, then=then)
-            samples = generate(model, some, max_new, stop, 0.0, **how)
-            for place, answer in zip(chunk, samples.lists()):
+        parts = chunks([len(p) for p in prompts], batch_size)
+        for places, written, logp in workers.spread(write, parts, workers.number(model)):
+            for place, answer in zip(places, written):
                 answers[place] = answer
-            after[chunk] = torch.log_softmax(samples.after, dim=-1)[:, of].cpu()
+            after[places] = torch.from_numpy(logp)
+            bar.update(len(places))
     return answers, after
 
 

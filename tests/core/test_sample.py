@@ -171,15 +171,6 @@ def test_cuda_graph_equals_the_cpu(tiny_gpt, seeded):
     assert_close(gpu.logp.cpu(), cpu.logp, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("decode", ["_decode_eager", "_decode_graph"])
-def test_progress_counts_every_row_once(tiny_gpt, seeded, monkeypatch, decode):
-    monkeypatch.setattr(sample, "_decode_eager", getattr(sample, decode))
-    for max_new in (1, 5, 40):
-        counts = []
-        generate(tiny_gpt, PROMPTS, max_new, STOP, generator=seeded(0), n=5, progress=counts.append)
-        assert sum(counts) == 15 and min(counts) >= 0
-
-
 @pytest.mark.parametrize("n", [1, 3])
 def test_what_is_sampled_does_not_depend_on_the_batch(tiny_gpt, n):
     """Nor on which prompts share one: each row has its own random numbers."""
