@@ -25,7 +25,7 @@ test: $(VENV)/.installed-dev
 # cost hours.
 clean:
 	rm -rf .venv .pytest_cache *.egg-info
-	find mincai tests . -maxdepth 1 -name __pycache__ -exec rm -rf {} +
+	find mincai tests . -maxdepth 2 -name __pycache__ -not -path "./.venv/*" -exec rm -rf {} +
 
 # The environment itself: made if it is not there. An interpreter is its own stamp.
 $(VENV)/bin/python:

@@ -41,10 +41,7 @@ from mincai.sample import generate_batched
 
 WARMUP = 0.05  # part of the steps in which the learning rate rises, before a line to 0
 HOLDOUT = 0.1  # part of the prompts kept out of training to measure on
-NORMALISED, ANSWER = (
-    256,
-    96,
-)  # fresh answers that the scores are scaled on, and tokens of each at most
+NORMALISED, ANSWER = 256, 96  # fresh answers to scale scores on, and their tokens at most
 
 
 @dataclass(frozen=True)
@@ -87,9 +84,8 @@ def read_pairs(path, tokenizer, limit):
         if row["a_ids"] == row["b_ids"]:
             dropped["equal answers"] += 1  # the scores cancel: nothing to learn
         elif len(prompt) + max(len(row["a_ids"]), len(row["b_ids"])) > limit:
-            dropped["too long"] += (
-                1  # cutting the end would move the score off the token it is read at
-            )
+            # Cutting the end would move the score off the token it is read at
+            dropped["too long"] += 1
         else:
             a, b = data.compact(prompt + row["a_ids"]), data.compact(prompt + row["b_ids"])
             pairs.append(Pair(text, a, b, len(prompt), float(row["p_a"])))
@@ -117,7 +113,8 @@ def some_prompts(cfg, pairs, tokenizer, limit):
 
 def normalise(pm, sampler, prompts, eot, batch_size, generator):
     """Set gain and shift so that fresh answers of `sampler`, one to each prompt at temperature 1 as
-    PPO will draw them, score 0 on average with standard deviation 1. Returns both as they were."""
+    PPO will draw them, score 0 on average with standard deviation 1. Returns mean and deviation as
+    they were."""
     pm.gain.fill_(1.0)
     pm.shift.fill_(0.0)
     room = min(ANSWER, sampler.config.block_size // 2)

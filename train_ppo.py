@@ -42,10 +42,8 @@ from mincai.plumbing.cli import arg
 from mincai.plumbing.health import examples, nothing_learnt, show_samples, warnings
 from mincai.plumbing.stage import Settings, begin
 
-GAMMA, LAM = (
-    1.0,
-    0.95,
-)  # discount of later rewards; GAE's lambda: 1 trusts sampled rewards, 0 the critic
+GAMMA = 1.0  # discount of later rewards
+LAM = 0.95  # GAE's lambda: 1 trusts sampled rewards, 0 the critic
 MISSING_EOS = 1.0  # taken from the score of an answer that does not end by itself
 KL_HORIZON = 10_000  # answers over which beta is steered to --kl-target
 PRINT_EVERY = 4  # updates between printed samples, or a thirtieth of all
@@ -199,7 +197,12 @@ def main(cfg: Config, watch=None) -> dict:
     nets = policy_learner.net, ref, critic_learner.net
     settings = dict(max_new=cfg.max_new, stop=stop, micro_batch=micro_batch)
     how = ppo.Steps(
-        cfg.epochs, cfg.minibatches, micro_batch, cfg.clip, cfg.clip, precision=stage.precision
+        cfg.epochs,
+        cfg.minibatches,
+        micro_batch,
+        clip=cfg.clip,
+        value_clip=cfg.clip,
+        precision=stage.precision,
     )
     stage.say(
         f"{len(harmful)} harmful and {len(benign)} other prompts, {dropped} too long; {cfg.updates} updates of "

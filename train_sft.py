@@ -68,12 +68,9 @@ def read(cfg, tokenizer, limit) -> tuple[list, Counter]:
         prompt, answers = tokenizer.encode(text), answers_of(row, cfg.learn)
         dropped["never revised"] += not answers
         for said in answers:
-            answer = tokenizer.encode(" " + said) + [
-                tokenizer.eot
-            ]  # who sees no end never learns to stop
-            if (
-                len(prompt) + len(answer) > limit + 1
-            ):  # + 1: the last token is a target and never an input
+            # Who sees no end never learns to stop
+            answer = [*tokenizer.encode(" " + said), tokenizer.eot]
+            if len(prompt) + len(answer) - 1 > limit:  # the last token is a target, never an input
                 dropped["too long"] += 1
             else:
                 kept.append((text, prompt, answer))

@@ -25,7 +25,7 @@ if str(ROOT) not in sys.path:  # the three training scripts stand at the top lev
 import train_pm  # noqa: E402
 import train_ppo  # noqa: E402
 import train_sft  # noqa: E402
-from mincai import UserError, critique, feedback  # noqa: E402
+from mincai import UserError, constitution, critique, feedback  # noqa: E402
 from mincai.lab import assess, english, evaluate, measure, plan  # noqa: E402
 from mincai.plumbing import cli, distributed, formats  # noqa: E402
 from mincai.plumbing.cli import arg  # noqa: E402
@@ -38,13 +38,12 @@ from mincai.tinyworld import pretrain  # noqa: E402
 @dataclass(frozen=True)
 class Config:
     preset: str = arg("tiny", "which settings", choices=tuple(PRESETS))
-    out: str = arg("", "the run folder (default: runs/ and the preset's name)")
-    base: str = arg(
-        "", "the pretrained model: a folder, or gpt2 and its sizes (default: the preset's)"
-    )
+    out: str = arg("", "the run folder; none: runs/ and the preset's name")
+    base: str = arg("", "the pretrained model: a folder, or gpt2 and its sizes none: the preset's")
     prompts: str = arg(
         "", "folder with prompts.jsonl and prompts_eval.jsonl, or FILE,benign:FILE to train on"
     )
+    constitution: str = arg("", "file of principles; none: those that are shipped")
     without: str = arg("", "leave out these principle ids or targets, commas between")
     scale: float = arg(1.0, "share of prompts and updates; small for a quick look", least=1e-6)
     seed: int = arg(0, "seed of everything")
@@ -94,14 +93,17 @@ def stages(cfg: Config) -> list[tuple[str, object, object]]:
         add("write the prompts", english, preset.write, seed=0, **where)
     if preset.world and not cfg.base:
         add("pretrain the base", pretrain, preset.world, out=base, seed=0, again=False)
-    drawn = dict(prompts=train_on, without=cfg.without)
+    principles = dict(constitution=cfg.constitution or str(constitution.PATH))
+    drawn = dict(prompts=train_on, without=cfg.without, **principles)
     add("critique and revise", critique, preset.critique, model=base, out=revisions, **drawn)
     add("fine-tune on revisions", train_sft, preset.sft, model=base, data=(revisions,), out=sft)
     add("AI feedback", feedback, preset.feedback, model=sft, judge=base, out=comparisons, **drawn)
     scaled_on = dict(pairs=(comparisons,), prompts=train_on)
     add("preference model", train_pm, preset.pm, model=sft, out=pm, **scaled_on)
     add("PPO", train_ppo, preset.ppo, model=sft, pm=pm, prompts=train_on, out=str(out / "ppo"))
-    held_out = dict(base=base, prompts=str(folder / "prompts_eval.jsonl"), out=str(out))
+    held_out = dict(
+        base=base, prompts=str(folder / "prompts_eval.jsonl"), out=str(out), **principles
+    )
     add("evaluate", assess if preset.english else evaluate, preset.evaluate, **held_out)
     return todo
 

@@ -3,11 +3,11 @@ drawn principles.
 
     python -m mincai.critique --out runs/tiny/revisions.jsonl
 
-The base model answers adversarial and ordinary prompts, several times each, at temperature 1. In
-every round a principle is drawn, the model writes a critique of the answer that stands and then a
-revision; a round starts from a fresh conversation, so context does not pile up (Bai et al. 2022,
-2212.08073, section 3.1). A revision may say that the answer stands. Nothing here judges but the
-model. Every original, critique and revision is kept in the output.
+The base model answers adversarial prompts, --responses times each, and ordinary ones at temperature
+1. In every round a principle is drawn, the model writes a critique of the answer that stands and
+then a revision; a round starts from a fresh conversation, so context does not pile up (Bai et al.
+2022, 2212.08073, section 3.1). A revision may say that the answer stands. Nothing here judges but
+the model. Every original, critique and revision is kept in the output.
 """
 
 import random
@@ -24,9 +24,8 @@ from mincai.plumbing.planner import Planner, load_shots
 from mincai.plumbing.stage import Settings, begin
 from mincai.sample import generate_batched
 
-AIM = (
-    0.6  # share of draws from principles on the prompt's own category, or if it has none on these:
-)
+# Share of draws from principles on the prompt's own category; on ORDINARY, if it has none
+AIM = 0.6
 ORDINARY = ("help", "reasons")  # an ordinary answer should help, and say why
 
 
@@ -158,9 +157,9 @@ def critique_rounds(writer, items, principles, rng) -> Counter:
         for item in items:
             targets = (item["category"],) if item["category"] else ORDINARY
             principle = constitution.draw(principles, targets, AIM, rng)
-            asked = principle.asks("critique", full)
+            said = principle.asks("critique", full)
             drawn.append(principle)
-            reviews.append(constitution.review(item["conversation"], item["revision"], asked))
+            reviews.append(constitution.review(item["conversation"], item["revision"], said))
         requests = [principle.revision if full else "" for principle in drawn]
         if cfg.direct:
             critiques = [[]] * len(items), [""] * len(items)
@@ -204,7 +203,7 @@ def main(cfg: Config) -> dict:
     rows = formats.loop_prompts(cfg.prompts)
     (folder,), tokenizer, (config,) = stage.open(cfg.model)
     sizes = dict(batch=cfg.batch_size, length=config.block_size)
-    stage.plan_memory("sample", config, "--batch-size or --max-new", **sizes)
+    stage.plan_memory("sample", config, "--batch-size", **sizes)
     formats.warn_unread(rows, tokenizer, cfg.model)
     planner = Planner(tokenizer, config.block_size, load_shots(cfg.fewshot, every))
     writer = Writer(stage.load(folder), planner, cfg, generator)

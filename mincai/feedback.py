@@ -287,7 +287,7 @@ def main(cfg: Config) -> dict:
     rows = harmful + data.choose(rows, "benign", cfg.helpful, rng)
     folders, tokenizer, (config, _) = stage.open(cfg.judge, cfg.model)
     sizes = dict(batch=cfg.batch_size, length=config.block_size, models=2, reads_on=cfg.reasons)
-    stage.plan_memory("sample", config, "--batch-size or --max-new", **sizes)
+    stage.plan_memory("sample", config, "--batch-size", **sizes)
     formats.warn_unread(rows, tokenizer, cfg.model)
     judging, model = map(stage.load, folders)
     planner = Planner(tokenizer, config.block_size, load_shots(cfg.fewshot, every, cfg.reasons))

@@ -166,9 +166,8 @@ def token_rewards(score, logp, ref_logp, mask, beta):
     token itself, which is an action like any other; 0 outside the mask.
     """
     reward = torch.where(mask, -beta * kl_k1(logp, ref_logp), 0.0)  # (B, R)
-    last = mask & (
-        mask.cumsum(1) == mask.sum(1, keepdim=True)
-    )  # True once in each row that has a token
+    # True once in each row that has a token
+    last = mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))
     return reward + torch.where(last, score[:, None], 0.0)
 
 
@@ -223,9 +222,8 @@ def value_loss(values, old_values, returns, mask, clip, total=None):
     """
     total = mask.sum().clamp(min=1) if total is None else total
     values, old_values, returns = (torch.where(mask, x, 0.0) for x in (values, old_values, returns))
-    held = values.clamp(
-        old_values - clip, old_values + clip
-    )  # the value itself, to the bit, where it is near
+    # The value itself, to the bit, where it is near
+    held = values.clamp(old_values - clip, old_values + clip)
     plain, clipped = (values - returns) ** 2, (held - returns) ** 2
     loss = 0.5 * masked_sum(torch.maximum(plain, clipped), mask) / total
     with torch.no_grad():

@@ -71,9 +71,8 @@ class Attention(nn.Module):
                 cache.v[layer, :, :, cache.seen : end] = v
                 k, v = cache.k[layer, :, :, :end], cache.v[layer, :, :, :end]  # (B, nh, S, hs)
             else:  # captured in a CUDA graph: nothing may depend on a Python number that changes
-                cache.k[layer].index_copy_(
-                    2, columns, k.to(cache.k.dtype)
-                )  # autocast may have changed it
+                # Autocast may have changed their type
+                cache.k[layer].index_copy_(2, columns, k.to(cache.k.dtype))
                 cache.v[layer].index_copy_(2, columns, v.to(cache.v.dtype))
                 k, v = cache.k[layer], cache.v[layer]
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
@@ -119,9 +118,8 @@ class GPT(nn.Module):
         )
         self.apply(self._init)
         for name, p in self.named_parameters():
-            if name.endswith(
-                "c_proj.weight"
-            ):  # scaled by 1/sqrt(residual layers): GPT-2, section 2.3
+            # Scaled by 1/sqrt(residual layers): GPT-2, section 2.3
+            if name.endswith("c_proj.weight"):
                 p.data /= (2 * config.n_layer) ** 0.5
 
     def _init(self, module):
@@ -191,9 +189,8 @@ class ScalarModel(nn.Module):
         super().__init__()
         self.gpt = gpt
         if gpt.lm_head is not None:
-            gpt.lm_head.requires_grad_(
-                False
-            )  # nothing reads it; several processes would wait for its gradient
+            # Nothing reads it; several processes would wait for its gradient
+            gpt.lm_head.requires_grad_(False)
         self.score = nn.Linear(gpt.config.n_embd, 1)
         # Stiennon et al. 2020, their code
         nn.init.normal_(self.score.weight, std=(gpt.config.n_embd + 1) ** -0.5)
@@ -204,9 +201,8 @@ class ScalarModel(nn.Module):
     def forward(self, ids, positions=None, mask=None):
         """Token ids (B, T) to numbers (B, T), float32; positions and mask as in GPT.forward."""
         hidden = self.gpt(ids, positions, mask)
-        with torch.autocast(
-            hidden.device.type, enabled=False
-        ):  # rewards and values are differences too
+        # Rewards and values are differences too
+        with torch.autocast(hidden.device.type, enabled=False):
             values = self.score(hidden.to(self.score.weight.dtype)).squeeze(-1)
         return values * self.gain + self.shift
 

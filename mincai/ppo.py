@@ -28,19 +28,19 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 from mincai import Diverged, losses
-from mincai.plumbing import distributed
+from mincai.plumbing import distributed, workers
 from mincai.losses import masked_mean
 from mincai.model import attention_mask, positions_of
 from mincai.sample import generate, left_pad
 
-MOST_BEYOND = (
-    0.01  # of a minibatch's tokens; one in a hundred is no rare event, and nothing useful is learnt
-)
+# Of a minibatch's tokens: one in a hundred is no rare event, and nothing useful is learnt
+MOST_BEYOND = 0.01
 
 
 @dataclass(frozen=True)
@@ -95,11 +95,16 @@ def rollout(policy, ref, critic, prompts, *, max_new, stop, micro_batch, generat
     start, parts = prompt_ids.shape[1], []
     for i in range(0, len(ids), micro_batch):
         mb = ids[i : i + micro_batch], valid[i : i + micro_batch], start
-        logits, ref_logits = response_logits(policy, *mb), response_logits(ref, *mb)
+        logits, ref_logits, values = workers.beside(
+            sampler,
+            partial(response_logits, policy, *mb),
+            partial(response_logits, ref, *mb),
+            partial(response_values, critic, *mb),
+        )
         actions = mb[0][:, start:]
         logps = losses.gather_logp(logits, actions), losses.gather_logp(ref_logits, actions)
         more = losses.entropy(logits), losses.exact_kl(logits, ref_logits)
-        parts.append((*logps, response_values(critic, *mb), *more))
+        parts.append((*logps, values, *more))
     logp, ref_logp, values, entropy, kl = (torch.cat(part) for part in zip(*parts))  # (B, R) each
     gap = torch.where(mask, sampled_logp - logp, 0.0).abs().max()
     rows = map(distributed.gather_rows, (ids, valid, mask, logp, ref_logp, values, entropy, kl))
@@ -201,8 +206,11 @@ def update(
             slices = rows[rank::world].split(how.micro_batch)
             for k, mb_rows in enumerate(slices):
                 part = Part(batch, mb_rows, total, last=k == len(slices) - 1)
-                vf = _add_value_gradient(critic.net, part, returns, how)
-                pg, extremes = _add_policy_gradient(policy.net, part, adv, how)
+                vf, (pg, extremes) = workers.beside(
+                    distributed.bare(policy.net),
+                    partial(_add_value_gradient, critic.net, part, returns, how),
+                    partial(_add_policy_gradient, policy.net, part, adv, how),
+                )
                 parts.append((vf | pg, extremes))
             parts = distributed.merge(parts)
             sums, extremes = ([part[i] for part in parts] for i in (0, 1))

@@ -30,7 +30,7 @@ class Samples:
     mask: torch.Tensor  # (B, R) bool, True up to and including the stop token
     logp: torch.Tensor  # (B, R) float32, of the distribution that was sampled
     after: torch.Tensor | None = (
-        None  # (B, V) float32, logits after answer and `then`, where that was asked for
+        None  # (B, V) float32, logits after answer and `then`, if asked for
     )
 
     def lists(self) -> list[list[int]]:
@@ -122,10 +122,11 @@ def generate(
     `stop`.
 
     Rows are prompt-major: the n answers to prompt 0 first. Each prompt is read once and its cache
-    repeated. uniforms (B, max_new): the random numbers to use instead of drawing them. then: tokens to read after each
-    answer, in its stop token's place (an answer without one stays whole); `after` are the logits
-    that follow, from the same cache, without reading the row again. Raises UserError when a prompt,
-    max_new and `then` do not fit into the model's positions together.
+    repeated. uniforms (B, max_new): the random numbers to use instead of drawing them. then: tokens
+    to read after each answer, in its stop token's place (an answer without one stays whole);
+    `after` are the logits that follow, from the same cache, without reading the row again. Raises
+    UserError when a prompt, max_new and `then` do not fit into the model's positions together, and
+    Diverged for log-probs that are no finite numbers.
     """
     assert max_new > 0 and n > 0 and temperature >= 0, (max_new, n, temperature)
     check_room(model, [len(p) for p in prompts], max_new + len(then))

@@ -1,32 +1,64 @@
-"""Several CPU cores for a small model: chunks of rows go to forked processes of one thread each.
+"""Several CPU cores for a small model: its work is dealt out in pieces, each to one thread.
 
-On matrices as small as the tiny model's two threads wait for each other longer than they work, the
-more so where something else uses a core. A chunk is computed alike in any process, so what comes of
-it does not depend on how many there are.
+On matrices as small as the tiny model's two threads of one product wait for each other longer than
+they work, the more so where something else uses a core. So PyTorch gets one thread, chunks of rows
+that are only read go to forked processes (`spread`), and networks that learn or score side by side
+to threads of their own (`beside`). A piece is computed alike wherever it is: what comes of it does
+not depend on the number of cores.
 """
 
 import multiprocessing
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from mincai.plumbing import distributed
 
 SMALL = 256  # channels; wider models have matrices that threads can share
+_cores = 1
+
+
+def use(cores: int) -> None:
+    """Let small models use this many cores from now on, as torch.set_num_threads does for others."""
+    global _cores
+    _cores = cores
+    torch.set_num_threads(1)
+
+
+def fit(model) -> None:
+    """One thread for PyTorch if this model is a small one, else as many as there are cores to use."""
+    small = model.device.type == "cpu" and model.config.n_embd <= SMALL
+    torch.set_num_threads(1 if small else _cores)
 
 
 def number(model) -> int:
-    """How many processes to use for this model: as many as PyTorch has threads, where that is wise."""
+    """How many pieces of this model's work may go on at once."""
     small = model.device.type == "cpu" and model.config.n_embd <= SMALL
-    alone = distributed.world() == 1 and "fork" in multiprocessing.get_all_start_methods()
-    return torch.get_num_threads() if small and alone else 1
+    return _cores if small and distributed.world() == 1 else 1
+
+
+def beside(model, *tasks) -> list:
+    """What each of these functions gives, called at once if cores are there. They share memory, and
+    none may change what another uses."""
+    if number(model) < 2:
+        return [task() for task in tasks]
+    # autocast and no_grad are each thread's own
+    grad, on = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
+
+    def call(task):
+        with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16, enabled=on):
+            return task()
+
+    with ThreadPoolExecutor(len(tasks)) as pool:
+        return list(pool.map(call, tasks))
 
 
 def spread(work, chunks: list, processes: int):
     """work(chunk) of every chunk, in their order. work is called in other processes, and has to give
     what can be pickled, no tensor. What it raises is raised here."""
     processes = min(processes, len(chunks))
-    if processes < 2:
+    if processes < 2 or "fork" not in multiprocessing.get_all_start_methods():
         yield from map(work, chunks)
         return
     context = multiprocessing.get_context("fork")  # work and all that it holds are inherited

@@ -8,8 +8,8 @@ goes with the verb, a place that goes with the object): nothing dangerous is spe
 whether help was right can be checked.
 
 The base model's pretraining text is written from this file (corpus.py), as people wrote the web.
-After that it is used for grading in evaluation, and by nothing that trains: a test checks the
-imports.
+After that it grades, in evaluation and beside PPO, and labels for simulated people in a control.
+Nothing that trains can reach it: a test checks the imports.
 """
 
 import random

@@ -1,7 +1,7 @@
 """The peak of host memory of feedback and train_pm at a given number of comparisons.
 
-    TIKTOKEN_CACHE_DIR=... python tests/host_memory.py feedback 200000
-    python tests/host_memory.py pm 200000
+    TIKTOKEN_CACHE_DIR=... python tests/plumbing/host_memory.py feedback 200000
+    python tests/plumbing/host_memory.py pm 200000
 
 The stages' own main() runs, at the settings of preset gpt2-full but for one principle a pair.
 Sampling, judging and learning are replaced, since they take a GPU and hold its memory. The last

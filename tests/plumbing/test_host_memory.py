@@ -109,7 +109,7 @@ def test_rows_are_handed_on_before_the_next_prompts_are_worked_on(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["pm", "feedback"])
 def test_two_hundred_thousand_comparisons_in_two_gigabytes(vocabulary, stage):  # noqa: F811
-    """python -m pytest -m slow tests/test_host_memory.py: ten minutes."""
+    """python -m pytest -m slow tests/plumbing/test_host_memory.py: ten minutes."""
     script = Path(__file__).with_name("host_memory.py")
     ran = subprocess.run(
         [sys.executable, script, stage, "200000"], capture_output=True, text=True, check=True

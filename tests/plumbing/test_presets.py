@@ -183,6 +183,6 @@ def test_the_whole_loop_on_gpt2s_vocabulary(vocabulary, tmp_path, monkeypatch, d
 
 @pytest.mark.slow
 def test_the_whole_loop_at_124m_parameters(vocabulary, tmp_path, monkeypatch):
-    """python -m pytest -m slow tests/test_presets.py: a quarter of an hour and 6 GB of memory."""
+    """python -m pytest -m slow tests/plumbing/test_presets.py: a quarter of an hour and 6 GB of memory."""
     result = whole_loop(tmp_path, GPTConfig(), monkeypatch)
     assert list(result["stages"]) == ["base", "sft", "ppo"] and assess.STAGES == ("base", "sft", "ppo")
