@@ -30,7 +30,7 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from mincai import UserError, model
+from mincai import UserError, model, shipped
 from mincai.constitution import dialogue
 from mincai.losses import preference_loss
 from mincai.plumbing import cli, data, distributed, formats, health, optim
@@ -51,7 +51,7 @@ class Config(Settings):
         ("runs/tiny/comparisons.jsonl",), "files: comparisons, HH-RLHF's, TRL's"
     )
     prompts: str = arg(
-        "data/tiny/prompts.jsonl", "to scale scores on, PPO's; none: those of the pairs"
+        shipped("tiny/prompts.jsonl"), "to scale scores on, PPO's; none: those of the pairs"
     )
     epochs: int = arg(4, "how often every pair is seen", least=0)
     lr: float = arg(1e-3, "highest learning rate of AdamW", least=0)

@@ -35,7 +35,7 @@ from itertools import islice
 import torch
 from tqdm import tqdm
 
-from mincai import Diverged, UserError, ppo
+from mincai import Diverged, UserError, ppo, shipped
 from mincai.constitution import dialogue
 from mincai.plumbing import cli, distributed, formats
 from mincai.plumbing.cli import arg
@@ -55,7 +55,7 @@ class Config(Settings):
     model: str = arg("runs/tiny/sft", "the fine-tuned model, where the policy starts")
     pm: str = arg("runs/tiny/pm", "the preference model")
     prompts: str = arg(
-        "data/tiny/prompts.jsonl", "file of prompts; rows of the split 'loop' are used"
+        shipped("tiny/prompts.jsonl"), "file of prompts; rows of the split 'loop' are used"
     )
     updates: int = arg(16, "how many times answers are sampled and learnt from", least=1)
     batch_size: int = arg(128, "answers in an update, one a prompt", least=1)

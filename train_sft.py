@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from mincai import UserError
+from mincai import UserError, shipped
 from mincai.constitution import dialogue
 from mincai.losses import sft_loss
 from mincai.plumbing import cli, data, distributed, formats, optim
@@ -34,7 +34,9 @@ HOLDOUT = 0.05  # part of the prompts kept out of training to measure the loss o
 
 @dataclass(frozen=True)
 class Config(Settings):
-    model: str = arg("data/tiny", "pretrained model to start from: a folder, or gpt2 and its sizes")
+    model: str = arg(
+        shipped("tiny"), "pretrained model to start from: a folder, or gpt2 and its sizes"
+    )
     data: tuple[str, ...] = arg(("runs/tiny/revisions.jsonl",), "files of revisions, one or more")
     learn: str = arg("last", "which revisions of an answer, as said above", choices=("last", "all"))
     epochs: int = arg(4, "how often every row is seen", least=0)

@@ -1,9 +1,23 @@
 """mincai: Constitutional AI from scratch. Start at README.md, then read constitution.py."""
 
+import sys
 from pathlib import Path
 
 __version__ = "0.1.0"
-DATA = Path(__file__).resolve().parent.parent / "data"  # what is shipped, and weights once fetched
+
+PACKAGE = Path(__file__).resolve().parent
+CHECKOUT = (PACKAGE.parent / "train_sft.py").is_file()  # else installed: all lies in the package
+DATA = (
+    PACKAGE.parent / "data" if CHECKOUT else PACKAGE / "data"
+)  # shipped, and weights once fetched
+SCRIPTS = PACKAGE.parent if CHECKOUT else PACKAGE / "scripts"  # the three training scripts
+if str(SCRIPTS) not in sys.path:
+    sys.path.append(str(SCRIPTS))
+
+
+def shipped(name: str) -> str:
+    """Where a shipped file or folder lies, as a flag's default: short in a checkout."""
+    return f"data/{name}" if CHECKOUT else str(DATA / name)
 
 
 class UserError(Exception):

@@ -13,33 +13,28 @@ train_pm.py, train_ppo.py, python -m mincai.lab.evaluate; each tells its flags w
 """
 
 import os
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:  # the three training scripts stand at the top level
-    sys.path.insert(0, str(ROOT))
-
-import train_pm  # noqa: E402
-import train_ppo  # noqa: E402
-import train_sft  # noqa: E402
-from mincai import UserError, constitution, critique, feedback  # noqa: E402
-from mincai.lab import assess, english, evaluate, measure, plan  # noqa: E402
-from mincai.plumbing import cli, distributed, formats  # noqa: E402
-from mincai.plumbing.cli import arg  # noqa: E402
-from mincai.plumbing.presets import PRESETS  # noqa: E402
-from mincai.plumbing.tokenizer import load_tokenizer  # noqa: E402
-from mincai.plumbing.weights import resolve  # noqa: E402
-from mincai.tinyworld import pretrain  # noqa: E402
+import train_pm
+import train_ppo
+import train_sft
+from mincai import UserError, constitution, critique, feedback
+from mincai.lab import assess, english, evaluate, measure, plan
+from mincai.plumbing import cli, distributed, formats
+from mincai.plumbing.cli import arg
+from mincai.plumbing.presets import PRESETS
+from mincai.plumbing.tokenizer import load_tokenizer
+from mincai.plumbing.weights import resolve
+from mincai.tinyworld import pretrain
 
 
 @dataclass(frozen=True)
 class Config:
     preset: str = arg("tiny", "which settings", choices=tuple(PRESETS))
     out: str = arg("", "the run folder; none: runs/ and the preset's name")
-    base: str = arg("", "the pretrained model: a folder, or gpt2 and its sizes none: the preset's")
+    base: str = arg("", "the pretrained model: a folder, or gpt2 and its sizes; none: the preset's")
     prompts: str = arg(
         "", "folder with prompts.jsonl and prompts_eval.jsonl, or FILE,benign:FILE to train on"
     )

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mincai import UserError, constitution
+from mincai import UserError, constitution, shipped
 from mincai.plumbing import data, distributed, formats, output
 from mincai.plumbing.cli import arg, run
 from mincai.plumbing.planner import Planner, load_shots
@@ -32,9 +32,9 @@ ORDINARY = ("help", "reasons")  # an ordinary answer should help, and say why
 @dataclass(frozen=True)
 class Config(Settings):
     LOOSE = (*Settings.LOOSE, "batch_size")
-    model: str = arg("data/tiny", "the model that does it all: a folder, or gpt2 and its sizes")
+    model: str = arg(shipped("tiny"), "the model that does it all: a folder, or gpt2 and its sizes")
     prompts: str = arg(
-        "data/tiny/prompts.jsonl", "JSONL (rows of split 'loop'), text, or HH-RLHF's"
+        shipped("tiny/prompts.jsonl"), "JSONL (rows of split 'loop'), text, or HH-RLHF's"
     )
     constitution: str = arg(str(constitution.PATH), "the principles")
     without: str = arg("", "leave out these principle ids or targets, commas between")

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mincai import Diverged, UserError, constitution
+from mincai import Diverged, UserError, constitution, shipped
 from mincai.plumbing import data, distributed, formats, output
 from mincai.plumbing.cli import arg, run
 from mincai.plumbing.logprobs import next_logp
@@ -41,10 +41,10 @@ class Config(Settings):
     LOOSE = (*Settings.LOOSE, "batch_size")
     model: str = arg("runs/tiny/sft", "the model whose answers are compared")
     judge: str = arg(
-        "data/tiny", "the model that judges: pretrained, a folder, or gpt2 and its sizes"
+        shipped("tiny"), "the model that judges: pretrained, a folder, or gpt2 and its sizes"
     )
     prompts: str = arg(
-        "data/tiny/prompts.jsonl", "JSONL (rows of split 'loop'), text, or HH-RLHF's"
+        shipped("tiny/prompts.jsonl"), "JSONL (rows of split 'loop'), text, or HH-RLHF's"
     )
     constitution: str = arg(str(constitution.PATH), "the principles")
     without: str = arg("", "leave out these principle ids or targets, commas between")

@@ -3,8 +3,8 @@
 Every token is drawn by one uniform number held against the cumulative softmax of its row. The
 numbers are drawn before the first token, one row of them per sample, so a row's text does not
 depend on which other rows stopped early, nor on whether it ran on a CPU or through a CUDA graph. At
-temperature 1, the default, this is the model's own distribution, and the log-probs are what PPO's
-ratio must start from.
+temperature 1, the default, this is the model's own distribution; PPO reads the log-probs once more,
+in one forward, and holds them against these.
 
 Prompts are padded on the left, so that all answers start in one column; the padding is hidden from
 attention and takes no positions. Shapes: B rows, P prompt columns, R answer columns, S cache
