@@ -54,8 +54,12 @@ WRITTEN = {
 class Config:
     folder: str = arg(str(FOLDER), "folder of requests.jsonl and attacks.json")
     out: str = arg(str(FOLDER), "folder to write prompts, prompts_dev and prompts_eval.jsonl to")
-    wrappings: int = arg(0, "prompts of each training request, families paired too; 0: as shipped", least=0)
-    attacks: int = arg(0, "harmful prompts of evaluation, over all categories; 0: as shipped", least=0)
+    wrappings: int = arg(
+        0, "prompts of each training request, families paired too; 0: as shipped", least=0
+    )
+    attacks: int = arg(
+        0, "harmful prompts of evaluation, over all categories; 0: as shipped", least=0
+    )
     seed: int = arg(0, "of the wording drawn for each request and family")
 
     def check_out(self):

@@ -70,15 +70,13 @@ def _shape(configs) -> GPTConfig:
 def prompts_of(configs) -> tuple[list[dict], list[dict]]:
     """(prompts of training, of evaluation): read, or made as the stage that writes them will."""
     drawn, tested = configs["critique and revise"].prompts, configs["evaluate"].prompts
-    made = {}
+    stage, files = configs.get("pretrain the base"), {}
     if "write the prompts" in configs:
         stage = configs["write the prompts"]
-        for name, rows in english.read(stage).items():
-            made[str(Path(stage.out, f"{name}.jsonl"))] = rows
-    elif "pretrain the base" in configs and not Path(tested).exists():
-        stage = configs["pretrain the base"]
+        files = english.read(stage)
+    elif stage and not Path(tested).exists():
         files = pretrain.side_files(world.build(stage.world, stage.size), stage.world, stage.tests)
-        made = {str(Path(stage.out, name)): rows for name, rows in files.items()}
+    made = {str(Path(stage.out, f"{name}.jsonl")): rows for name, rows in files.items()}
     loop = made.get(drawn) or formats.loop_prompts(drawn)
     return loop, made.get(tested) or formats.read_prompts(tested)
 
