@@ -105,41 +105,39 @@ def time_shape(cfg) -> dict[str, float]:
     return found | {"PPO update: planned GB": memory.needed(planned) / 1e9}
 
 
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """The lines of a table in Markdown, an empty one before them."""
+    lines = [head, ["---"] * len(head), *rows]
+    return ["", *(f"| {' | '.join(cells)} |" for cells in lines)]
+
+
 def section(result, model) -> str:
     """What main found as a section of docs/BENCHMARKS.md."""
     gap, compared = result["checked"]["bfloat16 log-probs, largest difference"], result["compared"]
     made_by = f"`python -m mincai.lab.gpucheck`, commit {result['git']}, torch {result['torch']}."
+    stages, speeds = [], []
+    for row in result["stages"]:
+        times = [f"{row['seconds']:.0f} s", plan.duration(row["seconds planned"])]
+        peaks = [f"{row[name] / 1e6:,.0f} MB" for name in ("peak", "peak planned")]
+        stages.append([row["stage"], *times, *peaks])
+    for name, value in result["shape"].items():
+        if "log-probs" not in name:  # told above
+            shown = f"{value:,.1f} GB" if name.endswith("GB") else f"{value:,.0f} tokens/s"
+            speeds.append([name, shown])
+    ends = [[d, f"{compared[f'{d} score']:+.3f}", f"{compared[f'{d} kl']:.3f}"] for d in TYPES]
+    apart = f"The two mean score curves are {compared['gap between types']:.3f} apart at most"
     lines = [
         "",
         f"## {result['device']}, {time.strftime('%Y-%m-%d')}",
         "",
         f"{made_by} Graphs draw the CPU's tokens. Log-probs in bfloat16 differ from float32's "
         f"by {gap:.3f} at most.",
-        "",
-        "| the tiny run | time | planned | peak memory | planned |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for row in result["stages"]:
-        planned, peak, most = row["seconds planned"], row["peak"], row["peak planned"]
-        times = f"{row['seconds']:.0f} s | {plan.duration(planned)}"
-        peaks = f"{peak / 1e6:,.0f} MB | {most / 1e6:,.0f} MB"
-        lines.append(f"| {row['stage']} | {times} | {peaks} |")
-    lines += ["", "| PPO on it, last quarter | score | KL, nats an answer |", "| --- | --- | --- |"]
-    for dtype in TYPES:
-        score, kl = compared[f"{dtype} score"], compared[f"{dtype} kl"]
-        lines.append(f"| {dtype} | {score:+.3f} | {kl:.3f} |")
-    apart = f"The two mean score curves are {compared['gap between types']:.3f} apart at most"
-    lines += [
+        *table(["the tiny run", "time", "planned", "peak memory", "planned"], stages),
+        *table(["PPO on it, last quarter", "score", "KL, nats an answer"], ends),
         "",
         f"{apart}, two seeds of one type {compared['gap between seeds']:.3f}.",
-        "",
-        f"| {model}'s shape, bfloat16 | |",
-        "| --- | --- |",
+        *table([f"{model}'s shape, bfloat16", ""], speeds),
     ]
-    for name, value in result["shape"].items():
-        if "log-probs" not in name:  # told above
-            shown = f"{value:,.1f} GB" if name.endswith("GB") else f"{value:,.0f} tokens/s"
-            lines.append(f"| {name} | {shown} |")
     return "\n".join(lines) + "\n"
 
 

@@ -19,6 +19,7 @@ from mincai import UserError, constitution
 from mincai.constitution import dialogue
 from mincai.lab import bench, english
 from mincai.lab.bench import Rates
+from mincai.lab.table import Table, as_text
 from mincai.model import GPTConfig
 from mincai.plumbing import formats, memory
 from mincai.plumbing.checkpoint import read_config
@@ -167,17 +168,26 @@ def critique(cfg, shape, loop) -> Stage:
     )
 
 
-def sft(cfg, shape, loop, rows: int, max_new: int) -> Stage:
-    """rows: of revisions; max_new: tokens of an answer at most."""
-    train, (each, longest) = round(rows * (1 - train_sft.HOLDOUT)), dialogues(shape, loop, max_new)
+def _fitting(name: str, kind: str, cfg, shape, lengths, rows: int, sides=1, read=0) -> Stage:
+    """Learning from `rows` rows of so many sides; lengths: of a side, the mean and the longest."""
+    each, longest = lengths
+    micro = cfg.micro_batch or cfg.batch_size
+    sizes = dict(batch=cfg.batch_size, micro_batch=micro, length=longest)
     return Stage(
-        "fine-tune on revisions",
-        train,
-        learnt=cfg.epochs * train * each,
-        steps=training_steps(train, cfg.batch_size, cfg.epochs),
-        memory=_memory("sft", cfg, shape, batch=cfg.micro_batch or cfg.batch_size, length=longest),
+        name,
+        rows,
+        read=read,
+        learnt=cfg.epochs * rows * sides * each,
+        steps=training_steps(rows, cfg.batch_size, cfg.epochs),
+        memory=_memory(kind, cfg, shape, **sizes),
         disk=_weights(shape),
     )
+
+
+def sft(cfg, shape, loop, rows: int, max_new: int) -> Stage:
+    """rows: of revisions; max_new: tokens of an answer at most."""
+    train, lengths = round(rows * (1 - train_sft.HOLDOUT)), dialogues(shape, loop, max_new)
+    return _fitting("fine-tune on revisions", "sft", cfg, shape, lengths, train)
 
 
 def feedback(cfg, shape, loop) -> Stage:
@@ -199,17 +209,9 @@ def feedback(cfg, shape, loop) -> Stage:
 
 
 def pm(cfg, shape, loop, pairs: int, max_new: int) -> Stage:
-    train, (each, longest) = round(pairs * (1 - train_pm.HOLDOUT)), dialogues(shape, loop, max_new)
-    micro = cfg.micro_batch or cfg.batch_size
-    return Stage(
-        "preference model",
-        train,
-        read=2 * (pairs - train) * each,
-        learnt=cfg.epochs * train * 2 * each,
-        steps=training_steps(train, cfg.batch_size, cfg.epochs),
-        memory=_memory("pm", cfg, shape, batch=cfg.batch_size, micro_batch=micro, length=longest),
-        disk=_weights(shape),
-    )
+    train, lengths = round(pairs * (1 - train_pm.HOLDOUT)), dialogues(shape, loop, max_new)
+    held = 2 * (pairs - train) * lengths[0]
+    return _fitting("preference model", "pm", cfg, shape, lengths, train, sides=2, read=held)
 
 
 def ppo(cfg, shape, loop) -> Stage:
@@ -338,26 +340,20 @@ def total(found: list[Stage], rates: Rates) -> float:
 def table(found: list[Stage], rates: list[Rates]) -> str:
     """The plan as text, one line a stage. rates: here, and of bench.CARD if that is to be told."""
     columns = dict(zip(("time here", "on a card"), rates))
-    lines = [["stage", "rows", "read", "written", "learnt", "steps", *columns, "memory", "disk"]]
+    head, rows = ["rows", "read", "written", "learnt", "steps", *columns, "memory", "disk"], []
     for s in [*found, whole(found)]:
         counts = [_count(n) if n else "-" for n in (s.rows, s.read, s.written, s.learnt, s.steps)]
         times = [duration(r.seconds(s)) for r in rates]
         sizes = [_bytes(n) if n else "-" for n in (s.memory, s.disk)]
-        lines.append([s.name, *counts, *times, *sizes])
-    lines[-1][1] = ""
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    text = []
-    for name, *cells in lines:
-        right = [cell.rjust(width) for cell, width in zip(cells, widths[1:])]
-        text.append("  ".join([name.ljust(widths[0]), *right]))
-    text.insert(-1, "-" * len(text[0]))
-    text.append("")
+        rows.append([s.name, *counts, *times, *sizes])
+    at_most = "Counts are at most: answers at full length, nothing left out."
+    caption = f"{at_most} A token is {LETTERS} letters."
+    lines = [as_text([Table(caption, head, rows)]).lstrip("\n"), ""]
     for name, r in columns.items():
         read, written, learnt = (f"{each:,.0f}" for each in (r.read, r.written, r.learnt))
         speeds = f"{read} tokens/s read, {written} written, {learnt} learnt from"
-        text.append(f"{name}: {r.source}: {speeds}")
-    at_most = "Counts are at most: answers at full length, nothing left out."
-    return "\n".join([*text, f"{at_most} A token is {LETTERS} letters."])
+        lines.append(f"{name}: {r.source}: {speeds}")
+    return "\n".join(lines)
 
 
 def describe(configs, device: str, card: bool) -> str:
