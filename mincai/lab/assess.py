@@ -59,7 +59,6 @@ class Config(Settings):
     batch_size: int = arg(64, "rows sampled together", least=1)
 
     def check_out(self):
-        """UserError unless the output may be written."""
         output.check_beside(self.out, "eval.json", "eval_samples.jsonl")
 
 
@@ -141,13 +140,14 @@ def wins(model, planner, rows, ours, theirs, principles, cfg, desc) -> dict:
     """How often the judge prefers `ours` to `theirs`: {k, n, rate, low, high, mean_p, same_slot}.
     Of an even label either side has half; equal answers are left out."""
     rng = random.Random(cfg.seed + 11)
-    by_target = {}
-    for p in principles:
-        by_target.setdefault(p.target, []).append(p)
     some = [(row, a, b) for row, a, b in zip(rows, ours, theirs) if a and b and a != b]
     asked, p, same_slot = [], [], 0.0
+
+    def about(target):
+        return [principle for principle in principles if principle.target == target]
+
     for row, _, _ in some:
-        fitting = by_target.get(row.get("category")) or by_target.get("help") or principles
+        fitting = about(row.get("category")) or about("help") or principles
         asked.append(rng.choice(fitting).asks("compare", full=True))
     if some:
         rows, ours, theirs = zip(*some)

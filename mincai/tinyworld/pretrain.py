@@ -52,7 +52,6 @@ class Config(Settings):
     check_every: int = arg(1_500, "steps between looks at what it can do", least=1)
 
     def check_out(self):
-        """UserError unless the output may be written."""
         output.check_folder(self.out, checkpoint.FILES + SIDE_FILES)
 
 
@@ -67,12 +66,8 @@ def pack(documents, tokenizer, length: int, rows: int):
     weights = torch.zeros(rows, length)
     filled, count, misses = [0] * rows, 0, 0
     while misses < 4:
-        tokens, w = [], []
-        for text, weight in next(documents):
-            piece = tokenizer.encode(text)
-            tokens += piece
-            w += [weight] * len(piece)
-        tokens, w = tokens + [tokenizer.eot], w + [corpus.OWN]
+        document = [(token, w) for text, w in next(documents) for token in tokenizer.encode(text)]
+        tokens, w = zip(*document, (tokenizer.eot, corpus.OWN))
         n = len(tokens) - 1
         row = next((r for r in range(rows) if filled[r] + n <= length), None)
         if row is None:
