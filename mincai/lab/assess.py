@@ -233,9 +233,10 @@ def main(cfg: Config) -> dict:
     data.write_json(out / "eval.json", result)
     print(report(result))
     lacks = f", missing {', '.join(missing)}" if missing else ""
-    counted = f"{len(rows)} held-out prompts, {len(stages)} stages{lacks}; {planner.summary()}"
+    counted = f"{len(rows)} held-out prompts, {len(stages)} stages{lacks}"
     took = f"{begun.seconds():.0f} s on {begun.threads} threads"
-    begun.say(f"{counted}; {took} -> {out / 'eval.json'}")
+    told = "; ".join(filter(None, (counted, planner.summary(), took)))
+    begun.say(f"{told} -> {out / 'eval.json'}")
     return result
 
 

@@ -37,7 +37,7 @@ RATE = 1e-5  # of learning, which no time depends on
 
 @dataclass(frozen=True)
 class Config:
-    model: str = arg("tiny", f"shape: {', '.join(SHAPES)}")
+    model: str = arg("tiny", f"shape: {', '.join(SHAPES)}", choices=tuple(SHAPES))
     batch: int = arg(64, "rows sampled together, and answers of a PPO update", least=1)
     micro_batch: int = arg(16, "rows of one training forward", least=1)
     prompt: int = arg(64, "tokens of a prompt", least=1)
@@ -229,7 +229,6 @@ def main(cfg: Config) -> dict:
     if cfg.out:
         output.check_file(cfg.out)
     threads, device = cli.set_threads(cfg.threads), cli.pick_device(cfg.device)
-    cli.check_choice("--model", cfg.model, tuple(SHAPES))
     config = SHAPES[cfg.model]
     memory.announce("ppo", config, device, "--batch or --micro-batch", **sizes(cfg))
     found = check_gpu(TINY) if device == "cuda" else {}

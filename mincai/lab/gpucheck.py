@@ -39,19 +39,10 @@ class Config:
     scale: float = arg(1.0, "share of the tiny run's prompts and updates", least=1e-6)
     threads: int = arg(0, "CPU threads, 0 chooses", least=0)
 
-    def check_out(self):
-        """UserError unless the output may be written."""
-        output.check_file(Path(self.out, "gpucheck.json"))
-
-
-def tiny_run(cfg) -> list[tuple]:
-    """(name, stage, its config) of the tiny run on the card, made anew."""
-    settings = dict(base=cfg.base, scale=cfg.scale, threads=cfg.threads, device="cuda", again=True)
-    return pipeline.stages(pipeline.Config(out=str(Path(cfg.out, "run")), **settings))
-
 
 def run_stages(cfg, todo) -> list[dict]:
-    """One row a stage of the run: seconds and peak bytes, as measured and as planned."""
+    """One row a stage of the run: seconds and peak bytes, as measured and as planned. todo: (name,
+    stage, its config) of each."""
     planned = plan.stages({name: config for name, _, config in todo})
     rates = bench.rates(plan.shape_of(cfg.base), "cuda", "float32")
     rows = []
@@ -145,13 +136,14 @@ def main(cfg: Config) -> dict:
     if not torch.cuda.is_available():
         advice = "this measures what only a GPU can tell; run it where there is one"
         raise UserError(f"PyTorch sees no GPU here, and {advice}")
-    cfg.check_out()
+    started, out = time.time(), Path(cfg.out, "gpucheck.json")
+    output.check_file(out)
     if cfg.notes and not Path(cfg.notes).is_file():
         advice = "run it in the project's folder, or give --notes ''"
         raise UserError(f"{cfg.notes}: no such file to append to; {advice}")
-    started, out = time.time(), Path(cfg.out, "gpucheck.json")
     cli.set_threads(cfg.threads)
-    todo = tiny_run(cfg)
+    settings = dict(base=cfg.base, scale=cfg.scale, threads=cfg.threads, device="cuda", again=True)
+    todo = pipeline.stages(pipeline.Config(out=str(Path(cfg.out, "run")), **settings))
     usual = next(config for name, _, config in todo if name == "PPO")
     result = data.stamp(cfg, device=torch.cuda.get_device_name())
     result["checked"] = bench.check_gpu(bench.TINY)

@@ -171,8 +171,7 @@ def _fitting(name: str, kind: str, cfg, shape, rows: int, side: tuple[int, int])
     micro = cfg.micro_batch or cfg.batch_size
     needed = _memory(kind, cfg, shape, batch=cfg.batch_size, micro_batch=micro, length=longest)
     steps = training_steps(rows, cfg.batch_size, cfg.epochs)
-    done = dict(learnt=learnt, steps=steps)
-    return Stage(name, rows, **done, memory=needed, disk=_weights(shape))
+    return Stage(name, rows, learnt=learnt, steps=steps, memory=needed, disk=_weights(shape))
 
 
 def sft(cfg, shape, loop, rows: int, max_new: int) -> Stage:
@@ -207,11 +206,8 @@ def ppo(cfg, shape, loop) -> Stage:
     rows, (each, longest) = cfg.updates * cfg.batch_size, dialogues(shape, loop, cfg.max_new)
     batch = min(cfg.batch_size, train_ppo.LOOKED_AT)
     answers = rows + 2 * (train_ppo.LOOKED_AT // batch * batch)
-    tokens = (
-        answers * (5 * each - cfg.max_new),
-        answers * cfg.max_new,
-        2 * cfg.epochs * rows * each,
-    )
+    learnt = 2 * cfg.epochs * rows * each
+    tokens = (answers * (5 * each - cfg.max_new), answers * cfg.max_new, learnt)
     steps = cfg.updates * cfg.epochs * cfg.minibatches
     micro = min(cfg.micro_batch, cfg.batch_size // cfg.minibatches)
     sizes = dict(batch=cfg.batch_size, micro_batch=micro, answer=cfg.max_new, length=longest)
