@@ -19,7 +19,6 @@ answers.
 import json
 import random
 import re
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,13 +27,12 @@ import torch
 from mincai import UserError, constitution
 from mincai.feedback import judge
 from mincai.lab.measure import conversation
-from mincai.lab.table import STAGES, percent, rate
-from mincai.plumbing import data, formats, memory, output
-from mincai.plumbing.checkpoint import load, read_config
-from mincai.plumbing.cli import arg, number_bytes, pick_device, precision, run, set_threads
+from mincai.lab.table import NAMES, STAGES, Table, as_text, rate
+from mincai.plumbing import data, formats, output
+from mincai.plumbing.cli import arg, run
 from mincai.plumbing.logprobs import answer_logp, answer_scores
 from mincai.plumbing.planner import Planner, load_shots
-from mincai.plumbing.weights import common_tokenizer, resolve
+from mincai.plumbing.stage import Settings, begin
 from mincai.sample import generate_batched
 
 KINDS = ("harmful", "benign")
@@ -47,9 +45,9 @@ FIRST = {"complying": " Sure, here is how", "refusing": " I won't help with that
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     FIRST = "out"  # also given without its flag
-    LOOSE = ("out", "device", "threads", "again", "batch_size")
+    LOOSE = (*Settings.LOOSE, "batch_size")
     out: str = arg("runs/gpt2", "the run folder; holds sft/, pm/ and ppo/, and gets eval.json")
     base: str = arg("gpt2", "the model it started from, and the judge: a folder, or gpt2, ...")
     prompts: str = arg("data/english/prompts_eval.jsonl", "held-out prompts")
@@ -58,15 +56,9 @@ class Config:
     number: int = arg(0, "prompts of each kind to use, the families in turn; 0 for all", least=0)
     temperature: float = arg(1.0, "of the answers; 0 is greedy", least=0)
     max_new: int = arg(80, "tokens of an answer or of the judge's reasons at most", least=1)
-    dtype: str = arg("float32", "of matrix products", choices=("float32", "bfloat16"))
-    seed: int = arg(0, "seed of the samples and of the principles drawn")
     batch_size: int = arg(64, "rows sampled together", least=1)
-    device: str = arg("auto", "where to compute", choices=("auto", "cpu", "cuda"))
-    threads: int = arg(0, "CPU threads, 0 chooses", least=0)
-    again: bool = arg(False, "measure again")
 
     def check_out(self):
-        """UserError unless the output may be written."""
         output.check_beside(self.out, "eval.json", "eval_samples.jsonl")
 
 
@@ -148,13 +140,14 @@ def wins(model, planner, rows, ours, theirs, principles, cfg, desc) -> dict:
     """How often the judge prefers `ours` to `theirs`: {k, n, rate, low, high, mean_p, same_slot}.
     Of an even label either side has half; equal answers are left out."""
     rng = random.Random(cfg.seed + 11)
-    by_target = {}
-    for p in principles:
-        by_target.setdefault(p.target, []).append(p)
     some = [(row, a, b) for row, a, b in zip(rows, ours, theirs) if a and b and a != b]
     asked, p, same_slot = [], [], 0.0
+
+    def about(target):
+        return [principle for principle in principles if principle.target == target]
+
     for row, _, _ in some:
-        fitting = by_target.get(row.get("category")) or by_target.get("help") or principles
+        fitting = about(row.get("category")) or about("help") or principles
         asked.append(rng.choice(fitting).asks("compare", full=True))
     if some:
         rows, ours, theirs = zip(*some)
@@ -167,42 +160,36 @@ def wins(model, planner, rows, ours, theirs, principles, cfg, desc) -> dict:
 
 
 def report(result: dict) -> str:
-    """eval.json as text."""
-    stages, heads = list(result["stages"]), " ".join(f"{s:>20}" for s in result["stages"])
-    lines = ["", f"{'on held-out English prompts':36} {'n':>6}  {heads}"]
-
-    def row(name, cells):
-        most = max(cell["n"] for cell in cells)
-        lines.append(f"{name:36} {most:6}  " + " ".join(f"{percent(cell):>20}" for cell in cells))
-
+    """eval.json as text, in one table."""
+    stages, rows = result["stages"].values(), []
     for kind in KINDS:
-        found = [result["stages"][s][kind] for s in stages]
-        row(f"{kind}: refuses, by its phrases", [f["refuses"] for f in found])
+        found = [stage[kind] for stage in stages]
+        rates = {f"{kind}: refuses, by its phrases": [one["refuses"] for one in found]}
         for name in found[0]["by_attack"]:
-            row(f"  {name}", [f["by_attack"][name] for f in found])
+            rates[f"  {name}"] = [one["by_attack"][name] for one in found]
         if kind == "harmful":
             for name in found[0]["by_category"]:
-                row(f"  of {name}", [f["by_category"][name] for f in found])
-        row("  of a category held out", [f["unseen_category"] for f in found])
-        row(f"{kind}: judge prefers it to base's", [f.get("wins", rate([])) for f in found])
+                rates[f"  of {name}"] = [one["by_category"][name] for one in found]
+        rates["  of a category held out"] = [one["unseen_category"] for one in found]
+        rates[f"{kind}: judge prefers it to base's"] = [one.get("wins", rate([])) for one in found]
+        rows += [[name, max(r["n"] for r in some), *some] for name, some in rates.items()]
         labels = {"score": "preference score"}
         labels |= {name: f"log-prob a token, {name}" for name in FIRST}
         for name, label in labels.items():
-            cells = " ".join(f"{f.get(name, float('nan')):20.3f}" for f in found)
-            lines.append(f"{kind + ': ' + label:43}  {cells}")
-    return "\n".join(lines) + "\n"
+            rows.append([f"{kind}: {label}", "", *(one.get(name, "none") for one in found)])
+    head = ["n", *(NAMES[name] for name in result["stages"])]
+    return as_text([Table("On held-out English prompts", head, rows)]) + "\n"
 
 
 def main(cfg: Config) -> dict:
-    started = time.time()
-    threads, device, out = set_threads(cfg.threads), pick_device(cfg.device), Path(cfg.out)
+    out = Path(cfg.out)
     if not out.is_dir():
         advice = f"make it with: python -m mincai --preset gpt2 --out {out}"
         raise UserError(f"{out}: no such run folder; {advice}")
     if data.done(out / "eval.json", cfg, cfg.again):
         print(f"assess: {out / 'eval.json'} is there already, skipped")
         return json.loads((out / "eval.json").read_text())
-    cfg.check_out()
+    begun = begin("assess", cfg)
     rng = random.Random(cfg.seed)
     rows = [r for r in formats.read_prompts(cfg.prompts) if r.get("split") in SPLITS]
     rows = [r for kind in KINDS for r in data.choose(rows, kind, cfg.number, rng)]
@@ -211,20 +198,19 @@ def main(cfg: Config) -> dict:
         raise UserError(f"{cfg.prompts}: no row has split 'eval' or 'eval-twin'; {advice}")
     every = constitution.load_constitution(cfg.constitution)
     held = constitution.select(every, split="held")
-    folder = resolve(cfg.base)
-    made = [out / name for name in ("sft", "pm", "ppo") if (out / name).is_dir()]
-    tokenizer, config = common_tokenizer(folder, *made), read_config(folder)
+    missing = [name for name in ("sft", "pm", "ppo") if not (out / name).is_dir()]
+    made = {name: str(out / name) for name in ("sft", "pm", "ppo") if name not in missing}
+    (folder, *_), tokenizer, (config, *_) = begun.open(cfg.base, *made.values())
     sizes = dict(batch=cfg.batch_size, length=config.block_size, models=3, reads_on=True)
-    sizes |= dict.fromkeys(("dtype_bytes", "cache_bytes"), number_bytes(cfg.dtype))
-    memory.announce("sample", config, device, "--batch-size or --max-new", **sizes)
-    base = load(folder, device)
+    begun.plan_memory("sample", config, "--batch-size or --max-new", **sizes)
+    base = begun.load(folder)
     planner = Planner(tokenizer, base.config.block_size, load_shots(cfg.fewshot, every))
-    pm = load(out / "pm", device, scalar=True) if (out / "pm").is_dir() else None
-    stages = {"base": folder} | {s: out / s for s in STAGES[1:] if (out / s).is_dir()}
+    pm = begun.load(made["pm"], scalar=True) if "pm" in made else None
+    stages = [stage for stage in STAGES if stage not in missing]
     result, samples, first = {"stages": {}}, [], None
-    with precision(device, cfg.dtype):
-        for stage, path in stages.items():
-            model = base if stage == "base" else load(path, device)
+    with begun.precision():
+        for stage in stages:
+            model = base if stage == "base" else begun.load(made[stage])
             answers = answers_of(stage, model, planner, rows, cfg)
             first = first or answers
             for row, answer in zip(rows, answers):
@@ -241,17 +227,16 @@ def main(cfg: Config) -> dict:
                     others, desc = [first[i] for i in at], f"judge, {stage} on {kind}"
                     found[kind]["wins"] = wins(base, planner, mine, texts, others, held, cfg, desc)
             result["stages"][stage] = found
-    missing = [s for s in ("sft", "pm", "ppo") if not (out / s).is_dir()]
-    stamp = data.stamp(cfg, seconds=round(time.time() - started))
+    stamp = data.stamp(cfg, seconds=round(begun.seconds()))
     result = {**stamp, "missing": missing, "planner": dict(planner.counts), **result}
     data.write_jsonl(out / "eval_samples.jsonl", samples)
     data.write_json(out / "eval.json", result)
     print(report(result))
     lacks = f", missing {', '.join(missing)}" if missing else ""
-    print(
-        f"assess: {len(rows)} held-out prompts, {len(stages)} stages{lacks}; {planner.summary()}; "
-        f"{time.time() - started:.0f} s on {threads} threads -> {out / 'eval.json'}"
-    )
+    counted = f"{len(rows)} held-out prompts, {len(stages)} stages{lacks}"
+    took = f"{begun.seconds():.0f} s on {begun.threads} threads"
+    told = "; ".join(filter(None, (counted, planner.summary(), took)))
+    begun.say(f"{told} -> {out / 'eval.json'}")
     return result
 
 

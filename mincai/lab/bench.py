@@ -22,7 +22,7 @@ import torch
 
 from mincai import losses, ppo
 from mincai.model import GPT, GPTConfig, ScalarModel
-from mincai.plumbing import cli, data, memory, output, weights
+from mincai.plumbing import cli, data, memory, optim, output, weights
 from mincai.plumbing.cli import arg, precision
 from mincai.plumbing.logprobs import answer_logp
 from mincai.sample import generate
@@ -32,11 +32,12 @@ SHAPES = {"tiny": TINY, **weights.SHAPES}
 # A card to plan for where none is at hand, its operations and its bytes a second
 CARD = "an A10 of 24 GB, by its data sheet, at 30% of its speed"
 CARD_FLOPS, CARD_BYTES = 0.3 * 125e12, 0.3 * 600e9
+RATE = 1e-5  # of learning, which no time depends on
 
 
 @dataclass(frozen=True)
 class Config:
-    model: str = arg("tiny", f"shape: {', '.join(SHAPES)}")
+    model: str = arg("tiny", f"shape: {', '.join(SHAPES)}", choices=tuple(SHAPES))
     batch: int = arg(64, "rows sampled together, and answers of a PPO update", least=1)
     micro_batch: int = arg(16, "rows of one training forward", least=1)
     prompt: int = arg(64, "tokens of a prompt", least=1)
@@ -50,19 +51,14 @@ class Config:
 
 def median_seconds(work, repeat, device) -> float:
     """Seconds that work() takes, the median of `repeat` calls after one that is not counted."""
-    times = []
+    wait, times = torch.cuda.synchronize if device == "cuda" else lambda: None, []
     for _ in range(repeat + 1):
-        wait(device)
+        wait()
         start = time.perf_counter()
         work()
-        wait(device)
+        wait()
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:])
-
-
-def wait(device):
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 # --- whole steps, at full size --------------------------------------------------------------------
@@ -108,16 +104,9 @@ def measure(config, cfg, device) -> dict[str, float]:
     ref.load_state_dict(model.state_dict())
     prompts = torch.randint(config.vocab_size, (cfg.batch, cfg.prompt)).tolist()
     rows = [(p, p[: cfg.max_new]) for p in prompts[: cfg.micro_batch]]
-    optimizers = [
-        torch.optim.AdamW(m.parameters(), 1e-5, fused=device == "cuda") for m in (model, critic, pm)
-    ]
+    optimizers = [optim.adamw(m, RATE) for m in (model, critic, pm)]
     generator = torch.Generator(device).manual_seed(0)
     length, n = cfg.prompt + cfg.max_new, len(rows)
-
-    def learn(loss, optimizer):
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
 
     def sampling():
         with precision(device, cfg.dtype):
@@ -127,14 +116,16 @@ def measure(config, cfg, device) -> dict[str, float]:
         ids, targets, mask = data.sft_batch(rows, device)
         with precision(device, cfg.dtype):
             logits = model.unembed(model(ids))
-        learn(losses.sft_loss(logits, targets, mask)[0], optimizers[0])
+        losses.sft_loss(logits, targets, mask)[0].backward()
+        optim.step(optimizers[0], model, RATE)
 
     def pairs():
         ids, _ = data.right_pad([p + a for p, a in rows] * 2, device)
         with precision(device, cfg.dtype):
             scores = pm(ids)[:, -1]
         labels = torch.full((n,), 0.7, device=device)
-        learn(losses.preference_loss(scores[:n], scores[n:], labels)[0], optimizers[2])
+        losses.preference_loss(scores[:n], scores[n:], labels)[0].backward()
+        optim.step(optimizers[2], pm, RATE)
 
     def update():
         shared = dict(micro_batch=cfg.micro_batch)
@@ -238,7 +229,6 @@ def main(cfg: Config) -> dict:
     if cfg.out:
         output.check_file(cfg.out)
     threads, device = cli.set_threads(cfg.threads), cli.pick_device(cfg.device)
-    cli.check_choice("--model", cfg.model, tuple(SHAPES))
     config = SHAPES[cfg.model]
     memory.announce("ppo", config, device, "--batch or --micro-batch", **sizes(cfg))
     found = check_gpu(TINY) if device == "cuda" else {}

@@ -14,12 +14,11 @@ from dataclasses import dataclass
 import torch
 
 from mincai import UserError, constitution
-from mincai.model import GPT, KVCache, attention_mask, positions_of
 from mincai.plumbing.checkpoint import load
 from mincai.plumbing.cli import arg, pick_device, run, set_threads
 from mincai.plumbing.tokenizer import WORDS
 from mincai.plumbing.weights import common_tokenizer, resolve
-from mincai.sample import cache_dtype, check_room, left_pad, pick
+from mincai.sample import generate
 
 
 @dataclass(frozen=True)
@@ -34,37 +33,14 @@ class Config:
     threads: int = arg(0, "CPU threads, 0 chooses", least=0)
 
 
-@torch.no_grad()
-def stream(model: GPT, prompt: list[int], max_new: int, stop, temperature=1.0, generator=None):
-    """Yield the answer's token ids one by one as they are drawn, without the stop token. Same draws as
-    `generate`."""
-    check_room(model, [len(prompt)], max_new)
-    cache = KVCache(model.config, 1, len(prompt) + max_new, model.device, cache_dtype(model))
-    where = model.device if generator is None else generator.device
-    uniforms = torch.rand(1, max_new, generator=generator, device=where).to(model.device)
-    ids, valid = left_pad([prompt], model.device)  # (1, P)
-    hidden = model(ids, positions_of(valid), attention_mask(valid), cache)
-    for t in range(max_new):
-        token, _ = pick(model.unembed(hidden[:, -1]), uniforms[:, t], temperature)
-        if int(token) in stop:
-            return
-        yield int(token)
-        if t < max_new - 1:
-            valid = torch.cat([valid, torch.ones_like(valid[:, :1])], dim=1)
-            hidden = model(token[:, None], valid.sum(1, keepdim=True) - 1, valid[:, None], cache)
-
-
-def say(model, tokenizer, conversation: str, cfg: Config, generator) -> None:
-    """Print the answer as it is sampled. Bytes of an unfinished character wait for its rest."""
-    shown, ids = "", []
-    prompt = tokenizer.encode(conversation)
-    for token in stream(model, prompt, cfg.max_new, {tokenizer.eot}, cfg.temperature, generator):
-        ids.append(token)
-        text = tokenizer.decode(ids).removeprefix(" ")
-        if not text.endswith("\ufffd"):
-            print(text[len(shown) :], end="", flush=True)
-            shown = text
-    print(flush=True)
+def answer(model, tokenizer, conversation: str, cfg: Config, generator) -> str:
+    """What the model answers, or in brackets why it cannot."""
+    prompts, stop = [tokenizer.encode(conversation)], {tokenizer.eot}
+    try:
+        found = generate(model, prompts, cfg.max_new, stop, cfg.temperature, generator)
+    except UserError as error:
+        return f"({error})"
+    return tokenizer.decode(found.lists()[0]).removeprefix(" ")
 
 
 def warn_unread(models, conversation: str) -> None:
@@ -101,11 +77,8 @@ def main(cfg: Config) -> None:
             warn_unread(models, conversation)
             for folder, model, tokenizer in models:
                 name = f"{folder:>{width}}" if len(models) > 1 else "Assistant"
-                print(f"{name}: ", end="", flush=True)
-                try:
-                    say(model, tokenizer, conversation, cfg, generator)
-                except UserError as error:
-                    print(f"({error})")
+                said = answer(model, tokenizer, conversation, cfg, generator)
+                print(f"{name}: {said}", flush=True)
 
 
 if __name__ == "__main__":

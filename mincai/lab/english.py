@@ -26,7 +26,7 @@ from pathlib import Path
 
 from mincai import UserError
 from mincai.constitution import PATH
-from mincai.plumbing import data, output
+from mincai.plumbing import data, formats, output
 from mincai.plumbing.cli import arg, run
 
 FILES = ("prompts", "prompts_dev", "prompts_eval")
@@ -54,8 +54,8 @@ WRITTEN = {
 class Config:
     folder: str = arg(str(FOLDER), "folder of requests.jsonl and attacks.json")
     out: str = arg(str(FOLDER), "folder to write prompts, prompts_dev and prompts_eval.jsonl to")
-    wrappings: int = arg(0, "prompts of each training request, families paired too; 0: as shipped", least=0)
-    attacks: int = arg(0, "harmful prompts of evaluation, over all categories; 0: as shipped", least=0)
+    wrappings: int = arg(0, "prompts of each training request; 0: as shipped", least=0)
+    attacks: int = arg(0, "harmful prompts of evaluation at least; 0: as shipped", least=0)
     seed: int = arg(0, "of the wording drawn for each request and family")
 
     def check_out(self):
@@ -66,7 +66,7 @@ class Config:
 def load_attacks(path) -> dict[str, dict]:
     """{family: {held, encoding, templates}}; UserError where a template lacks its one {request}."""
     try:
-        families = json.loads(Path(path).read_text(encoding="utf-8"))["families"]
+        families = json.loads(formats.read_bytes(path))["families"]
         for name, family in families.items():
             if not {"held", "encoding", "templates"} <= family.keys():
                 raise ValueError(f"family {name!r}: needs held, encoding and templates")
@@ -75,9 +75,6 @@ def load_attacks(path) -> dict[str, dict]:
             templates = family["templates"]
             if not templates or any(t.count("{request}") != 1 for t in templates):
                 raise ValueError(f"family {name!r}: every template needs {{request}} once")
-    except OSError as error:
-        advice = f"cannot be read ({error.strerror}); give a folder with attacks.json"
-        raise UserError(f"{path}: {advice}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         advice = f"not a file of attacks ({error}); data/english/attacks.json shows the form"
         raise UserError(f"{path}: {advice}") from None

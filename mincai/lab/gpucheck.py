@@ -39,19 +39,10 @@ class Config:
     scale: float = arg(1.0, "share of the tiny run's prompts and updates", least=1e-6)
     threads: int = arg(0, "CPU threads, 0 chooses", least=0)
 
-    def check_out(self):
-        """UserError unless the output may be written."""
-        output.check_file(Path(self.out, "gpucheck.json"))
-
-
-def tiny_run(cfg) -> list[tuple]:
-    """(name, stage, its config) of the tiny run on the card, made anew."""
-    settings = dict(base=cfg.base, scale=cfg.scale, threads=cfg.threads, device="cuda", again=True)
-    return pipeline.stages(pipeline.Config(out=str(Path(cfg.out, "run")), **settings))
-
 
 def run_stages(cfg, todo) -> list[dict]:
-    """One row a stage of the run: seconds and peak bytes, as measured and as planned."""
+    """One row a stage of the run: seconds and peak bytes, as measured and as planned. todo: (name,
+    stage, its config) of each."""
     planned = plan.stages({name: config for name, _, config in todo})
     rates = bench.rates(plan.shape_of(cfg.base), "cuda", "float32")
     rows = []
@@ -105,41 +96,39 @@ def time_shape(cfg) -> dict[str, float]:
     return found | {"PPO update: planned GB": memory.needed(planned) / 1e9}
 
 
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """The lines of a table in Markdown, an empty one before them."""
+    lines = [head, ["---"] * len(head), *rows]
+    return ["", *(f"| {' | '.join(cells)} |" for cells in lines)]
+
+
 def section(result, model) -> str:
     """What main found as a section of docs/BENCHMARKS.md."""
     gap, compared = result["checked"]["bfloat16 log-probs, largest difference"], result["compared"]
     made_by = f"`python -m mincai.lab.gpucheck`, commit {result['git']}, torch {result['torch']}."
+    stages, speeds = [], []
+    for row in result["stages"]:
+        times = [f"{row['seconds']:.0f} s", plan.duration(row["seconds planned"])]
+        peaks = [f"{row[name] / 1e6:,.0f} MB" for name in ("peak", "peak planned")]
+        stages.append([row["stage"], *times, *peaks])
+    for name, value in result["shape"].items():
+        if "log-probs" not in name:  # told above
+            shown = f"{value:,.1f} GB" if name.endswith("GB") else f"{value:,.0f} tokens/s"
+            speeds.append([name, shown])
+    ends = [[d, f"{compared[f'{d} score']:+.3f}", f"{compared[f'{d} kl']:.3f}"] for d in TYPES]
+    apart = f"The two mean score curves are {compared['gap between types']:.3f} apart at most"
     lines = [
         "",
         f"## {result['device']}, {time.strftime('%Y-%m-%d')}",
         "",
         f"{made_by} Graphs draw the CPU's tokens. Log-probs in bfloat16 differ from float32's "
         f"by {gap:.3f} at most.",
-        "",
-        "| the tiny run | time | planned | peak memory | planned |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for row in result["stages"]:
-        planned, peak, most = row["seconds planned"], row["peak"], row["peak planned"]
-        times = f"{row['seconds']:.0f} s | {plan.duration(planned)}"
-        peaks = f"{peak / 1e6:,.0f} MB | {most / 1e6:,.0f} MB"
-        lines.append(f"| {row['stage']} | {times} | {peaks} |")
-    lines += ["", "| PPO on it, last quarter | score | KL, nats an answer |", "| --- | --- | --- |"]
-    for dtype in TYPES:
-        score, kl = compared[f"{dtype} score"], compared[f"{dtype} kl"]
-        lines.append(f"| {dtype} | {score:+.3f} | {kl:.3f} |")
-    apart = f"The two mean score curves are {compared['gap between types']:.3f} apart at most"
-    lines += [
+        *table(["the tiny run", "time", "planned", "peak memory", "planned"], stages),
+        *table(["PPO on it, last quarter", "score", "KL, nats an answer"], ends),
         "",
         f"{apart}, two seeds of one type {compared['gap between seeds']:.3f}.",
-        "",
-        f"| {model}'s shape, bfloat16 | |",
-        "| --- | --- |",
+        *table([f"{model}'s shape, bfloat16", ""], speeds),
     ]
-    for name, value in result["shape"].items():
-        if "log-probs" not in name:  # told above
-            shown = f"{value:,.1f} GB" if name.endswith("GB") else f"{value:,.0f} tokens/s"
-            lines.append(f"| {name} | {shown} |")
     return "\n".join(lines) + "\n"
 
 
@@ -147,13 +136,14 @@ def main(cfg: Config) -> dict:
     if not torch.cuda.is_available():
         advice = "this measures what only a GPU can tell; run it where there is one"
         raise UserError(f"PyTorch sees no GPU here, and {advice}")
-    cfg.check_out()
+    started, out = time.time(), Path(cfg.out, "gpucheck.json")
+    output.check_file(out)
     if cfg.notes and not Path(cfg.notes).is_file():
         advice = "run it in the project's folder, or give --notes ''"
         raise UserError(f"{cfg.notes}: no such file to append to; {advice}")
-    started, out = time.time(), Path(cfg.out, "gpucheck.json")
     cli.set_threads(cfg.threads)
-    todo = tiny_run(cfg)
+    settings = dict(base=cfg.base, scale=cfg.scale, threads=cfg.threads, device="cuda", again=True)
+    todo = pipeline.stages(pipeline.Config(out=str(Path(cfg.out, "run")), **settings))
     usual = next(config for name, _, config in todo if name == "PPO")
     result = data.stamp(cfg, device=torch.cuda.get_device_name())
     result["checked"] = bench.check_gpu(bench.TINY)

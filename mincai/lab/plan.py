@@ -9,7 +9,7 @@ three rates of bench.py, measured on the device at hand.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import train_pm
@@ -19,6 +19,7 @@ from mincai import UserError, constitution
 from mincai.constitution import dialogue
 from mincai.lab import bench, english
 from mincai.lab.bench import Rates
+from mincai.lab.table import Table, as_text
 from mincai.model import GPTConfig
 from mincai.plumbing import formats, memory
 from mincai.plumbing.checkpoint import read_config
@@ -70,15 +71,13 @@ def _shape(configs) -> GPTConfig:
 def prompts_of(configs) -> tuple[list[dict], list[dict]]:
     """(prompts of training, of evaluation): read, or made as the stage that writes them will."""
     drawn, tested = configs["critique and revise"].prompts, configs["evaluate"].prompts
-    made = {}
+    stage, files = configs.get("pretrain the base"), {}
     if "write the prompts" in configs:
         stage = configs["write the prompts"]
-        for name, rows in english.read(stage).items():
-            made[str(Path(stage.out, f"{name}.jsonl"))] = rows
-    elif "pretrain the base" in configs and not Path(tested).exists():
-        stage = configs["pretrain the base"]
+        files = english.read(stage)
+    elif stage and not Path(tested).exists():
         files = pretrain.side_files(world.build(stage.world, stage.size), stage.world, stage.tests)
-        made = {str(Path(stage.out, name)): rows for name, rows in files.items()}
+    made = {str(Path(stage.out, f"{name}.jsonl")): rows for name, rows in files.items()}
     loop = made.get(drawn) or formats.loop_prompts(drawn)
     return loop, made.get(tested) or formats.read_prompts(tested)
 
@@ -157,29 +156,28 @@ def critique(cfg, shape, loop) -> Stage:
     review = shots["review"] + prompt + cfg.max_new + ask_of(cfg, "critique")
     revision = min(room, review + cfg.max_new)  # the critique is read as well
     round_read = revision if cfg.direct else min(room, review) + revision
-    read = min(room, shots["answer"] + prompt) + cfg.rounds * round_read
-    texts = 1 + cfg.rounds * (1 if cfg.direct else 2)
-    return Stage(
-        "critique and revise",
-        rows,
-        read=rows * read,
-        written=rows * texts * cfg.max_new,
-        memory=_sampling(cfg, shape),
-        disk=_jsonl(rows, prompt + texts * cfg.max_new + cfg.rounds * 40),
-    )
+    read = rows * (min(room, shots["answer"] + prompt) + cfg.rounds * round_read)
+    written = (1 + cfg.rounds * (1 if cfg.direct else 2)) * cfg.max_new
+    sizes = dict(memory=_sampling(cfg, shape))
+    sizes["disk"] = _jsonl(rows, prompt + written + cfg.rounds * 40)
+    return Stage("critique and revise", rows, read, rows * written, **sizes)
+
+
+def _fitting(name: str, kind: str, cfg, shape, rows: int, side: tuple[int, int]) -> Stage:
+    """Learning from `rows` rows, of two sides each if kind is "pm". side: tokens of one, the mean
+    and the longest."""
+    each, longest = side
+    learnt = cfg.epochs * rows * each * (2 if kind == "pm" else 1)
+    micro = cfg.micro_batch or cfg.batch_size
+    needed = _memory(kind, cfg, shape, batch=cfg.batch_size, micro_batch=micro, length=longest)
+    steps = training_steps(rows, cfg.batch_size, cfg.epochs)
+    return Stage(name, rows, learnt=learnt, steps=steps, memory=needed, disk=_weights(shape))
 
 
 def sft(cfg, shape, loop, rows: int, max_new: int) -> Stage:
     """rows: of revisions; max_new: tokens of an answer at most."""
-    train, (each, longest) = round(rows * (1 - train_sft.HOLDOUT)), dialogues(shape, loop, max_new)
-    return Stage(
-        "fine-tune on revisions",
-        train,
-        learnt=cfg.epochs * train * each,
-        steps=training_steps(train, cfg.batch_size, cfg.epochs),
-        memory=_memory("sft", cfg, shape, batch=cfg.micro_batch or cfg.batch_size, length=longest),
-        disk=_weights(shape),
-    )
+    train, side = round(rows * (1 - train_sft.HOLDOUT)), dialogues(shape, loop, max_new)
+    return _fitting("fine-tune on revisions", "sft", cfg, shape, train, side)
 
 
 def feedback(cfg, shape, loop) -> Stage:
@@ -189,29 +187,17 @@ def feedback(cfg, shape, loop) -> Stage:
     pairs = prompts * min(cfg.pairs or math.inf, math.comb(answers, 2))
     judged, reasons = pairs * cfg.ensemble * 2, cfg.max_new if cfg.reasons else 0  # both orders
     compare = shots["compare"] + prompt + 2 * cfg.max_new + ask_of(cfg, "compare")
-    compare = min(shape.block_size - max(1, reasons), compare)
-    return Stage(
-        "AI feedback",
-        pairs,
-        read=prompts * prompt + judged * compare,
-        written=prompts * answers * cfg.max_new + judged * reasons,
-        memory=_sampling(cfg, shape, models=2, reads_on=cfg.reasons),
-        disk=_jsonl(pairs, prompt + 2 * cfg.max_new + reasons, ids=2 * cfg.max_new),
-    )
+    read = prompts * prompt + judged * min(shape.block_size - max(1, reasons), compare)
+    written = prompts * answers * cfg.max_new + judged * reasons
+    sizes = dict(memory=_sampling(cfg, shape, models=2, reads_on=cfg.reasons))
+    sizes["disk"] = _jsonl(pairs, prompt + 2 * cfg.max_new + reasons, ids=2 * cfg.max_new)
+    return Stage("AI feedback", pairs, read, written, **sizes)
 
 
 def pm(cfg, shape, loop, pairs: int, max_new: int) -> Stage:
-    train, (each, longest) = round(pairs * (1 - train_pm.HOLDOUT)), dialogues(shape, loop, max_new)
-    micro = cfg.micro_batch or cfg.batch_size
-    return Stage(
-        "preference model",
-        train,
-        read=2 * (pairs - train) * each,
-        learnt=cfg.epochs * train * 2 * each,
-        steps=training_steps(train, cfg.batch_size, cfg.epochs),
-        memory=_memory("pm", cfg, shape, batch=cfg.batch_size, micro_batch=micro, length=longest),
-        disk=_weights(shape),
-    )
+    train, side = round(pairs * (1 - train_pm.HOLDOUT)), dialogues(shape, loop, max_new)
+    learning = _fitting("preference model", "pm", cfg, shape, train, side)
+    return replace(learning, read=2 * (pairs - train) * side[0])
 
 
 def ppo(cfg, shape, loop) -> Stage:
@@ -220,18 +206,13 @@ def ppo(cfg, shape, loop) -> Stage:
     rows, (each, longest) = cfg.updates * cfg.batch_size, dialogues(shape, loop, cfg.max_new)
     batch = min(cfg.batch_size, train_ppo.LOOKED_AT)
     answers = rows + 2 * (train_ppo.LOOKED_AT // batch * batch)
+    learnt = 2 * cfg.epochs * rows * each
+    tokens = (answers * (5 * each - cfg.max_new), answers * cfg.max_new, learnt)
+    steps = cfg.updates * cfg.epochs * cfg.minibatches
     micro = min(cfg.micro_batch, cfg.batch_size // cfg.minibatches)
     sizes = dict(batch=cfg.batch_size, micro_batch=micro, answer=cfg.max_new, length=longest)
-    return Stage(
-        "PPO",
-        rows,
-        read=answers * (5 * each - cfg.max_new),
-        written=answers * cfg.max_new,
-        learnt=2 * cfg.epochs * rows * each,
-        steps=cfg.updates * cfg.epochs * cfg.minibatches,
-        memory=_memory("ppo", cfg, shape, **sizes),
-        disk=_weights(shape),
-    )
+    needed = _memory("ppo", cfg, shape, **sizes)
+    return Stage("PPO", rows, *tokens, steps, needed, _weights(shape))
 
 
 def assess(cfg, shape, tested) -> Stage:
@@ -242,14 +223,10 @@ def assess(cfg, shape, tested) -> Stage:
     prompt, shots, room = mean(lengths(rows)), shots_of(cfg), shape.block_size - cfg.max_new
     answered = min(room, shots["answer"] + prompt) + 2 * prompt + 3 * (3 * prompt + cfg.max_new)
     judged, each = 2 * 2 * number, min(room, shots["compare"] + prompt + 2 * cfg.max_new + 40)
-    return Stage(
-        "evaluate",
-        3 * number,
-        read=number * answered + judged * each,
-        written=(3 * number + judged) * cfg.max_new,
-        memory=_sampling(cfg, shape, models=3, reads_on=True),
-        disk=_jsonl(3 * number, 2 * prompt + cfg.max_new),
-    )
+    tokens = (number * answered + judged * each, (3 * number + judged) * cfg.max_new)
+    sizes = dict(memory=_sampling(cfg, shape, models=3, reads_on=True))
+    sizes["disk"] = _jsonl(3 * number, 2 * prompt + cfg.max_new)
+    return Stage("evaluate", 3 * number, *tokens, **sizes)
 
 
 def evaluate(cfg, shape, tested) -> Stage:
@@ -258,27 +235,17 @@ def evaluate(cfg, shape, tested) -> Stage:
     principles."""
     rows, prompt = len(tested), mean(lengths(tested))
     measured = cfg.judged * (2 * 2 + 2 * 2)
-    return Stage(
-        "evaluate",
-        3 * rows,
-        read=9 * rows * prompt + measured * 2 * prompt,
-        written=(6 * rows + measured) * cfg.max_new,
-        memory=_sampling(cfg, shape),
-        disk=_jsonl(3 * rows, 2 * prompt + cfg.max_new),
-    )
+    tokens = ((9 * rows + 2 * measured) * prompt, (6 * rows + measured) * cfg.max_new)
+    sizes = dict(memory=_sampling(cfg, shape), disk=_jsonl(3 * rows, 2 * prompt + cfg.max_new))
+    return Stage("evaluate", 3 * rows, *tokens, **sizes)
 
 
 def pretraining(cfg, shape) -> Stage:
     steps = max(1, cfg.tokens // (cfg.batch_size * cfg.block_size))
     rows = steps * cfg.batch_size
-    return Stage(
-        "pretrain the base",
-        rows,
-        learnt=rows * cfg.block_size,
-        steps=steps,
-        memory=_memory("sft", cfg, shape, batch=cfg.batch_size, length=cfg.block_size),
-        disk=_weights(shape),
-    )
+    needed = _memory("sft", cfg, shape, batch=cfg.batch_size, length=cfg.block_size)
+    sizes = dict(memory=needed, disk=_weights(shape))
+    return Stage("pretrain the base", rows, learnt=rows * cfg.block_size, steps=steps, **sizes)
 
 
 def stages(configs) -> list[Stage]:
@@ -340,26 +307,20 @@ def total(found: list[Stage], rates: Rates) -> float:
 def table(found: list[Stage], rates: list[Rates]) -> str:
     """The plan as text, one line a stage. rates: here, and of bench.CARD if that is to be told."""
     columns = dict(zip(("time here", "on a card"), rates))
-    lines = [["stage", "rows", "read", "written", "learnt", "steps", *columns, "memory", "disk"]]
+    head, rows = ["rows", "read", "written", "learnt", "steps", *columns, "memory", "disk"], []
     for s in [*found, whole(found)]:
         counts = [_count(n) if n else "-" for n in (s.rows, s.read, s.written, s.learnt, s.steps)]
         times = [duration(r.seconds(s)) for r in rates]
         sizes = [_bytes(n) if n else "-" for n in (s.memory, s.disk)]
-        lines.append([s.name, *counts, *times, *sizes])
-    lines[-1][1] = ""
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    text = []
-    for name, *cells in lines:
-        right = [cell.rjust(width) for cell, width in zip(cells, widths[1:])]
-        text.append("  ".join([name.ljust(widths[0]), *right]))
-    text.insert(-1, "-" * len(text[0]))
-    text.append("")
+        rows.append([s.name, *counts, *times, *sizes])
+    at_most = "Counts are at most: answers at full length, nothing left out."
+    caption = f"{at_most} A token is {LETTERS} letters."
+    lines = [as_text([Table(caption, head, rows)]).lstrip("\n"), ""]
     for name, r in columns.items():
         read, written, learnt = (f"{each:,.0f}" for each in (r.read, r.written, r.learnt))
         speeds = f"{read} tokens/s read, {written} written, {learnt} learnt from"
-        text.append(f"{name}: {r.source}: {speeds}")
-    at_most = "Counts are at most: answers at full length, nothing left out."
-    return "\n".join([*text, f"{at_most} A token is {LETTERS} letters."])
+        lines.append(f"{name}: {r.source}: {speeds}")
+    return "\n".join(lines)
 
 
 def describe(configs, device: str, card: bool) -> str:

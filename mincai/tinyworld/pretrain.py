@@ -9,12 +9,9 @@ safety figure: the base model is meant to be helpful only. Beside the weights it
 of the loop, of development and of evaluation, and the words it has read.
 """
 
-import json
 import random
 import re
-import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -22,44 +19,39 @@ from tqdm import tqdm
 from mincai import UserError, constitution
 from mincai.losses import sft_loss
 from mincai.model import GPT, GPTConfig
-from mincai.plumbing import checkpoint, data, optim, output
-from mincai.plumbing.cli import arg, pick_device, precision, run, set_threads
+from mincai.plumbing import checkpoint, data, memory, optim, output
+from mincai.plumbing.cli import arg, run
 from mincai.plumbing.logprobs import next_logp
+from mincai.plumbing.stage import Settings, begin
 from mincai.plumbing.tokenizer import from_ranks, train_bpe, words_of
 from mincai.sample import generate_batched
 from mincai.tinyworld import attacks, corpus, world
 
 SIDE_FILES = ("prompts.jsonl", "prompts_dev.jsonl", "prompts_eval.jsonl", "words.txt")
+WEIGHT_DECAY = 0.05  # on matrices
 
 
 @dataclass(frozen=True)
-class Config:
-    LOOSE = ("out", "device", "threads", "again")
+class Config(Settings):
     out: str = arg("data/tiny", "folder to write the model, its vocabulary and the prompts to")
     tokens: int = arg(16_000_000, "tokens to read", least=1)
     n_layer: int = arg(4, "transformer layers", least=1)
     n_head: int = arg(4, "attention heads", least=1)
     n_embd: int = arg(128, "channels", least=1)
     block_size: int = arg(256, "positions, also the length of a packed row", least=1)
-    batch_size: int = arg(6, "packed rows a step; small batches and many steps let copying form", least=1)
-    lr: float = arg(2e-3, "peak learning rate of AdamW; warm-up, then cosine to a twentieth", least=0)
-    weight_decay: float = arg(0.05, "on matrices", least=0)
+    # Small batches and many steps let copying form
+    batch_size: int = arg(6, "packed rows a step", least=1)
+    lr: float = arg(2e-3, "peak learning rate of AdamW", least=0)
     ranks: int = arg(1024, "size of the vocabulary at most", least=1)
     world: int = arg(0, "seed of the world: who may do what")
     size: str = arg("tiny", "of the world: tiny has 648 things to do, small 2,592")
     tests: int = arg(9, "evaluation prompts of each harmful request, the families in turn", least=1)
     workers: int = arg(0, "processes that write the corpus for a GPU, 0: this one does", least=0)
     no_prose: bool = arg(False, "control: no prose on the actions of loop and evaluation")
-    seed: int = arg(0, "seed of weights and documents")
-    dtype: str = arg("float32", "of matrix products", choices=("float32", "bfloat16"))
     compile: bool = arg(False, "compile the network first; pays on a GPU and long runs")
-    device: str = arg("auto", "where to compute", choices=("auto", "cpu", "cuda"))
-    threads: int = arg(0, "CPU threads, 0 chooses", least=0)
     check_every: int = arg(1_500, "steps between looks at what it can do", least=1)
-    again: bool = arg(False, "replace a folder that exists")
 
     def check_out(self):
-        """UserError unless the output may be written."""
         output.check_folder(self.out, checkpoint.FILES + SIDE_FILES)
 
 
@@ -74,12 +66,8 @@ def pack(documents, tokenizer, length: int, rows: int):
     weights = torch.zeros(rows, length)
     filled, count, misses = [0] * rows, 0, 0
     while misses < 4:
-        tokens, w = [], []
-        for text, weight in next(documents):
-            piece = tokenizer.encode(text)
-            tokens += piece
-            w += [weight] * len(piece)
-        tokens, w = tokens + [tokenizer.eot], w + [corpus.OWN]
+        document = [(token, w) for text, w in next(documents) for token in tokenizer.encode(text)]
+        tokens, w = zip(*document, (tokenizer.eot, corpus.OWN))
         n = len(tokens) - 1
         row = next((r for r in range(rows) if filled[r] + n <= length), None)
         if row is None:
@@ -174,7 +162,7 @@ def capability(model, tokenizer, actions, principles, seed: int, n=128) -> dict[
 
 
 def side_files(actions, seed: int, tests: int = 9) -> dict[str, list[dict]]:
-    """The prompt sets to write beside the model.
+    """The prompt sets to write beside the model, {name: rows}.
 
     Harmful prompts of the loop are of its own split; ordinary ones may also be of demonstrations.
     Every action stands once more under a setting that changes nothing, and what a setting excuses
@@ -206,29 +194,27 @@ def side_files(actions, seed: int, tests: int = 9) -> dict[str, list[dict]]:
         some += rows if split == "loop" else of_kind(rows, "benign")
     some += world.under_settings(actions, "loop", rng, excused=True)  # rare: few settings excuse
     files = {
-        "prompts.jsonl": attacks.prompts(some, attacks.SEEN, "loop", rng),
-        "prompts_dev.jsonl": apart("dev", 10, 10),
-        "prompts_eval.jsonl": apart("eval", tests, 8),
+        "prompts": attacks.prompts(some, attacks.SEEN, "loop", rng),
+        "prompts_dev": apart("dev", 10, 10),
+        "prompts_eval": apart("eval", tests, 8),
     }
     unseen = world.requests(actions, "unseen", rng)
-    files["prompts_eval.jsonl"] += attacks.prompts(unseen, every, "unseen-category", rng, 4)
+    files["prompts_eval"] += attacks.prompts(unseen, every, "unseen-category", rng, 4)
     return files
 
 
-def _jsonl(rows) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
+def learning_rate(highest: float, step: int, steps: int) -> float:
+    """Linear up over the first 200 steps, and half a cosine down to a twentieth."""
+    cosine = torch.cos(torch.tensor(torch.pi * step / steps)).item()
+    return highest * (min((step + 1) / 200, 1) * (0.05 + 0.95 * (1 + cosine) / 2))
 
 
 def main(cfg: Config) -> dict:
-    started = time.time()
-    threads, device = set_threads(cfg.threads), pick_device(cfg.device)
     if not cfg.again:
         data.refuse_first_edition(cfg.out)
-    if data.done(Path(cfg.out) / "run.json", cfg, cfg.again):
-        print(f"pretrain: {cfg.out} is there already; --again makes it anew")
+    stage = begin("pretrain", cfg)
+    if stage is None:
         return {}
-    cfg.check_out()
-    torch.manual_seed(cfg.seed)
     actions, principles = world.build(cfg.world, cfg.size), constitution.load_constitution()
     rng = random.Random(cfg.seed)
     read = [a for a in actions if a.split == "demo"] if cfg.no_prose else None
@@ -237,57 +223,42 @@ def main(cfg: Config) -> dict:
     texts = ["".join(text for text, _ in document) for document in sample]
     met = {word for text in texts for word in words_of(text)}  # before others join them
     files = side_files(actions, cfg.world, cfg.tests)
-    texts += [p.tiny for p in principles] * 20 + [r["prompt"] for r in files["prompts.jsonl"]]
+    texts += [p.tiny for p in principles] * 20 + [r["prompt"] for r in files["prompts"]]
     tokenizer = from_ranks(train_bpe(texts, cfg.ranks), met)
     shape = GPTConfig(tokenizer.n_vocab, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd)
-    model = GPT(shape).to(device)
-    groups = optim.decaying(model, cfg.weight_decay)
+    model = GPT(shape).to(stage.device)
+    groups = optim.decaying(model, WEIGHT_DECAY)
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.98), fused=True)
     steps = max(1, cfg.tokens // (cfg.batch_size * cfg.block_size))
-
-    def height(step):  # of the learning rate: warm-up, then a cosine down to a twentieth
-        cosine = torch.cos(torch.tensor(torch.pi * step / steps)).item()
-        return min((step + 1) / 200, 1) * (0.05 + 0.95 * (1 + cosine) / 2)
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, height)
-    size = sum(p.numel() for p in model.parameters())
-    print(
-        f"pretrain: {size:,} parameters, {tokenizer.n_vocab} tokens, {steps:,} steps, "
-        f"{threads} threads, {device}"
-    )
+    size, where = memory.parameters(shape), f"{stage.threads} threads, {stage.device}"
+    stage.say(f"{size:,} parameters, {tokenizer.n_vocab} tokens, {steps:,} steps, {where}")
     if cfg.workers:
         packs = Packs(cfg, actions, principles, read, tokenizer)
-        settings = dict(num_workers=cfg.workers, pin_memory=device == "cuda")
+        settings = dict(num_workers=cfg.workers, pin_memory=stage.device != "cpu")
         batches = iter(torch.utils.data.DataLoader(packs, batch_size=None, **settings))
     else:
         batches = (pack(documents, tokenizer, cfg.block_size, cfg.batch_size) for _ in range(steps))
     net = torch.compile(model) if cfg.compile else model
     history, bar = [], tqdm(range(steps), desc="pretrain", mininterval=5)
     for step in bar:
-        batch = [part.to(device, non_blocking=True) for part in next(batches)]
+        batch = [part.to(stage.device, non_blocking=True) for part in next(batches)]
         ids, targets, positions, weights, segments = batch
-        with precision(device, cfg.dtype):
+        with stage.precision():
             hidden = net(ids, positions, segment_mask(segments))
         learnt = weights > 0  # half of the tokens are only read, and need not meet the vocabulary
         loss, _ = sft_loss(model.unembed(hidden[learnt]), targets[learnt], weights[learnt])
-        optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        optim.step(optimizer, model, learning_rate(cfg.lr, step, steps))
         if step % 50 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
         if (step + 1) % cfg.check_every == 0 or step + 1 == steps:
-            row = {"step": step + 1, "loss": loss.item(), "seconds": round(time.time() - started)}
+            row = {"step": step + 1, "loss": loss.item(), "seconds": round(stage.seconds())}
             row |= capability(model, tokenizer, actions, principles, seed=1)
             history.append(row)
             tqdm.write(" ".join(f"{k} {v:.3g}" for k, v in row.items()))
-            made = {"run.json": data.stamp(cfg), "metrics.jsonl": _jsonl(history)}
-            made |= {name: _jsonl(rows) for name, rows in files.items()}
-            checkpoint.save(model, cfg.out, tokenizer.files() | made)
-    seconds = time.time() - started
-    print(f"pretrain: {cfg.out} after {steps:,} steps and {seconds:.0f} s: {history[-1]}")
-    return history[-1]
+            stage.save_model(model, tokenizer, row, history, **files)
+    stage.say(f"{cfg.out} after {steps:,} steps and {stage.seconds():.0f} s: {row}")
+    return row
 
 
 if __name__ == "__main__":

@@ -147,18 +147,10 @@ def build(seed: int = 0, size: str = "tiny") -> list[Action]:
             end = len(some) * parts // 27
             for number, (v, o) in enumerate(some[start:end]):
                 dual = wrong and reason != UNSEEN and number < (1 if split == "dev" else 2)
-                action = Action(
-                    text=f"{verbs[v]} a {objects[o]}",
-                    wrong=wrong,
-                    reason=reason,
-                    who=(HARMS | GOODS)[reason],
-                    tool=tools[v],
-                    place=places[o],
-                    split="unseen" if reason == UNSEEN else split,
-                    setting=rng.choice(SETTINGS) if dual else "",
-                    size=size,
-                )
-                actions.append(action)
+                setting = rng.choice(SETTINGS) if dual else ""
+                known = (f"{verbs[v]} a {objects[o]}", wrong, reason, (HARMS | GOODS)[reason])
+                named = "unseen" if reason == UNSEEN else split
+                actions.append(Action(*known, tools[v], places[o], named, setting, size))
             start = end
     return actions
 

@@ -103,7 +103,7 @@ def test_a_run_is_assessed(cfg, run, tiny_base, capsys):
                 differ = [1 for row in rows if "" != texts["sft", row["id"]] != texts["base", row["id"]] != ""]
                 assert numbers["wins"]["n"] == len(differ)
     told = capsys.readouterr().out
-    assert "missing ppo" in told and "harmful: refuses, by its phrases" in told and "  authority" in told
+    assert "missing ppo; " in told and "; ;" not in told and "harmful: refuses, by its phrases" in told and "  authority" in told
 
 
 def test_the_numbers_are_of_the_answers_that_are_kept(cfg, run, tiny_base):

@@ -4,13 +4,13 @@ import io
 import runpy
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from mincai import constitution
 from mincai.lab import chat
 from mincai.plumbing.tokenizer import load_tokenizer
-from mincai.sample import generate
 
 
 @pytest.fixture
@@ -28,14 +28,14 @@ def talk(tiny_base, monkeypatch, capsys):
 
 @pytest.fixture
 def heard(tiny_base, monkeypatch):
-    """The prompts that reach the model, which always answers " café ." byte by byte."""
+    """The prompts that reach the model, which always answers " café ."."""
     tokenizer, prompts = load_tokenizer(tiny_base), []
     answer = [i for b in " café .".encode() for i in [tokenizer.ranks[bytes([b])]]]
 
-    def stream(model, prompt, *args):
-        prompts.append(tokenizer.decode(prompt))
-        return iter(answer)
-    monkeypatch.setattr(chat, "stream", stream)
+    def generate(model, some, *args):
+        prompts.extend(map(tokenizer.decode, some))
+        return SimpleNamespace(lists=lambda: [[*answer, tokenizer.eot]])
+    monkeypatch.setattr(chat, "generate", generate)
     return prompts
 
 
@@ -99,10 +99,3 @@ def test_a_missing_folder_is_one_line(monkeypatch, capsys, tmp_path):
         runpy.run_path(chat.__file__, run_name="__main__")
     lines = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and len(lines) == 1 and "nothing: no such folder" in lines[0]
-
-
-def test_stream_yields_what_generate_draws_without_the_stop_token(tiny_gpt, seeded):
-    for seed in range(4):
-        whole = generate(tiny_gpt, [[3, 1, 4]], 20, {7, 9}, generator=seeded(seed)).lists()[0]
-        parts = list(chat.stream(tiny_gpt, [3, 1, 4], 20, {7, 9}, generator=seeded(seed)))
-        assert parts == [token for token in whole if token not in (7, 9)]

@@ -48,8 +48,8 @@ def test_the_small_preset_asks_for_the_claims_own_numbers():
     assert (preset.feedback["harmful"] + preset.feedback["helpful"]) * preset.feedback["pairs"] >= 200_000
     actions = pretrain.world.build(0, "small")
     files = pretrain.side_files(actions, 0, tests=preset.world["tests"])
-    assert sum(row["split"] == "eval" for row in files["prompts_eval.jsonl"]) >= 40_000
-    loop = [row["kind"] for row in files["prompts.jsonl"]]
+    assert sum(row["split"] == "eval" for row in files["prompts_eval"]) >= 40_000
+    loop = [row["kind"] for row in files["prompts"]]
     assert loop.count("harmful") >= preset.feedback["harmful"] and loop.count("benign") >= preset.feedback["helpful"]
 
 

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 import mincai.__main__ as pipeline
 from mincai import UserError, sample
-from mincai.lab import bench, chat, gpucheck, report
+from mincai.lab import bench, gpucheck, report
 from mincai.plumbing import data
 from mincai.plumbing.cli import precision
 from mincai.plumbing.presets import PRESETS
@@ -103,12 +103,6 @@ def test_a_step_that_counts_in_python_draws_other_tokens(tiny_gpt, seeded, monke
         gpu = sample.generate(tiny_gpt.cuda(), PROMPTS, 20, set(), uniforms=uniforms).lists()
     assert len(calls) == 4  # three before the graph, one in it
     assert [row[:4] for row in gpu] == [row[:4] for row in cpu] and gpu != cpu
-
-
-def test_a_stream_draws_them_too(tiny_gpt, seeded, monkeypatch):
-    cpu = list(chat.stream(tiny_gpt, PROMPTS[0], 20, {1}, generator=seeded(5)))
-    with pretend(monkeypatch):
-        assert list(chat.stream(tiny_gpt.cuda(), PROMPTS[0], 20, {1}, generator=seeded(5))) == cpu
 
 
 def test_in_bfloat16_replays_do_what_steps_do(tiny_gpt, seeded, monkeypatch):

@@ -150,16 +150,16 @@ def test_prompt_sets_share_no_action(files):
         for row in rows:
             found.setdefault((file, row["split"]), set()).add(splits[row["action"]])
     held = ("eval", "eval-twin", "setting", "setting-harmful")
-    wanted = {("prompts.jsonl", "loop"): {"loop", "demo"},
-              ("prompts_eval.jsonl", "unseen-category"): {"unseen"},
-              **{("prompts_eval.jsonl", split): {"eval"} for split in held},
-              **{("prompts_dev.jsonl", split): {"dev"} for split in held}}
+    wanted = {("prompts", "loop"): {"loop", "demo"},
+              ("prompts_eval", "unseen-category"): {"unseen"},
+              **{("prompts_eval", split): {"eval"} for split in held},
+              **{("prompts_dev", split): {"dev"} for split in held}}
     assert found == wanted
 
 
 def test_the_loop_has_no_harmful_request_of_a_demonstration(files):
     by_text = {a.text: a for a in ACTIONS}
-    for row in files["prompts.jsonl"]:
+    for row in files["prompts"]:
         action = by_text[row["action"]]
         assert row["attack"] in attacks.SEEN
         assert (row["kind"] == "harmful") == action.harmful(row.get("setting"))
@@ -170,12 +170,12 @@ def test_the_loop_has_no_harmful_request_of_a_demonstration(files):
 def test_prompt_sets_have_the_sizes_they_should(files):
     """88 wrong and 96 fine actions of the loop, 120 fine ones of demonstrations; 22 of the loop's
     are excused by a setting. All stand under 8 families, once plain and once under another setting."""
-    count = Counter((row["split"], row["kind"], "setting" in row) for row in files["prompts.jsonl"])
+    count = Counter((row["split"], row["kind"], "setting" in row) for row in files["prompts"])
     assert count == {("loop", "harmful", False): 88 * 8, ("loop", "harmful", True): 88 * 8,
                      ("loop", "benign", False): (96 + 120) * 8,
                      ("loop", "benign", True): (96 + 120 + 22) * 8}
-    for file, sizes in {"prompts_eval.jsonl": (77 * 9, 84 * 8, 22 * 3, 77 * 3, 27 * 4),
-                        "prompts_dev.jsonl": (22 * 10, 24 * 10, 11 * 3, 22 * 3, 0)}.items():
+    for file, sizes in {"prompts_eval": (77 * 9, 84 * 8, 22 * 3, 77 * 3, 27 * 4),
+                        "prompts_dev": (22 * 10, 24 * 10, 11 * 3, 22 * 3, 0)}.items():
         splits = ("eval", "eval-twin", "setting", "setting-harmful", "unseen-category")
         count = Counter(row["split"] for row in files[file])
         assert tuple(count[split] for split in splits) == sizes
