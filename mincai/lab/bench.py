@@ -117,7 +117,7 @@ def measure(config, cfg, device) -> dict[str, float]:
         with precision(device, cfg.dtype):
             logits = model.unembed(model(ids))
         losses.sft_loss(logits, targets, mask)[0].backward()
-        optim.step(optimizers[0], model, RATE)
+        optim.step(optimizers[0], model, RATE, "bench")
 
     def pairs():
         ids, _ = data.right_pad([p + a for p, a in rows] * 2, device)
@@ -125,7 +125,7 @@ def measure(config, cfg, device) -> dict[str, float]:
             scores = pm(ids)[:, -1]
         labels = torch.full((n,), 0.7, device=device)
         losses.preference_loss(scores[:n], scores[n:], labels)[0].backward()
-        optim.step(optimizers[2], pm, RATE)
+        optim.step(optimizers[2], pm, RATE, "bench")
 
     def update():
         shared = dict(micro_batch=cfg.micro_batch)

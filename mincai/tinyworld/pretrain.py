@@ -248,7 +248,8 @@ def main(cfg: Config) -> dict:
         learnt = weights > 0  # half of the tokens are only read, and need not meet the vocabulary
         loss, _ = sft_loss(model.unembed(hidden[learnt]), targets[learnt], weights[learnt])
         loss.backward()
-        optim.step(optimizer, model, learning_rate(cfg.lr, step, steps))
+        place = f"pretrain, step {step + 1} of {steps}"
+        optim.step(optimizer, model, learning_rate(cfg.lr, step, steps), place)
         if step % 50 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
         if (step + 1) % cfg.check_every == 0 or step + 1 == steps:
