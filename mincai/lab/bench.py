@@ -22,7 +22,7 @@ import torch
 
 from mincai import losses, ppo
 from mincai.model import GPT, GPTConfig, ScalarModel
-from mincai.plumbing import cli, data, memory, optim, output, weights
+from mincai.plumbing import cli, data, memory, optim, output, weights, workers
 from mincai.plumbing.cli import arg, precision
 from mincai.plumbing.logprobs import answer_logp
 from mincai.sample import generate
@@ -99,6 +99,7 @@ def measure(config, cfg, device) -> dict[str, float]:
     reads."""
     torch.manual_seed(0)
     model = GPT(config).to(device)
+    workers.fit(model)
     critic, pm = (ScalarModel(GPT(config)).to(device) for _ in range(2))
     ref = GPT(config).to(device).requires_grad_(False)
     ref.load_state_dict(model.state_dict())
@@ -200,6 +201,7 @@ def rates(shape: GPTConfig, device: str, dtype: str) -> Rates:
     timed = []  # of each depth: seconds a token read, written, learnt from
     for depth in depths:
         model = GPT(dataclasses.replace(shape, n_layer=depth)).to(device)
+        workers.fit(model)
         ids = torch.randint(shape.vocab_size, (rows, length), device=device)
         prompts = ids[:, :1].tolist()
         with torch.no_grad(), precision(device, dtype):
@@ -209,7 +211,7 @@ def rates(shape: GPTConfig, device: str, dtype: str) -> Rates:
         timed.append((read, write / (rows * new), 3 * logits))
     more = (shape.n_layer - depths[0]) / max(1, depths[-1] - depths[0])
     whole = [first + more * max(0.0, last - first) for first, last in zip(timed[0], timed[-1])]
-    name = f"this CPU with --threads {torch.get_num_threads()}"
+    name = f"this CPU with {torch.get_num_threads()} threads"
     if device == "cuda":
         name = torch.cuda.get_device_name()
     took = time.time() - started

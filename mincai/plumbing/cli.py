@@ -24,7 +24,7 @@ import typing
 import torch
 
 from mincai import UserError
-from mincai.plumbing import memory
+from mincai.plumbing import memory, workers
 
 
 def arg(default, help, least=-math.inf, most=math.inf, choices=()):
@@ -146,10 +146,10 @@ def number_bytes(dtype):
 
 
 def set_threads(n):
-    """Let torch use n CPU threads and return how many; 0 chooses.
+    """Let the work use n CPU cores and return how many; 0 chooses, eight at most.
 
-    Chosen are two at most: matrices of the tiny model are so small that more threads wait for each other
-    longer than they work. OMP_NUM_THREADS, where a person has set it, lowers that further.
+    How they are used goes by the model, see workers.py; what comes of a small model's work does not
+    depend on their number. OMP_NUM_THREADS, where a person has set it, lowers the choice.
     """
     if n < 0:
         raise UserError(f"--threads {n}: give a number of threads, or 0 to let mincai choose")
@@ -157,8 +157,8 @@ def set_threads(n):
         has_affinity = hasattr(os, "sched_getaffinity")
         cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
         wish = os.environ.get("OMP_NUM_THREADS", "")
-        n = max(1, min(2, cores, int(wish) if wish.isdigit() else cores))
-    torch.set_num_threads(n)
+        n = max(1, min(8, cores, int(wish) if wish.isdigit() else cores))
+    workers.use(n)
     return n
 
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from mincai import UserError, constitution
 from mincai.losses import sft_loss
 from mincai.model import GPT, GPTConfig
-from mincai.plumbing import checkpoint, data, memory, optim, output
+from mincai.plumbing import checkpoint, data, memory, optim, output, workers
 from mincai.plumbing.cli import arg, run
 from mincai.plumbing.logprobs import next_logp
 from mincai.plumbing.stage import Settings, begin
@@ -227,6 +227,7 @@ def main(cfg: Config) -> dict:
     tokenizer = from_ranks(train_bpe(texts, cfg.ranks), met)
     shape = GPTConfig(tokenizer.n_vocab, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd)
     model = GPT(shape).to(stage.device)
+    workers.fit(model)
     groups = optim.decaying(model, WEIGHT_DECAY)
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.98), fused=True)
     steps = max(1, cfg.tokens // (cfg.batch_size * cfg.block_size))

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from mincai import UserError
-from mincai.plumbing import cli
+from mincai.model import GPT, GPTConfig
+from mincai.plumbing import cli, workers
 
 
 @dataclass(frozen=True)
@@ -100,18 +101,23 @@ def test_run_hides_no_bug():
         cli.run(main, Config, argv=[])
 
 
-def test_threads(monkeypatch):
-    before = torch.get_num_threads()
+def test_threads_are_cores_for_small_models_and_threads_for_large_ones(monkeypatch):
+    small, large = (GPT(GPTConfig(8, 8, 1, 1, width)) for width in (16, 264))
     try:
-        assert cli.set_threads(3) == 3 == torch.get_num_threads()
+        assert cli.set_threads(3) == 3 and torch.get_num_threads() == 1
+        assert (workers.number(small), workers.number(large)) == (3, 1)
+        workers.fit(large)
+        assert torch.get_num_threads() == 3
+        workers.fit(small)
+        assert torch.get_num_threads() == 1
         monkeypatch.setenv("OMP_NUM_THREADS", "1")
-        assert cli.set_threads(0) == 1 == torch.get_num_threads()
+        assert cli.set_threads(0) == 1
         monkeypatch.delenv("OMP_NUM_THREADS")
-        assert cli.set_threads(0) in (1, 2)
+        assert 1 <= cli.set_threads(0) <= 8
         with pytest.raises(UserError, match="--threads -1"):
             cli.set_threads(-1)
     finally:
-        torch.set_num_threads(before)
+        workers.use(1)
 
 
 @pytest.mark.parametrize("gpu", [False, True])

@@ -1,0 +1,74 @@
+"""Work dealt out to processes and threads: in order, the same as alone, and its errors come home."""
+
+import os
+import time
+
+import pytest
+import torch
+
+from mincai import UserError
+from mincai.plumbing import workers
+from mincai.sample import generate_batched, generate_then
+
+
+@pytest.fixture
+def cores():
+    """A function that says how many to use; one again afterwards."""
+    yield workers.use
+    workers.use(1)
+
+
+def test_chunks_come_in_order_from_several_processes():
+    def work(n):
+        time.sleep(0.02 * (n % 3))  # later ones are ready first
+        return n * n, os.getpid(), torch.get_num_threads()
+
+    found = list(workers.spread(work, list(range(8)), 3))
+    assert [square for square, _, _ in found] == [n * n for n in range(8)]
+    assert os.getpid() not in {pid for _, pid, _ in found} and {threads for *_, threads in found} == {1}
+    alone = list(workers.spread(work, [5], 3))  # one chunk needs no process
+    assert alone[0][:2] == (25, os.getpid())
+
+
+def test_what_a_process_raises_is_raised_here():
+    def work(n):
+        if n == 2:
+            raise UserError("two is too many")
+        return n
+
+    with pytest.raises(UserError, match="two is too many"):
+        list(workers.spread(work, list(range(5)), 2))
+
+
+def test_a_process_that_is_killed_is_told():
+    def work(n):
+        if n == 1:
+            os._exit(9)
+        time.sleep(0.2)
+        return n
+
+    with pytest.raises(RuntimeError, match="was killed"):
+        list(workers.spread(work, list(range(3)), 2))
+
+
+def test_samples_do_not_depend_on_the_number_of_cores(tiny_gpt, seeded, cores):
+    prompts, found = [[1 + n % 9] * (1 + n % 5) for n in range(30)], []
+    for n in (1, 2, 3):
+        cores(n)
+        drawn = generate_batched(tiny_gpt, prompts, 12, {7, 9}, 8, generator=seeded(3), n=2)
+        texts, logp = generate_then(tiny_gpt, prompts, 12, {7, 9}, 8, [4, 5], [1, 2])
+        found.append((drawn, texts, logp.tolist()))
+    assert found[0] == found[1] == found[2] and len(set(map(tuple, found[0][0]))) > 20
+
+
+def test_tasks_side_by_side_keep_the_callers_modes(tiny_gpt, cores):
+    def modes():
+        return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
+
+    for n in (1, 2):
+        cores(n)
+        assert workers.beside(tiny_gpt, lambda: 1, lambda: 2) == [1, 2]
+        for grad in (True, False):
+            for half in (True, False):
+                with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16, enabled=half):
+                    assert workers.beside(tiny_gpt, modes, modes) == [(grad, half)] * 2
