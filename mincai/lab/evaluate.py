@@ -37,7 +37,9 @@ class Config:
     base: str = arg("data/tiny", "the model that the run started from, and its judge")
     prompts: str = arg("data/tiny/prompts_eval.jsonl", "held-out prompts")
     constitution: str = arg(str(constitution.PATH), "the principles")
-    judged: int = arg(240, "pairs for each measurement of judge, critic and preference model", least=0)
+    judged: int = arg(
+        240, "pairs for each measurement of judge, critic and preference model", least=0
+    )
     max_new: int = arg(104, "tokens of an answer, or of the judge's reasons, at most", least=1)
     world: int = arg(0, "seed of the world that the base model read about")
     size: str = arg("tiny", "of that world, tiny or small")

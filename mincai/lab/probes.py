@@ -47,9 +47,10 @@ def in_parts(sets: dict[str, list[dict]]) -> list[dict]:
 
 def by_stage(samples: list[dict], part: str, field: str) -> dict:
     """{stage: rate of the part's samples whose field is true}"""
-    some = [s for s in samples if s["part"] == part]
-    stages = dict.fromkeys(s["stage"] for s in some)
-    return {stage: rate(s[field] for s in some if s["stage"] == stage) for stage in stages}
+    hits = {}
+    for sample in [s for s in samples if s["part"] == part]:
+        hits.setdefault(sample["stage"], []).append(sample[field])
+    return {stage: rate(some) for stage, some in hits.items()}
 
 
 def unset(rows: list[dict]) -> list[dict]:
