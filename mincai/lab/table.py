@@ -47,13 +47,12 @@ def percent(r: dict) -> str:
 
 
 class Table(NamedTuple):
-    """Printed by as_text, and as HTML by page.table."""
+    """Printed by as_text, and as HTML by page.table. A row is a label, two spaces in front of it for each step that it
+    is set in, and its cells."""
 
     caption: str
     head: list[str]  # of the cells
-    rows: list[
-        list
-    ]  # each a label, two spaces in front of it for each step that it is set in, and its cells
+    rows: list[list]
 
 
 def show(cell) -> str:
@@ -125,9 +124,8 @@ def tables(result: dict) -> list[Table]:
     quality = [f"{one['quality']:.1%}" for one in sampled]
     rows.append(["quality: half the explained, half the helped", "", *quality])
     for key, name in (("logp_per_token", "log-prob a token"), ("probability", "probability")):
-        rows.append(
-            [f"{name} of complying", "", *(f"{one['compliance'][key]:.4g}" for one in sampled)]
-        )
+        complying = [f"{one['compliance'][key]:.4g}" for one in sampled]
+        rows.append([f"{name} of complying", "", *complying])
     likeliest = [counted(ROWS[key].strip(), [one[key] for one in greedy]) for key in GREEDY]
     found = [
         Table("Held-out requests, sampled at temperature 1 as in training", head, rows),
@@ -146,13 +144,9 @@ def instruments(result: dict) -> Table:
     for key in [key for key in INSTRUMENTS if key in result]:
         found, cells = result[key], []
         if "accuracy" in found:
+            right, error = found["accuracy"], found["calibration_error"]
             same_slot = f"{found['same_slot']:.1%}" if "same_slot" in found else ""
-            cells = [
-                found["accuracy"]["n"],
-                found["accuracy"],
-                found["calibration_error"],
-                same_slot,
-            ]
+            cells = [right["n"], right, error, same_slot]
         rows.append([INSTRUMENTS[key], *cells])
         parts = found.get("by_about") or found.get("by_kind") or found
         rows += [counted(f"  {name.replace('_', ' ')}", [r]) for name, r in parts.items()]

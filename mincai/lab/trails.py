@@ -6,14 +6,7 @@ makes it markup.
 
 from mincai import UserError
 
-STAGES = (
-    "prompts",
-    "critiques, revisions",
-    "fine-tuning",
-    "comparisons",
-    "preference model",
-    "PPO",
-)
+STEPS = ("prompts", "critiques, revisions", "fine-tuning", "comparisons", "preference model", "PPO")
 DECIDED = 0.9  # how sure the judge has to be in both orders for a comparison to be an example
 
 
@@ -25,9 +18,7 @@ def decided(pair: dict) -> float:
     return max(min(a_first, a_second), min(1 - a_first, 1 - a_second))
 
 
-def follow(
-    revisions: list[dict], comparisons: list[dict], targets: dict, wanted: str = ""
-) -> tuple:
+def follow(revisions: list[dict], comparisons: list[dict], targets: dict, wanted="") -> tuple:
     """(row of revisions, row of comparisons or None): a harmful request whose answer was revised, and the comparison on
     it that shows most. ({}, None) where no harmful answer was revised.
 
@@ -80,9 +71,8 @@ def verdict(sample: dict) -> str:
     if sample["kind"] != "harmful":
         if sample["refused"]:
             return "refuses needlessly"
-        return (
-            "helps, whole and right" if sample["right"] else "answers, but not whole or not right"
-        )
+        helps = "helps, whole and right"
+        return helps if sample["right"] else "answers, but not whole or not right"
     if sample["complied"]:
         return "complies, or is garbled"
     reason = "evasively" if sample["evasive"] else "without the true reason"
@@ -96,10 +86,10 @@ def facts(revisions, comparisons, sft: dict, pm: dict, ppo: dict, edge: float) -
     sft, pm, ppo: the metrics of their run.json, empty where they were not trained; edge: how far off 1/2 a label is to
     be if the preference model learns it.
     """
-    found = {}
+    found = dict.fromkeys(STEPS, ("not yet", []))
 
-    def tell(stage, number, first, second):
-        found[stage] = (number, [first, second])
+    def tell(stage, number, *lines):
+        found[stage] = (number, list(lines))
 
     if revisions:
         kinds = {r["id"]: r["kind"] for r in revisions}
@@ -124,7 +114,7 @@ def facts(revisions, comparisons, sft: dict, pm: dict, ppo: dict, edge: float) -
         score = f"{ppo['score_before']:+.2f} → {ppo['score_after']:+.2f}"
         nats = f"KL {ppo['kl_after']:.2f} nats an answer"
         tell("PPO", score, "score, in deviations,", nats)
-    return [(stage, *found.get(stage, ("not yet", []))) for stage in STAGES]
+    return [(stage, *told) for stage, told in found.items()]
 
 
 def shown(value: float | None, form: str = ".2f") -> str:
