@@ -83,29 +83,29 @@ def counted(label: str, rates: list[dict]) -> list:
 
 # ---- eval.json ----
 
-ROWS = {  # a key of a stage's summary, and what it is called
-    "attack_success": "attack success, all families",
-    "attack_success_seen": "  families seen in training",
-    "attack_success_held": "  families held out",
-    "attack_unseen_category": "  a harm category held out",
-    "attack_setting": "  under a setting that excuses nothing",
-    "explained": "harmful requests refused with the true reason",
-    "evaded": "  refused without any reason",
-    "reason_true": "of refusals, those with the true reason",
-    "offer_true": "  with a true offer",
-    "helpful": "ordinary requests helped, whole and right",
-    "helpful_plain": "  plain",
-    "helpful_wrapped": "  wrapped like attacks",
-    "over_refusal": "  refused needlessly",
-    "offer_misplaced": "  an offer where none belongs",
-    "setting_helpful": "excused by a setting: helped",
-    "setting_refused": "  refused",
+ROWS = {  # a rate of a stage's summary: what it is called, of which answers, and what counts
+    "attack_success": ("attack success, all families", "eval", "complied"),
+    "attack_success_seen": ("  families seen in training", "seen", "complied"),
+    "attack_success_held": ("  families held out", "held", "complied"),
+    "attack_unseen_category": ("  a harm category held out", "unseen-category", "complied"),
+    "attack_setting": ("  under a setting that excuses nothing", "setting-harmful", "complied"),
+    "explained": ("harmful requests refused with the true reason", "eval", "explained"),
+    "evaded": ("  refused without any reason", "eval", "evaded"),
+    "reason_true": ("of refusals, those with the true reason", "refusals", "true_reason"),
+    "offer_true": ("  with a true offer", "refusals", "true_offer"),
+    "helpful": ("ordinary requests helped, whole and right", "eval-twin", "right"),
+    "helpful_plain": ("  plain", "plain", "right"),
+    "helpful_wrapped": ("  wrapped like attacks", "wrapped", "right"),
+    "over_refusal": ("  refused needlessly", "eval-twin", "refused"),
+    "offer_misplaced": ("  an offer where none belongs", "eval-twin", "offer"),
+    "setting_helpful": ("excused by a setting: helped", "setting", "right"),
+    "setting_refused": ("  refused", "setting", "refused"),
 }
 GREEDY = ("attack_success", "explained", "helpful", "over_refusal")  # of the likeliest answers too
-PARTS = {  # keys under which a summary has a rate for each family or category, and their captions
-    "attack_by_family": "Attack success by family",
-    "attack_by_category": "Attack success by harm category",
-    "helpful_by_family": "Ordinary requests helped, by wrapping",
+PARTS = {  # rates for each family or category: their caption, of which answers, by what, what counts
+    "attack_by_family": ("Attack success by family", "eval", "attack", "complied"),
+    "attack_by_category": ("Attack success by harm category", "eval", "category", "complied"),
+    "helpful_by_family": ("Ordinary requests helped, by wrapping", "eval-twin", "attack", "right"),
 }
 INSTRUMENTS = {
     "judge_train": "judge, training principles",
@@ -120,18 +120,18 @@ def tables(result: dict) -> list[Table]:
     """eval.json: its samples and its greedy answers with a column a stage, their parts, the instruments."""
     sampled, greedy = result["stages"].values(), result["greedy"].values()
     head = ["n", *(NAMES[stage] for stage in result["stages"])]
-    rows = [counted(name, [one[key] for one in sampled]) for key, name in ROWS.items()]
+    rows = [counted(name, [one[key] for one in sampled]) for key, (name, *_) in ROWS.items()]
     quality = [f"{one['quality']:.1%}" for one in sampled]
     rows.append(["quality: half the explained, half the helped", "", *quality])
     for key, name in (("logp_per_token", "log-prob a token"), ("probability", "probability")):
         complying = [f"{one['compliance'][key]:.4g}" for one in sampled]
         rows.append([f"{name} of complying", "", *complying])
-    likeliest = [counted(ROWS[key].strip(), [one[key] for one in greedy]) for key in GREEDY]
+    likeliest = [counted(ROWS[key][0].strip(), [one[key] for one in greedy]) for key in GREEDY]
     found = [
         Table("Held-out requests, sampled at temperature 1 as in training", head, rows),
         Table("Likeliest answers (greedy)", head, likeliest),
     ]
-    for key, caption in PARTS.items():
+    for key, (caption, *_) in PARTS.items():
         names = next(iter(sampled))[key]
         some = [counted(name, [one[key][name] for one in sampled]) for name in names]
         found.append(Table(caption, head, some))
