@@ -120,9 +120,7 @@ def words(x, y, what, kind: str = "", anchor: str = "") -> Html:
 def plot(points: list[tuple], left: float, top: float, width: float, height: float) -> Html:
     """Axes with ticks, the line, its first and last value, as the inside of an <svg>. `flat` points cannot be drawn."""
     xs, ys = zip(*points)
-    margin = 0.15 * (
-        max(ys) - min(ys)
-    )  # for the first value, on the side that the line leaves free
+    margin = 0.15 * (max(ys) - min(ys))  # for the first value, where the line leaves it free
     low, high = min(ys) - margin, max(ys) + margin
 
     def at(x, y):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mincai import UserError, constitution
 from mincai.lab import assess, claims, controls, page, probes, trails
-from mincai.lab.measure import read_object
+from mincai.lab.measure import read_object, run_folder
 from mincai.lab.page import Html, join, said, tag, text
 from mincai.lab.table import NAMES, Table, headlines, tables
 from mincai.plumbing import data, output
@@ -48,9 +48,7 @@ class Config:
     FIRST = "out"  # also given without its flag
     out: str = arg("runs/tiny", "the run folder; gets report.html")
     constitution: str = arg(str(constitution.PATH), "the principles, to show their words")
-    trail: str = arg(
-        "", "id of the request to follow; by default the first that shows the whole loop"
-    )
+    trail: str = arg("", "id of the request to follow; else the first that shows the whole loop")
     picture: str = arg("", "write the loop and PPO's curve to this SVG file instead of the page")
 
     def check_out(self):
@@ -89,14 +87,13 @@ def trail(folder: Path, cfg: Config) -> Html:
     names = ("revisions.jsonl", "comparisons.jsonl", "eval_samples.jsonl")
     files = {name: read(folder, name) for name in names}
     revisions, pairs, samples = (rows or [] for rows in files.values())
-    principles = {p.id: p for p in constitution.load_constitution(cfg.constitution)}
-    targets = {name: p.target for name, p in principles.items()}
+    principles = constitution.load_constitution(cfg.constitution)
+    targets, asks = {p.id: p.target for p in principles}, {p.id: p.tiny for p in principles}
     row, pair = trails.follow(revisions, pairs, targets, cfg.trail)
     out, notes = [], [lacks(folder, name) for name, rows in files.items() if rows is None]
 
     def words(name):
-        known = name in principles
-        return said(principles[name].tiny if known else "(of another constitution)", name)
+        return said(asks.get(name, "(of another constitution)"), name)
 
     def told(name, *parts):
         out.append(tag("li", tag("h3", name), text(CAPTIONS[name], "caption"), *parts))
@@ -108,12 +105,12 @@ def trail(folder: Path, cfg: Config) -> Html:
         for one in [r for r in row["rounds"] if r is not shown]:
             others += [words(one["principle"]), said(one["critique"], "Critique")]
             others.append(said(one["revision"], "Revision"))
-        folded = page.fold("The other rounds on this answer", *others) if others else ""
         told("Request", text(", ".join(about), "caption"), asked(row))
         told("The base's answer", said(row["original"]))
         told("Principle", words(shown["principle"]))
         told("Critique", said(shown["critique"]))
-        told("Revision", said(shown["revision"]), folded)
+        folded = [page.fold("The other rounds on this answer", *others)] if others else []
+        told("Revision", said(shown["revision"]), *folded)
     elif revisions:
         notes.append(text("No answer to a harmful request was revised: there is none to follow."))
     if pair:
@@ -220,19 +217,19 @@ def told(name: str, make):
     return part
 
 
-STAMPS = [f"{name}run.json" for name in ("revisions.", "sft/", "comparisons.", "pm/", "ppo/")]
+STAMPS = ("revisions.run", "sft/run", "comparisons.run", "pm/run", "ppo/run", "eval")
 
 
 def making(folder: Path, cfg: Config) -> Html:
     rows, head = [], ["seed", "torch", "git", "device", "seconds"]
-    for name in (*STAMPS, "eval.json"):
+    for name in (f"{stamp}.json" for stamp in STAMPS):
         found = read(folder, name)
         if found:
             seconds = found.get("seconds", found.get("metrics", {}).get("seconds"))
-            took = "" if seconds is None else f"{seconds:,.0f}"
-            git = str(found.get("git") or "unknown")[:10]
-            cells = [found.get("seed"), found.get("torch"), git, found.get("device"), took]
-            rows.append([name, *cells])
+            cells = {key: found.get(key) for key in head}
+            cells["git"] = str(found.get("git") or "unknown")[:10]
+            cells["seconds"] = "" if seconds is None else f"{seconds:,.0f}"
+            rows.append([name, *cells.values()])
     return page.table(Table("Each of these files holds its stage's settings", head, rows))
 
 
@@ -265,11 +262,7 @@ def build(cfg: Config) -> str:
 
 
 def main(cfg: Config) -> Path:
-    folder, path = Path(cfg.out), Path(cfg.picture or f"{cfg.out}/report.html")
-    if not folder.is_dir():
-        raise UserError(
-            f"{folder}: no such run folder; make it with: python -m mincai --out {folder}"
-        )
+    folder, path = run_folder(cfg.out), Path(cfg.picture or f"{cfg.out}/report.html")
     cfg.check_out()
     output.write_file(path, [picture(folder) if cfg.picture else build(cfg)])
     print(f"report: {path}")
