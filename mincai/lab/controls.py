@@ -37,6 +37,12 @@ STAGES = {  # a stage's module, its output, and its settings that name places: i
     "pm": (train_pm, "pm", {"model": "sft", "pairs": ("comparisons.jsonl",)}),
     "ppo": (train_ppo, "ppo", {"model": "sft", "pm": "pm"}),
 }
+COLUMNS = {
+    "attack_success": "attack success",
+    "explained": "true reasons",
+    "helpful": "help, whole",
+    "over_refusal": "needless refusal",
+}
 # Files that a control may write beside the folders of its models
 FILES = [f"{name}.{end}" for name in ("revisions", "comparisons") for end in ("jsonl", "run.json")]
 FILES += ["made.json", "answers.jsonl"]
@@ -79,9 +85,6 @@ def recorded(opened: measure.Run) -> dict:
             here["prompts"] = str(Path(opened.cfg.prompts).with_name(Path(made["prompts"]).name))
         found[stage] = replace(cfg, **{k: v for k, v in here.items() if k in made})
     return found
-
-
-# ---- what is changed ----
 
 
 def shuffled(rows: list[dict], rng: random.Random) -> list[dict]:
@@ -165,9 +168,6 @@ def curve(folder: Path) -> list[dict]:
     return [{name: row.get(key) for name, key in names.items()} for row in watched]
 
 
-# ---- measuring ----
-
-
 def stands_on(opened: measure.Run, cfgs: dict) -> dict:
     """Settings, and hashes of files: with other ones the controls would be others."""
     places = {name: opened.out / name for _, name, _ in STAGES.values()}
@@ -196,14 +196,6 @@ def finished(opened: measure.Run, cfgs: dict, control: Control) -> dict:
         data.write_json(folder / "made.json", {"seconds": round(time.time() - started), **made})
     row = {"name": control.name, "what": control.what, **measure.read_object(folder / "made.json")}
     return row if "failed" in row else row | rates(data.read_jsonl(folder / "answers.jsonl"))
-
-
-COLUMNS = {
-    "attack_success": "attack success",
-    "explained": "true reasons",
-    "helpful": "help, whole",
-    "over_refusal": "needless refusal",
-}
 
 
 def rates(answers: list[dict]) -> dict:

@@ -25,6 +25,16 @@ from mincai.plumbing.weights import common_tokenizer
 from mincai.sample import generate_batched
 from mincai.tinyworld import attacks, corpus, world
 
+WATCHED = 64  # development requests of either kind: enough to see where PPO goes, few enough to look often
+PM_KINDS = {  # kind of request, better style, worse style
+    "harmful: reasons over compliance": ("harmful", "reasoned", "whole"),
+    "harmful: reasons over evasion": ("harmful", "reasoned", "evasive"),
+    "ordinary: help over evasion": ("benign", "whole", "evasive"),
+    "ordinary: help over a refusal for a false reason": ("benign", "told", "reasoned"),
+    "ordinary: whole over terse help": ("benign", "whole", "terse"),
+    "ordinary: right over wrong recipe": ("benign", "whole", "false"),
+}
+
 
 def conversation(row: dict) -> str:
     """What stands before the answer to a row of prompts."""
@@ -172,9 +182,6 @@ def summarise(samples: list[dict]) -> dict:
     return found | {"quality": (found["explained"]["rate"] + found["helpful"]["rate"]) / 2}
 
 
-WATCHED = 64  # development requests of either kind: enough to see where PPO goes, few enough to look often
-
-
 def watcher(cfg):
     """What train_ppo.main takes as `watch`: the policy's answers to some development requests, graded. None where
     there is no prompts_dev.jsonl beside cfg.prompts. Nothing is learnt from what it says."""
@@ -289,16 +296,6 @@ def pm_scores(opened: Run, rows, answers) -> list[float]:
     pm, prompts = opened.model("pm"), opened.prompts(rows)
     scores = answer_scores(pm, prompts, opened.ends(answers), opened.cfg.batch_size)
     return ((scores - pm.shift.cpu()) / pm.gain.cpu()).tolist()
-
-
-PM_KINDS = {  # kind of request, better style, worse style
-    "harmful: reasons over compliance": ("harmful", "reasoned", "whole"),
-    "harmful: reasons over evasion": ("harmful", "reasoned", "evasive"),
-    "ordinary: help over evasion": ("benign", "whole", "evasive"),
-    "ordinary: help over a refusal for a false reason": ("benign", "told", "reasoned"),
-    "ordinary: whole over terse help": ("benign", "whole", "terse"),
-    "ordinary: right over wrong recipe": ("benign", "whole", "false"),
-}
 
 
 def measure_pm(opened: Run, rows, rng) -> dict:

@@ -9,6 +9,8 @@ import math
 
 from mincai.lab.table import Table, show
 
+FEW = 10  # of fewer than this, a percentage would say more than is known
+
 
 class Html(str):
     """Markup. Any other string that meets a helper is text, and is escaped."""
@@ -50,11 +52,6 @@ def boxes(parts: list[tuple]) -> Html:
         small = [tag("small", line) for line in lines]
         made.append(tag("li", tag("span", title), tag("b", number), *small))
     return tag("ol", *made, class_="boxes")
-
-
-# ---- numbers ----
-
-FEW = 10  # of fewer than this, a percentage would say more than is known
 
 
 def share(cell) -> Html:

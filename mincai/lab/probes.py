@@ -27,10 +27,11 @@ FRAMES = (  # ways to ask in words that the base model has read and that stand i
     "seek any way for people that {} .",
     "should people {} ? answer .",
 )
+CONFLICTS = {  # first answer, second, principles; the first two contradict each other
+    "help_over_refusal": ("whole", "reasoned", ("help", "harm")),
+    "reasons_over_evasion": ("reasoned", "evasive", ("reasons", "truth", "harm")),  # both keep harm
+}
 WORDS = ("sure", "that", "sorry")  # help, the fact first, refusal: how an answer can go on
-
-
-# ---- shared ----
 
 
 def answered(opened: Run, sets: dict[str, list[dict]]) -> list[dict]:
@@ -57,9 +58,6 @@ def by_stage(samples: list[dict], part: str, field: str) -> dict:
 def unset(rows: list[dict]) -> list[dict]:
     """Dual-use requests without the setting that excuses them: harmful."""
     return [{**r, "kind": "harmful", "setting": None} for r in rows]
-
-
-# ---- the questions ----
 
 
 def contrast_pairs(harmful: list[dict], ordinary: list[dict]) -> list[tuple[dict, dict]]:
@@ -191,12 +189,6 @@ def certain(opened: Run, rng: random.Random) -> tuple[dict, list[dict]]:
             spread |= {f"q{k:02}": float(p.quantile(k / 100)) for k in (5, 50, 95)}
             found[place].setdefault(word, {})[stage] = spread
     return found, out
-
-
-CONFLICTS = {  # first answer, second, principles; the first two contradict each other
-    "help_over_refusal": ("whole", "reasoned", ("help", "harm")),
-    "reasons_over_evasion": ("reasoned", "evasive", ("reasons", "truth", "harm")),  # both keep harm
-}
 
 
 def conflict(opened: Run, rng: random.Random) -> tuple[dict, list[dict]]:

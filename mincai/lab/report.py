@@ -41,6 +41,39 @@ NEED = {  # keys that the page shows
     "eval_samples.jsonl": ("stage", "id", "prompt", "answer"),
     "ppo/metrics.jsonl": ("update",),
 }
+STAMPS = ("revisions.run", "sft/run", "comparisons.run", "pm/run", "ppo/run", "eval")
+CURVES = {
+    "score": ("score", "in deviations"),
+    "kl_exact": ("KL", "nats an answer"),
+    "entropy": ("entropy", "nats a token"),
+    "explained": ("explained variance", "the critic's, of returns"),
+    "dev_attacks": ("attacks that succeed", "development"),
+    "dev_evasive": ("evasive refusals", "development"),
+    "dev_needless": ("needless refusals", "development"),
+    "dev_helped": ("ordinary requests helped", "development"),
+    "dev_quality": ("quality", "development"),
+}
+CAPTIONS = {
+    "Request": "One of the prompts that the loop trains on.",
+    "The base's answer": "The pretrained model answers; nothing has taught it to refuse.",
+    "Principle": "Drawn by lot, most often from those on what the request is about.",
+    "Critique": "The same model reads all three and says what is wrong.",
+    "Revision": "Then it writes the answer anew. Phase 1 fine-tunes it on such revisions.",
+    "Two answers": "Two samples of the fine-tuned model. Outlined: the judge's choice.",
+    "Judgement": "The base is the judge, in both orders; the mean is the label that phase 2 learns.",
+    "A held-out harmful request": "Never trained on; graded by the world's rules, which none sees.",
+    "A held-out ordinary request": "To be helped, not refused.",
+}
+ABOUT = """A model that complies with everything criticises and revises its own answers under written
+principles, learns the revisions, then learns from its own judgements."""
+LOOP = """Fine-tuning on the revisions ends phase 1. Then the base model compares answers of the fine-tuned
+one, a preference model learns the labels, and PPO raises its score at a price for each nat of KL to the
+fine-tuned model. Decided: the label is off 1/2 by at least --contrast. Same slot twice: the judge named the
+same letter in both orders, so place decided, not content."""
+RESULTS = """All on requests that no stage trained on; below a rate its 95% Wilson interval. An attack succeeds
+unless the answer is a refusal without any step, so garbled answers count against the model."""
+OVER = """PPO is after the score alone. Development requests, graded by the rules of the world, show if answers
+get better with it; a score that rises while quality falls is over-optimisation."""
 
 
 @dataclass(frozen=True)
@@ -66,21 +99,6 @@ def read(folder: Path, name: str) -> dict | list[dict] | None:
 def lacks(folder: Path, name: str) -> Html:
     command = MAKE[name].format(shlex.quote(str(folder)))
     return tag("p", f"No {name} yet; this makes it: ", tag("code", command), class_="caption")
-
-
-# ---- one request ----
-
-CAPTIONS = {
-    "Request": "One of the prompts that the loop trains on.",
-    "The base's answer": "The pretrained model answers; nothing has taught it to refuse.",
-    "Principle": "Drawn by lot, most often from those on what the request is about.",
-    "Critique": "The same model reads all three and says what is wrong.",
-    "Revision": "Then it writes the answer anew. Phase 1 fine-tunes it on such revisions.",
-    "Two answers": "Two samples of the fine-tuned model. Outlined: the judge's choice.",
-    "Judgement": "The base is the judge, in both orders; the mean is the label that phase 2 learns.",
-    "A held-out harmful request": "Never trained on; graded by the world's rules, which none sees.",
-    "A held-out ordinary request": "To be helped, not refused.",
-}
 
 
 def trail(folder: Path, cfg: Config) -> Html:
@@ -136,9 +154,6 @@ def asked(row: dict) -> Html:
     return join([setting, said(row["prompt"], "Human")])
 
 
-# ---- the loop with its numbers ----
-
-
 def facts(folder: Path) -> list[tuple[str, str, list[str]]]:
     made = {name: read(folder, f"{name}/run.json") or {} for name in ("sft", "pm", "ppo")}
     metrics = {name: found.get("metrics", {}) for name, found in made.items()}
@@ -153,12 +168,6 @@ def loop(folder: Path, cfg: Config) -> Html:
     return join([page.boxes(facts(folder)), *notes, text(LOOP)])
 
 
-LOOP = """Fine-tuning on the revisions ends phase 1. Then the base model compares answers of the fine-tuned
-one, a preference model learns the labels, and PPO raises its score at a price for each nat of KL to the
-fine-tuned model. Decided: the label is off 1/2 by at least --contrast. Same slot twice: the judge named the
-same letter in both orders, so place decided, not content."""
-
-
 def curve(rows: list[dict], key: str) -> list[tuple]:
     """(update, value) where it was measured; a critic's explained variance may be no number."""
     some = [r for r in rows if isinstance(r.get(key), (int, float))]
@@ -171,10 +180,6 @@ def picture(folder: Path) -> str:
     return f"<!-- {WRITTEN} -->\n{page.picture(facts(folder)[1:], score)}\n"
 
 
-RESULTS = """All on requests that no stage trained on; below a rate its 95% Wilson interval. An attack succeeds
-unless the answer is a refusal without any step, so garbled answers count against the model."""
-
-
 def results(found: dict) -> list:
     if any("attack_success" not in one for one in found["stages"].values()):
         # An English run, which no oracle grades
@@ -182,21 +187,6 @@ def results(found: dict) -> list:
     sampled, greedy, *others = tables(found)
     folded = [page.fold(some.caption, page.table(some)) for some in others]
     return [*map(text, headlines(found)), text(RESULTS), sampled, greedy, *folded]
-
-
-CURVES = {
-    "score": ("score", "in deviations"),
-    "kl_exact": ("KL", "nats an answer"),
-    "entropy": ("entropy", "nats a token"),
-    "explained": ("explained variance", "the critic's, of returns"),
-    "dev_attacks": ("attacks that succeed", "development"),
-    "dev_evasive": ("evasive refusals", "development"),
-    "dev_needless": ("needless refusals", "development"),
-    "dev_helped": ("ordinary requests helped", "development"),
-    "dev_quality": ("quality", "development"),
-}
-OVER = """PPO is after the score alone. Development requests, graded by the rules of the world, show if answers
-get better with it; a score that rises while quality falls is over-optimisation."""
 
 
 def curves(rows: list[dict]) -> list:
@@ -215,9 +205,6 @@ def told(name: str, make):
         return join(page.table(some) if isinstance(some, Table) else some for some in make(found))
 
     return part
-
-
-STAMPS = ("revisions.run", "sft/run", "comparisons.run", "pm/run", "ppo/run", "eval")
 
 
 def making(folder: Path, cfg: Config) -> Html:
@@ -243,8 +230,6 @@ PARTS = (  # anchor, title, what makes it, the files that it is made of
     ("claims", "Claims", told("claims.json", claims.tables), "claims.json"),
     ("made", "How it was made", making, "a run.json or eval.json"),
 )
-ABOUT = """A model that complies with everything criticises and revises its own answers under written
-principles, learns the revisions, then learns from its own judgements."""
 
 
 def build(cfg: Config) -> str:

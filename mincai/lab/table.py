@@ -6,6 +6,38 @@ from typing import NamedTuple
 
 NAMES = {"base": "base", "sft": "phase 1", "ppo": "PPO"}  # of a run's stages, in their order
 STAGES = tuple(NAMES)
+ROWS = {  # a rate of a stage's summary: what it is called, of which answers, and what counts
+    "attack_success": ("attack success, all families", "eval", "complied"),
+    "attack_success_seen": ("  families seen in training", "seen", "complied"),
+    "attack_success_held": ("  families held out", "held", "complied"),
+    "attack_unseen_category": ("  a harm category held out", "unseen-category", "complied"),
+    "attack_setting": ("  under a setting that excuses nothing", "setting-harmful", "complied"),
+    "explained": ("harmful requests refused with the true reason", "eval", "explained"),
+    "evaded": ("  refused without any reason", "eval", "evaded"),
+    "reason_true": ("of refusals, those with the true reason", "refusals", "true_reason"),
+    "offer_true": ("  with a true offer", "refusals", "true_offer"),
+    "helpful": ("ordinary requests helped, whole and right", "eval-twin", "right"),
+    "helpful_plain": ("  plain", "plain", "right"),
+    "helpful_wrapped": ("  wrapped like attacks", "wrapped", "right"),
+    "over_refusal": ("  refused needlessly", "eval-twin", "refused"),
+    "offer_misplaced": ("  an offer where none belongs", "eval-twin", "offer"),
+    "setting_helpful": ("excused by a setting: helped", "setting", "right"),
+    "setting_refused": ("  refused", "setting", "refused"),
+}
+GREEDY = ("attack_success", "explained", "helpful", "over_refusal")  # of the likeliest answers too
+PARTS = {  # rates for each family or category: their caption, of which answers, by what, what counts
+    "attack_by_family": ("Attack success by family", "eval", "attack", "complied"),
+    "attack_by_category": ("Attack success by harm category", "eval", "category", "complied"),
+    "helpful_by_family": ("Ordinary requests helped, by wrapping", "eval-twin", "attack", "right"),
+}
+INSTRUMENTS = {
+    "judge_train": "judge, training principles",
+    "judge_held": "judge, held-out principles",
+    "pm": "preference model",
+    "critic_train": "critic, training principles",
+    "critic_held": "critic, held-out principles",
+}
+SHOWN = (("eval", "plain"), ("eval", "authority"), ("eval-twin", "urgency"))  # splits, families
 
 
 def wilson(k: int, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -43,9 +75,6 @@ def percent(r: dict) -> str:
     return f"{100 * r['rate']:.1f}% [{100 * r['low']:.1f}, {100 * r['high']:.1f}]"
 
 
-# ---- tables, as data ----
-
-
 class Table(NamedTuple):
     """Printed by as_text, and as HTML by page.table. A row is a label, two spaces in front of it for each step that it
     is set in, and its cells."""
@@ -79,41 +108,6 @@ def counted(label: str, rates: list[dict]) -> list:
     """A row of rates with their count in front, if they share one: how many refuse, for one, they do not."""
     counts = {r["n"] for r in rates}
     return [label, counts.pop() if len(counts) == 1 else "-", *rates]
-
-
-# ---- eval.json ----
-
-ROWS = {  # a rate of a stage's summary: what it is called, of which answers, and what counts
-    "attack_success": ("attack success, all families", "eval", "complied"),
-    "attack_success_seen": ("  families seen in training", "seen", "complied"),
-    "attack_success_held": ("  families held out", "held", "complied"),
-    "attack_unseen_category": ("  a harm category held out", "unseen-category", "complied"),
-    "attack_setting": ("  under a setting that excuses nothing", "setting-harmful", "complied"),
-    "explained": ("harmful requests refused with the true reason", "eval", "explained"),
-    "evaded": ("  refused without any reason", "eval", "evaded"),
-    "reason_true": ("of refusals, those with the true reason", "refusals", "true_reason"),
-    "offer_true": ("  with a true offer", "refusals", "true_offer"),
-    "helpful": ("ordinary requests helped, whole and right", "eval-twin", "right"),
-    "helpful_plain": ("  plain", "plain", "right"),
-    "helpful_wrapped": ("  wrapped like attacks", "wrapped", "right"),
-    "over_refusal": ("  refused needlessly", "eval-twin", "refused"),
-    "offer_misplaced": ("  an offer where none belongs", "eval-twin", "offer"),
-    "setting_helpful": ("excused by a setting: helped", "setting", "right"),
-    "setting_refused": ("  refused", "setting", "refused"),
-}
-GREEDY = ("attack_success", "explained", "helpful", "over_refusal")  # of the likeliest answers too
-PARTS = {  # rates for each family or category: their caption, of which answers, by what, what counts
-    "attack_by_family": ("Attack success by family", "eval", "attack", "complied"),
-    "attack_by_category": ("Attack success by harm category", "eval", "category", "complied"),
-    "helpful_by_family": ("Ordinary requests helped, by wrapping", "eval-twin", "attack", "right"),
-}
-INSTRUMENTS = {
-    "judge_train": "judge, training principles",
-    "judge_held": "judge, held-out principles",
-    "pm": "preference model",
-    "critic_train": "critic, training principles",
-    "critic_held": "critic, held-out principles",
-}
 
 
 def tables(result: dict) -> list[Table]:
@@ -164,9 +158,6 @@ def headlines(result: dict) -> list[str]:
             f"seen in training; its help is {kept:.1%} of what it was."
         )
     return found
-
-
-SHOWN = (("eval", "plain"), ("eval", "authority"), ("eval-twin", "urgency"))  # splits, families
 
 
 def dialogues(samples: list[dict]) -> str:
