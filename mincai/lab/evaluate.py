@@ -73,11 +73,11 @@ def headline(stages: dict) -> dict:
     return found
 
 
-def measure_all(opened: measure.Run) -> tuple[dict, list[dict], list[dict]]:
-    """(what goes into eval.json, every answer, every pair that the preference model was put to)."""
+def measure_all(opened: measure.Run) -> tuple[dict, list[dict]]:
+    """(what goes into eval.json, every answer); writes the pairs that the preference model is put to."""
     rng = random.Random(opened.cfg.seed + 11)
     harmful, held_out = opened.split("eval"), opened.split("eval", "eval-twin")
-    stages, greedy, samples, scored = {}, {}, [], []
+    stages, greedy, samples = {}, {}, []
     for stage in opened.stages:
         model = opened.model(stage)
         mine = measure.answer_all(opened, model, opened.rows, f"answers of {stage}")
@@ -99,8 +99,8 @@ def measure_all(opened: measure.Run) -> tuple[dict, list[dict], list[dict]]:
         result[f"critic_{split}"] = measure.measure_critic(opened, harmful, some, rng)
     if "pm" not in opened.missing:
         result["pm"] = measure.measure_pm(opened, held_out, rng)
-        scored = result["pm"].pop("samples")
-    return result, samples, scored
+        data.write_jsonl(opened.out / "eval_pm.jsonl", result["pm"].pop("samples"))
+    return result, samples
 
 
 def measure_deep(opened: measure.Run) -> None:
@@ -119,18 +119,16 @@ def measure_table(opened: measure.Run) -> dict:
     if data.done(path, cfg, cfg.again):
         print(f"evaluate: {path} is there already, skipped")
         return measure.read_object(path)
-    result, samples, scored = measure_all(opened)
-    stamp = data.stamp(cfg, seconds=round(time.time() - started), missing=opened.missing)
-    result = stamp | result
-    if scored:
-        data.write_jsonl(opened.out / "eval_pm.jsonl", scored)
+    result, samples = measure_all(opened)
+    seconds = round(time.time() - started)
+    result = data.stamp(cfg, seconds=seconds, missing=opened.missing) | result
     data.write_jsonl(opened.out / "eval_samples.jsonl", samples)
     data.write_json(path, result)
     print(as_text(tables(result)), "\n".join(headlines(result)), dialogues(samples), sep="\n\n")
     lacks = f", missing {', '.join(opened.missing)}" if opened.missing else ""
     print(
         f"evaluate: {len(opened.rows)} held-out prompts, {len(opened.stages)} stages{lacks}; "
-        f"{stamp['seconds']} s on {stamp['threads']} threads -> {path}"
+        f"{seconds} s on {result['threads']} threads -> {path}"
     )
     return result
 
