@@ -195,7 +195,7 @@ def curves(rows: list[dict]) -> list:
     return [text(OVER), tag("div", *drawn, class_="charts")]
 
 
-def told(name: str, make):
+def section(name: str, make):
     """A section on one file. make: its content -> what is shown, tables and markup."""
 
     def part(folder: Path, cfg: Config) -> Html:
@@ -223,11 +223,11 @@ def making(folder: Path, cfg: Config) -> Html:
 PARTS = (  # anchor, title, what makes it, the files that it is made of
     ("trail", "One request through the loop", trail, "revisions, comparisons or eval_samples"),
     ("loop", "The loop", loop, "revisions.jsonl, comparisons.jsonl or a run.json"),
-    ("results", "Results", told("eval.json", results), "eval.json"),
-    ("ppo", "PPO, update by update", told("ppo/metrics.jsonl", curves), "ppo/metrics.jsonl"),
-    ("deep", "A closer look", told("eval_deep.json", probes.tables), "eval_deep.json"),
-    ("controls", "Controls", told("controls.json", controls.tables), "controls.json"),
-    ("claims", "Claims", told("claims.json", claims.tables), "claims.json"),
+    ("results", "Results", section("eval.json", results), "eval.json"),
+    ("ppo", "PPO, update by update", section("ppo/metrics.jsonl", curves), "ppo/metrics.jsonl"),
+    ("deep", "A closer look", section("eval_deep.json", probes.tables), "eval_deep.json"),
+    ("controls", "Controls", section("controls.json", controls.tables), "controls.json"),
+    ("claims", "Claims", section("claims.json", claims.tables), "claims.json"),
     ("made", "How it was made", making, "a run.json or eval.json"),
 )
 
