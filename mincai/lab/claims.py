@@ -91,16 +91,16 @@ CLAIMS = (
 
 def measured(claim: Claim, runs: list[Path]) -> dict:
     """{claim, want, values, low, high, unit, verdict}; low, high: of the first run's interval, None where there is none."""
-    figures = []
+    figures = {}
     for run in runs:
         try:
             figure = claim.figure(run) if callable(claim.figure) else at(run, claim.figure)
         except (LookupError, TypeError):
             continue  # a run without that part
         if figure is not None:  # of a control that had no gain to keep
-            figures.append(figure if isinstance(figure, dict) else {"value": figure})
-    values = [f["rate"] if "rate" in f else f["value"] for f in figures]
-    first, want, verdict = figures[0] if figures else {}, "", ""
+            figures[run] = figure if isinstance(figure, dict) else {"value": figure}
+    values = [f["rate"] if "rate" in f else f["value"] for f in figures.values()]
+    first, want, verdict = figures.get(runs[0], {}), "", ""
     if claim.sign:
         side, mark = "at least" if claim.sign > 0 else "at most", "*" * claim.ours
         want, verdict = f"{side} {claim.unit.format(claim.line)}{mark}", "not measured"
