@@ -22,11 +22,11 @@ VERDICTS = (
 
 
 class Claim(NamedTuple):
+    """sign: 1 for at least the line, -1 for at most; 0: shown beside the claim above, decides nothing."""
+
     text: str
     figure: str | Callable  # "file:keys" in a run folder, or a function of a run folder
-    sign: int = (
-        0  # 1: at least the line, -1: at most; 0: shown beside the claim above, decides nothing
-    )
+    sign: int = 0
     line: float = 0.0
     unit: str = "{:.1%}"
     ours: bool = True  # the line is mincai's; False: of the papers
@@ -91,27 +91,26 @@ CLAIMS = (
 
 def measured(claim: Claim, runs: list[Path]) -> dict:
     """{claim, want, values, low, high, unit, verdict}; low, high: of the first run's interval, None where there is none."""
-    figures = []
+    figures = {}
     for run in runs:
         try:
             figure = claim.figure(run) if callable(claim.figure) else at(run, claim.figure)
         except (LookupError, TypeError):
             continue  # a run without that part
         if figure is not None:  # of a control that had no gain to keep
-            figures.append(figure if isinstance(figure, dict) else {"value": figure})
-    values = [f["rate"] if "rate" in f else f["value"] for f in figures]
-    first = figures[0] if figures else {}
-    row = {"claim": claim.text, "want": "", "values": values, "low": first.get("low")}
-    row |= {"high": first.get("high"), "unit": claim.unit, "verdict": ""}
+            figures[run] = figure if isinstance(figure, dict) else {"value": figure}
+    values = [f["rate"] if "rate" in f else f["value"] for f in figures.values()]
+    first, want, verdict = figures.get(runs[0], {}), "", ""
     if claim.sign:
         side, mark = "at least" if claim.sign > 0 else "at most", "*" * claim.ours
-        row |= {"want": f"{side} {claim.unit.format(claim.line)}{mark}", "verdict": "not measured"}
+        want, verdict = f"{side} {claim.unit.format(claim.line)}{mark}", "not measured"
     if claim.sign and values:
         mean = sum(values) / len(values)
         reached = [claim.sign * (value - claim.line) >= 0 for value in (*values, mean)]
-        partly = "partly" if reached[-1] else "not"
-        row["verdict"] = "reproduced" if all(reached) else partly
-    return row
+        verdict = "reproduced" if all(reached) else "partly" if reached[-1] else "not"
+    interval = {key: first.get(key) for key in ("low", "high")}
+    row = {"claim": claim.text, "want": want, "values": values, **interval}
+    return {**row, "unit": claim.unit, "verdict": verdict}
 
 
 def measure(runs: list[Path]) -> dict:

@@ -29,9 +29,7 @@ from mincai.lab.table import Table, as_text, rate
 from mincai.plumbing import data, output
 from mincai.plumbing.checkpoint import load
 
-MADE = ("made.json", "answers.jsonl")
 LEFT_OUT = "theft"  # the category that "no theft" knows nothing of
-BETAS = (0.0, 0.8)  # beside the run's own
 STAGES = {  # a stage's module, its output, and its settings that name places: inputs, by their outputs
     "critique": (critique, "revisions.jsonl", {"model": "base"}),
     "sft": (train_sft, "sft", {"model": "base", "data": ("revisions.jsonl",)}),
@@ -39,14 +37,17 @@ STAGES = {  # a stage's module, its output, and its settings that name places: i
     "pm": (train_pm, "pm", {"model": "sft", "pairs": ("comparisons.jsonl",)}),
     "ppo": (train_ppo, "ppo", {"model": "sft", "pm": "pm"}),
 }
-# Files that a control may write beside the folders of its models, each with its stamp
-ROWS = [f"{name}.{end}" for name in ("revisions", "comparisons") for end in ("jsonl", "run.json")]
-# Stages that a control makes anew, with the settings that are not RUN's
-UNLABELLED = {"pm": {"epochs": 0}, "ppo": {}}
-DIRECT = {"critique": {"direct": True}, "sft": {}}
+COLUMNS = {
+    "attack_success": "attack success",
+    "explained": "true reasons",
+    "helpful": "help, whole",
+    "over_refusal": "needless refusal",
+}
+# Files that a control may write beside the folders of its models
+FILES = [f"{name}.{end}" for name in ("revisions", "comparisons") for end in ("jsonl", "run.json")]
+FILES += ["made.json", "answers.jsonl"]
 # Principles on reasons speak of harm too: help with harm has no reason in their eyes
 WITHOUT = {"without": f"{LEFT_OUT},harm,conduct,reasons"}
-UNWRITTEN = {"critique": WITHOUT, "sft": {}, "feedback": WITHOUT, "pm": {}, "ppo": {}}
 
 
 @dataclass(frozen=True)
@@ -67,13 +68,13 @@ def recorded(opened: measure.Run) -> dict:
     for stage, (module, name, _) in STAGES.items():
         place = opened.out / name
         side = data.sidecar(place) if place.suffix else place / "run.json"
+        if not side.exists():
+            why = f"is not there; controls need a whole run: python -m mincai --out {opened.out}"
+            raise UserError(f"{side}: {why}")
         try:
-            made = json.loads(side.read_text(encoding="utf-8"))["config"]
+            made = dict(measure.read_object(side)["config"])
             kept = {k: tuple(v) if isinstance(v, list) else v for k, v in made.items()}
             cfg = module.Config(**kept)
-        except FileNotFoundError:
-            why = f"is not there; controls need a whole run: python -m mincai --out {opened.out}"
-            raise UserError(f"{side}: {why}") from None
         except (ValueError, KeyError, TypeError) as error:
             why = f"does not record the settings of that stage ({error}); make it again"
             raise UserError(f"{side}: {why}") from None
@@ -84,9 +85,6 @@ def recorded(opened: measure.Run) -> dict:
             here["prompts"] = str(Path(opened.cfg.prompts).with_name(Path(made["prompts"]).name))
         found[stage] = replace(cfg, **{k: v for k, v in here.items() if k in made})
     return found
-
-
-# ---- what is changed ----
 
 
 def shuffled(rows: list[dict], rng: random.Random) -> list[dict]:
@@ -106,34 +104,34 @@ def longer(rows: list[dict], rng: random.Random) -> list[dict]:
 def controls(opened: measure.Run, cfgs: dict) -> list[Control]:
     """cfgs: the settings of RUN's stages."""
 
-    def people(name):
-        cfg = human.Config(seed=opened.cfg.seed, **human.SETTINGS[name])
-        return lambda rows, rng: human.annotate(rows, opened.actions, cfg)
+    def people(some):
+        return lambda rows, _: human.annotate(rows, opened.actions, opened.cfg.seed, **some)
 
-    again = {"pm": {}, "ppo": {}}
+    again, unlabelled = {"pm": {}, "ppo": {}}, {"pm": {"epochs": 0}, "ppo": {}}
+    direct = {"critique": {"direct": True}, "sft": {}}
+    unwritten = {"critique": WITHOUT, "sft": {}, "feedback": WITHOUT, **again}
+    price = f"PPO at this price of KL, not {cfgs['ppo'].beta:g}"
+    long = {"beta": 0.0, "updates": 4 * cfgs["ppo"].updates}
     found = [
         Control("phase 1", "the run before PPO", policy="sft"),
         Control("full", "the run itself"),
-        Control("no labels", "a preference model that has seen no comparison", UNLABELLED),
+        Control("no labels", "a preference model that has seen no comparison", unlabelled),
         Control("shuffled", "the judge's labels dealt out at random", again, shuffled),
         Control("inverted", "the worse answer called the better one", again, inverted),
         Control("length", "the longer answer called the better one", again, longer),
     ]
     for name, some in human.SETTINGS.items():
         what = f"{some['budget'] or 'all'} labels of simulated people, {some['noise']:.0%} flipped"
-        found.append(Control(f"human, {name}", what, again, people(name)))
-    what = "the first of these from the base model"
-    found += [
-        Control("human, no phase 1", what, again, people("careful"), start="base"),
-        Control("no critique", "phase 1 on revisions without a critique", DIRECT, policy="sft"),
-        Control(f"no {LEFT_OUT}", f"no principle on {LEFT_OUT}, nor on any harm", UNWRITTEN),
+        found.append(Control(f"human, {name}", what, again, people(some)))
+    what, careful = "the first of these from the base model", people(human.SETTINGS["careful"])
+    return found + [
+        Control("human, no phase 1", what, again, careful, start="base"),
+        Control("no critique", "phase 1 on revisions without a critique", direct, policy="sft"),
+        Control(f"no {LEFT_OUT}", f"no principle on {LEFT_OUT}, nor on any harm", unwritten),
+        Control("beta 0", price, {"ppo": {"beta": 0.0}}),
+        Control("beta 0.8", price, {"ppo": {"beta": 0.8}}),
+        Control("beta 0, long", "no price of KL and four times the updates", {"ppo": long}),
     ]
-    for beta in BETAS:
-        what = f"PPO at this price of KL, not {cfgs['ppo'].beta:g}"
-        found.append(Control(f"beta {beta:g}", what, {"ppo": {"beta": beta}}))
-    long = {"beta": 0.0, "updates": 4 * cfgs["ppo"].updates}
-    what = "no price of KL and four times the updates"
-    return [*found, Control("beta 0, long", what, {"ppo": long})]
 
 
 def make(opened: measure.Run, cfgs: dict, control: Control, folder: Path) -> str:
@@ -170,9 +168,6 @@ def curve(folder: Path) -> list[dict]:
     return [{name: row.get(key) for name, key in names.items()} for row in watched]
 
 
-# ---- measuring ----
-
-
 def stands_on(opened: measure.Run, cfgs: dict) -> dict:
     """Settings, and hashes of files: with other ones the controls would be others."""
     places = {name: opened.out / name for _, name, _ in STAGES.values()}
@@ -201,14 +196,6 @@ def finished(opened: measure.Run, cfgs: dict, control: Control) -> dict:
         data.write_json(folder / "made.json", {"seconds": round(time.time() - started), **made})
     row = {"name": control.name, "what": control.what, **measure.read_object(folder / "made.json")}
     return row if "failed" in row else row | rates(data.read_jsonl(folder / "answers.jsonl"))
-
-
-COLUMNS = {
-    "attack_success": "attack success",
-    "explained": "true reasons",
-    "helpful": "help, whole",
-    "over_refusal": "needless refusal",
-}
 
 
 def rates(answers: list[dict]) -> dict:
@@ -240,7 +227,7 @@ def main(opened: measure.Run) -> dict:
     if known.exists() and measure.read_object(known)["stands_on"] != settings:
         why = f"was made from other files or settings than {opened.out} has now; add --again"
         raise UserError(f"{root}: {why}")
-    names = [f"{c.name}/{name}" for c in todo for name in (*ROWS, *MADE)]
+    names = [f"{c.name}/{name}" for c in todo for name in FILES]
     data.write_json(known, data.stamp(opened.cfg, stands_on=settings, files=["run.json", *names]))
     found = data.stamp(opened.cfg, rows=[])
     for number, control in enumerate(todo, 1):

@@ -37,7 +37,7 @@ class Config:
     base: str = arg("data/tiny", "the model that the run started from, and its judge")
     prompts: str = arg("data/tiny/prompts_eval.jsonl", "held-out prompts")
     constitution: str = arg(str(constitution.PATH), "the principles")
-    judged: int = arg(240, "pairs for each measurement of judge, critic and preference model", least=0)
+    judged: int = arg(240, "pairs for each measurement of judge, critic and scores", least=0)
     max_new: int = arg(104, "tokens of an answer, or of the judge's reasons, at most", least=1)
     world: int = arg(0, "seed of the world that the base model read about")
     size: str = arg("tiny", "of that world, tiny or small")
@@ -61,21 +61,23 @@ class Config:
 
 def headline(stages: dict) -> dict:
     """What each stage removed of the base's harm, and what share of its help it keeps."""
-    base, found = stages["base"], {}
+    found = {}
+
+    def left(stage, name):
+        return stages[stage][name]["rate"] / max(1e-9, stages["base"][name]["rate"])
+
     for stage in [s for s in stages if s != "base"]:
         for name in ("attack_success_seen", "attack_success"):
-            left = stages[stage][name]["rate"] / max(1e-9, base[name]["rate"])
-            found[f"{stage}_removed_{name}"] = 1 - left
-        helped = stages[stage]["helpful"]["rate"]
-        found[f"{stage}_help_kept"] = helped / max(1e-9, base["helpful"]["rate"])
+            found[f"{stage}_removed_{name}"] = 1 - left(stage, name)
+        found[f"{stage}_help_kept"] = left(stage, "helpful")
     return found
 
 
-def measure_all(opened: measure.Run) -> tuple[dict, list[dict], list[dict]]:
-    """(what goes into eval.json, every answer, every pair that the preference model was put to)."""
+def measure_all(opened: measure.Run) -> tuple[dict, list[dict]]:
+    """(what goes into eval.json, every answer); writes the pairs that the preference model is put to."""
     rng = random.Random(opened.cfg.seed + 11)
     harmful, held_out = opened.split("eval"), opened.split("eval", "eval-twin")
-    stages, greedy, samples, scored = {}, {}, [], []
+    stages, greedy, samples = {}, {}, []
     for stage in opened.stages:
         model = opened.model(stage)
         mine = measure.answer_all(opened, model, opened.rows, f"answers of {stage}")
@@ -91,14 +93,14 @@ def measure_all(opened: measure.Run) -> tuple[dict, list[dict], list[dict]]:
             why = f"the {split} principles lack some harm category"
             print(f"evaluate: {why}, so nothing is judged under them")
             continue
+        desc = f"judge, {split} principles"
         pairs = measure.judged_pairs(opened, held_out, some, rng)
-        judged = measure.measure_judge(opened, pairs, f"judge, {split} principles")
-        result[f"judge_{split}"] = judged
+        result[f"judge_{split}"] = measure.measure_judge(opened, pairs, desc)
         result[f"critic_{split}"] = measure.measure_critic(opened, harmful, some, rng)
     if "pm" not in opened.missing:
         result["pm"] = measure.measure_pm(opened, held_out, rng)
-        scored = result["pm"].pop("samples")
-    return result, samples, scored
+        data.write_jsonl(opened.out / "eval_pm.jsonl", result["pm"].pop("samples"))
+    return result, samples
 
 
 def measure_deep(opened: measure.Run) -> None:
@@ -111,24 +113,22 @@ def measure_deep(opened: measure.Run) -> None:
     print(as_text(probes.tables(measure.read_object(path))), flush=True)
 
 
-def measure_table(opened: measure.Run, threads: int) -> dict:
+def measure_table(opened: measure.Run) -> dict:
     """eval.json: made, or read where it is there."""
     cfg, path, started = opened.cfg, opened.out / "eval.json", time.time()
     if data.done(path, cfg, cfg.again):
         print(f"evaluate: {path} is there already, skipped")
         return measure.read_object(path)
-    result, samples, scored = measure_all(opened)
+    result, samples = measure_all(opened)
     seconds = round(time.time() - started)
-    result = {**data.stamp(cfg, seconds=seconds), "missing": opened.missing, **result}
-    if scored:
-        data.write_jsonl(opened.out / "eval_pm.jsonl", scored)
+    result = data.stamp(cfg, seconds=seconds, missing=opened.missing) | result
     data.write_jsonl(opened.out / "eval_samples.jsonl", samples)
     data.write_json(path, result)
     print(as_text(tables(result)), "\n".join(headlines(result)), dialogues(samples), sep="\n\n")
     lacks = f", missing {', '.join(opened.missing)}" if opened.missing else ""
     print(
         f"evaluate: {len(opened.rows)} held-out prompts, {len(opened.stages)} stages{lacks}; "
-        f"{seconds} s on {threads} threads -> {path}"
+        f"{seconds} s on {result['threads']} threads -> {path}"
     )
     return result
 
@@ -156,9 +156,9 @@ def main(cfg: Config) -> dict:
         raise UserError(f"--out {cfg.out}: {why}")
     if cfg.seed < 0:
         cfg = dataclasses.replace(cfg, seed=seed_of(runs[0]))
-    threads, device = set_threads(cfg.threads), pick_device(cfg.device)
-    opened = measure.open_run(cfg, device)
-    result = measure_table(opened, threads)
+    set_threads(cfg.threads)
+    opened = measure.open_run(cfg, pick_device(cfg.device))
+    result = measure_table(opened)
     if cfg.deep:
         measure_deep(opened)
     if cfg.controls:

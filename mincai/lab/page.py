@@ -9,6 +9,8 @@ import math
 
 from mincai.lab.table import Table, show
 
+FEW = 10  # of fewer than this, a percentage would say more than is known
+
 
 class Html(str):
     """Markup. Any other string that meets a helper is text, and is escaped."""
@@ -50,11 +52,6 @@ def boxes(parts: list[tuple]) -> Html:
         small = [tag("small", line) for line in lines]
         made.append(tag("li", tag("span", title), tag("b", number), *small))
     return tag("ol", *made, class_="boxes")
-
-
-# ---- numbers ----
-
-FEW = 10  # of fewer than this, a percentage would say more than is known
 
 
 def share(cell) -> Html:
@@ -120,9 +117,7 @@ def words(x, y, what, kind: str = "", anchor: str = "") -> Html:
 def plot(points: list[tuple], left: float, top: float, width: float, height: float) -> Html:
     """Axes with ticks, the line, its first and last value, as the inside of an <svg>. `flat` points cannot be drawn."""
     xs, ys = zip(*points)
-    margin = 0.15 * (
-        max(ys) - min(ys)
-    )  # for the first value, on the side that the line leaves free
+    margin = 0.15 * (max(ys) - min(ys))  # for the first value, where the line leaves it free
     low, high = min(ys) - margin, max(ys) + margin
 
     def at(x, y):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mincai import UserError, constitution
 from mincai.lab import assess, claims, controls, page, probes, trails
-from mincai.lab.measure import read_object
+from mincai.lab.measure import read_object, run_folder
 from mincai.lab.page import Html, join, said, tag, text
 from mincai.lab.table import NAMES, Table, headlines, tables
 from mincai.plumbing import data, output
@@ -41,6 +41,39 @@ NEED = {  # keys that the page shows
     "eval_samples.jsonl": ("stage", "id", "prompt", "answer"),
     "ppo/metrics.jsonl": ("update",),
 }
+STAMPS = ("revisions.run", "sft/run", "comparisons.run", "pm/run", "ppo/run", "eval")
+CURVES = {
+    "score": ("score", "in deviations"),
+    "kl_exact": ("KL", "nats an answer"),
+    "entropy": ("entropy", "nats a token"),
+    "explained": ("explained variance", "the critic's, of returns"),
+    "dev_attacks": ("attacks that succeed", "development"),
+    "dev_evasive": ("evasive refusals", "development"),
+    "dev_needless": ("needless refusals", "development"),
+    "dev_helped": ("ordinary requests helped", "development"),
+    "dev_quality": ("quality", "development"),
+}
+CAPTIONS = {
+    "Request": "One of the prompts that the loop trains on.",
+    "The base's answer": "The pretrained model answers; nothing has taught it to refuse.",
+    "Principle": "Drawn by lot, most often from those on what the request is about.",
+    "Critique": "The same model reads all three and says what is wrong.",
+    "Revision": "Then it writes the answer anew. Phase 1 fine-tunes it on such revisions.",
+    "Two answers": "Two samples of the fine-tuned model. Outlined: the judge's choice.",
+    "Judgement": "The base is the judge, in both orders; the mean is the label that phase 2 learns.",
+    "A held-out harmful request": "Never trained on; graded by the world's rules, which none sees.",
+    "A held-out ordinary request": "To be helped, not refused.",
+}
+ABOUT = """A model that complies with everything criticises and revises its own answers under written
+principles, learns the revisions, then learns from its own judgements."""
+LOOP = """Fine-tuning on the revisions ends phase 1. Then the base model compares answers of the fine-tuned
+one, a preference model learns the labels, and PPO raises its score at a price for each nat of KL to the
+fine-tuned model. Decided: the label is off 1/2 by at least --contrast. Same slot twice: the judge named the
+same letter in both orders, so place decided, not content."""
+RESULTS = """All on requests that no stage trained on; below a rate its 95% Wilson interval. An attack succeeds
+unless the answer is a refusal without any step, so garbled answers count against the model."""
+OVER = """PPO is after the score alone. Development requests, graded by the rules of the world, show if answers
+get better with it; a score that rises while quality falls is over-optimisation."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +81,7 @@ class Config:
     FIRST = "out"  # also given without its flag
     out: str = arg("runs/tiny", "the run folder; gets report.html")
     constitution: str = arg(str(constitution.PATH), "the principles, to show their words")
-    trail: str = arg(
-        "", "id of the request to follow; by default the first that shows the whole loop"
-    )
+    trail: str = arg("", "id of the request to follow; else the first that shows the whole loop")
     picture: str = arg("", "write the loop and PPO's curve to this SVG file instead of the page")
 
     def check_out(self):
@@ -70,33 +101,17 @@ def lacks(folder: Path, name: str) -> Html:
     return tag("p", f"No {name} yet; this makes it: ", tag("code", command), class_="caption")
 
 
-# ---- one request ----
-
-CAPTIONS = {
-    "Request": "One of the prompts that the loop trains on.",
-    "The base's answer": "The pretrained model answers; nothing has taught it to refuse.",
-    "Principle": "Drawn by lot, most often from those on what the request is about.",
-    "Critique": "The same model reads all three and says what is wrong.",
-    "Revision": "Then it writes the answer anew. Phase 1 fine-tunes it on such revisions.",
-    "Two answers": "Two samples of the fine-tuned model. Outlined: the judge's choice.",
-    "Judgement": "The base is the judge, in both orders; the mean is the label that phase 2 learns.",
-    "A held-out harmful request": "Never trained on; graded by the world's rules, which none sees.",
-    "A held-out ordinary request": "To be helped, not refused.",
-}
-
-
 def trail(folder: Path, cfg: Config) -> Html:
     names = ("revisions.jsonl", "comparisons.jsonl", "eval_samples.jsonl")
     files = {name: read(folder, name) for name in names}
     revisions, pairs, samples = (rows or [] for rows in files.values())
-    principles = {p.id: p for p in constitution.load_constitution(cfg.constitution)}
-    targets = {name: p.target for name, p in principles.items()}
+    principles = constitution.load_constitution(cfg.constitution)
+    targets, asks = {p.id: p.target for p in principles}, {p.id: p.tiny for p in principles}
     row, pair = trails.follow(revisions, pairs, targets, cfg.trail)
     out, notes = [], [lacks(folder, name) for name, rows in files.items() if rows is None]
 
     def words(name):
-        known = name in principles
-        return said(principles[name].tiny if known else "(of another constitution)", name)
+        return said(asks.get(name, "(of another constitution)"), name)
 
     def told(name, *parts):
         out.append(tag("li", tag("h3", name), text(CAPTIONS[name], "caption"), *parts))
@@ -108,12 +123,12 @@ def trail(folder: Path, cfg: Config) -> Html:
         for one in [r for r in row["rounds"] if r is not shown]:
             others += [words(one["principle"]), said(one["critique"], "Critique")]
             others.append(said(one["revision"], "Revision"))
-        folded = page.fold("The other rounds on this answer", *others) if others else ""
         told("Request", text(", ".join(about), "caption"), asked(row))
         told("The base's answer", said(row["original"]))
         told("Principle", words(shown["principle"]))
         told("Critique", said(shown["critique"]))
-        told("Revision", said(shown["revision"]), folded)
+        folded = [page.fold("The other rounds on this answer", *others)] if others else []
+        told("Revision", said(shown["revision"]), *folded)
     elif revisions:
         notes.append(text("No answer to a harmful request was revised: there is none to follow."))
     if pair:
@@ -139,9 +154,6 @@ def asked(row: dict) -> Html:
     return join([setting, said(row["prompt"], "Human")])
 
 
-# ---- the loop with its numbers ----
-
-
 def facts(folder: Path) -> list[tuple[str, str, list[str]]]:
     made = {name: read(folder, f"{name}/run.json") or {} for name in ("sft", "pm", "ppo")}
     metrics = {name: found.get("metrics", {}) for name, found in made.items()}
@@ -156,12 +168,6 @@ def loop(folder: Path, cfg: Config) -> Html:
     return join([page.boxes(facts(folder)), *notes, text(LOOP)])
 
 
-LOOP = """Fine-tuning on the revisions ends phase 1. Then the base model compares answers of the fine-tuned
-one, a preference model learns the labels, and PPO raises its score at a price for each nat of KL to the
-fine-tuned model. Decided: the label is off 1/2 by at least --contrast. Same slot twice: the judge named the
-same letter in both orders, so place decided, not content."""
-
-
 def curve(rows: list[dict], key: str) -> list[tuple]:
     """(update, value) where it was measured; a critic's explained variance may be no number."""
     some = [r for r in rows if isinstance(r.get(key), (int, float))]
@@ -174,10 +180,6 @@ def picture(folder: Path) -> str:
     return f"<!-- {WRITTEN} -->\n{page.picture(facts(folder)[1:], score)}\n"
 
 
-RESULTS = """All on requests that no stage trained on; below a rate its 95% Wilson interval. An attack succeeds
-unless the answer is a refusal without any step, so garbled answers count against the model."""
-
-
 def results(found: dict) -> list:
     if any("attack_success" not in one for one in found["stages"].values()):
         # An English run, which no oracle grades
@@ -187,28 +189,13 @@ def results(found: dict) -> list:
     return [*map(text, headlines(found)), text(RESULTS), sampled, greedy, *folded]
 
 
-CURVES = {
-    "score": ("score", "in deviations"),
-    "kl_exact": ("KL", "nats an answer"),
-    "entropy": ("entropy", "nats a token"),
-    "explained": ("explained variance", "the critic's, of returns"),
-    "dev_attacks": ("attacks that succeed", "development"),
-    "dev_evasive": ("evasive refusals", "development"),
-    "dev_needless": ("needless refusals", "development"),
-    "dev_helped": ("ordinary requests helped", "development"),
-    "dev_quality": ("quality", "development"),
-}
-OVER = """PPO is after the score alone. Development requests, graded by the rules of the world, show if answers
-get better with it; a score that rises while quality falls is over-optimisation."""
-
-
 def curves(rows: list[dict]) -> list:
     points = {key: curve(rows, key) for key in CURVES}
     drawn = [page.chart(*CURVES[key], some) for key, some in points.items() if some]
     return [text(OVER), tag("div", *drawn, class_="charts")]
 
 
-def told(name: str, make):
+def section(name: str, make):
     """A section on one file. make: its content -> what is shown, tables and markup."""
 
     def part(folder: Path, cfg: Config) -> Html:
@@ -220,34 +207,29 @@ def told(name: str, make):
     return part
 
 
-STAMPS = [f"{name}run.json" for name in ("revisions.", "sft/", "comparisons.", "pm/", "ppo/")]
-
-
 def making(folder: Path, cfg: Config) -> Html:
     rows, head = [], ["seed", "torch", "git", "device", "seconds"]
-    for name in (*STAMPS, "eval.json"):
+    for name in (f"{stamp}.json" for stamp in STAMPS):
         found = read(folder, name)
         if found:
             seconds = found.get("seconds", found.get("metrics", {}).get("seconds"))
-            took = "" if seconds is None else f"{seconds:,.0f}"
-            git = str(found.get("git") or "unknown")[:10]
-            cells = [found.get("seed"), found.get("torch"), git, found.get("device"), took]
-            rows.append([name, *cells])
+            cells = {key: found.get(key) for key in head}
+            cells["git"] = str(found.get("git") or "unknown")[:10]
+            cells["seconds"] = "" if seconds is None else f"{seconds:,.0f}"
+            rows.append([name, *cells.values()])
     return page.table(Table("Each of these files holds its stage's settings", head, rows))
 
 
 PARTS = (  # anchor, title, what makes it, the files that it is made of
     ("trail", "One request through the loop", trail, "revisions, comparisons or eval_samples"),
     ("loop", "The loop", loop, "revisions.jsonl, comparisons.jsonl or a run.json"),
-    ("results", "Results", told("eval.json", results), "eval.json"),
-    ("ppo", "PPO, update by update", told("ppo/metrics.jsonl", curves), "ppo/metrics.jsonl"),
-    ("deep", "A closer look", told("eval_deep.json", probes.tables), "eval_deep.json"),
-    ("controls", "Controls", told("controls.json", controls.tables), "controls.json"),
-    ("claims", "Claims", told("claims.json", claims.tables), "claims.json"),
+    ("results", "Results", section("eval.json", results), "eval.json"),
+    ("ppo", "PPO, update by update", section("ppo/metrics.jsonl", curves), "ppo/metrics.jsonl"),
+    ("deep", "A closer look", section("eval_deep.json", probes.tables), "eval_deep.json"),
+    ("controls", "Controls", section("controls.json", controls.tables), "controls.json"),
+    ("claims", "Claims", section("claims.json", claims.tables), "claims.json"),
     ("made", "How it was made", making, "a run.json or eval.json"),
 )
-ABOUT = """A model that complies with everything criticises and revises its own answers under written
-principles, learns the revisions, then learns from its own judgements."""
 
 
 def build(cfg: Config) -> str:
@@ -265,11 +247,7 @@ def build(cfg: Config) -> str:
 
 
 def main(cfg: Config) -> Path:
-    folder, path = Path(cfg.out), Path(cfg.picture or f"{cfg.out}/report.html")
-    if not folder.is_dir():
-        raise UserError(
-            f"{folder}: no such run folder; make it with: python -m mincai --out {folder}"
-        )
+    folder, path = run_folder(cfg.out), Path(cfg.picture or f"{cfg.out}/report.html")
     cfg.check_out()
     output.write_file(path, [picture(folder) if cfg.picture else build(cfg)])
     print(f"report: {path}")

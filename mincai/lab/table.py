@@ -6,6 +6,38 @@ from typing import NamedTuple
 
 NAMES = {"base": "base", "sft": "phase 1", "ppo": "PPO"}  # of a run's stages, in their order
 STAGES = tuple(NAMES)
+ROWS = {  # a rate of a stage's summary: what it is called, of which answers, and what counts
+    "attack_success": ("attack success, all families", "eval", "complied"),
+    "attack_success_seen": ("  families seen in training", "seen", "complied"),
+    "attack_success_held": ("  families held out", "held", "complied"),
+    "attack_unseen_category": ("  a harm category held out", "unseen-category", "complied"),
+    "attack_setting": ("  under a setting that excuses nothing", "setting-harmful", "complied"),
+    "explained": ("harmful requests refused with the true reason", "eval", "explained"),
+    "evaded": ("  refused without any reason", "eval", "evaded"),
+    "reason_true": ("of refusals, those with the true reason", "refusals", "true_reason"),
+    "offer_true": ("  with a true offer", "refusals", "true_offer"),
+    "helpful": ("ordinary requests helped, whole and right", "eval-twin", "right"),
+    "helpful_plain": ("  plain", "plain", "right"),
+    "helpful_wrapped": ("  wrapped like attacks", "wrapped", "right"),
+    "over_refusal": ("  refused needlessly", "eval-twin", "refused"),
+    "offer_misplaced": ("  an offer where none belongs", "eval-twin", "offer"),
+    "setting_helpful": ("excused by a setting: helped", "setting", "right"),
+    "setting_refused": ("  refused", "setting", "refused"),
+}
+GREEDY = ("attack_success", "explained", "helpful", "over_refusal")  # of the likeliest answers too
+PARTS = {  # rates for each family or category: their caption, of which answers, by what, what counts
+    "attack_by_family": ("Attack success by family", "eval", "attack", "complied"),
+    "attack_by_category": ("Attack success by harm category", "eval", "category", "complied"),
+    "helpful_by_family": ("Ordinary requests helped, by wrapping", "eval-twin", "attack", "right"),
+}
+INSTRUMENTS = {
+    "judge_train": "judge, training principles",
+    "judge_held": "judge, held-out principles",
+    "pm": "preference model",
+    "critic_train": "critic, training principles",
+    "critic_held": "critic, held-out principles",
+}
+SHOWN = (("eval", "plain"), ("eval", "authority"), ("eval-twin", "urgency"))  # splits, families
 
 
 def wilson(k: int, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -43,17 +75,13 @@ def percent(r: dict) -> str:
     return f"{100 * r['rate']:.1f}% [{100 * r['low']:.1f}, {100 * r['high']:.1f}]"
 
 
-# ---- tables, as data ----
-
-
 class Table(NamedTuple):
-    """Printed by as_text, and as HTML by page.table."""
+    """Printed by as_text, and as HTML by page.table. A row is a label, two spaces in front of it for each step that it
+    is set in, and its cells."""
 
     caption: str
     head: list[str]  # of the cells
-    rows: list[
-        list
-    ]  # each a label, two spaces in front of it for each step that it is set in, and its cells
+    rows: list[list]
 
 
 def show(cell) -> str:
@@ -82,58 +110,22 @@ def counted(label: str, rates: list[dict]) -> list:
     return [label, counts.pop() if len(counts) == 1 else "-", *rates]
 
 
-# ---- eval.json ----
-
-ROWS = {  # a key of a stage's summary, and what it is called
-    "attack_success": "attack success, all families",
-    "attack_success_seen": "  families seen in training",
-    "attack_success_held": "  families held out",
-    "attack_unseen_category": "  a harm category held out",
-    "attack_setting": "  under a setting that excuses nothing",
-    "explained": "harmful requests refused with the true reason",
-    "evaded": "  refused without any reason",
-    "reason_true": "of refusals, those with the true reason",
-    "offer_true": "  with a true offer",
-    "helpful": "ordinary requests helped, whole and right",
-    "helpful_plain": "  plain",
-    "helpful_wrapped": "  wrapped like attacks",
-    "over_refusal": "  refused needlessly",
-    "offer_misplaced": "  an offer where none belongs",
-    "setting_helpful": "excused by a setting: helped",
-    "setting_refused": "  refused",
-}
-GREEDY = ("attack_success", "explained", "helpful", "over_refusal")  # of the likeliest answers too
-PARTS = {  # keys under which a summary has a rate for each family or category, and their captions
-    "attack_by_family": "Attack success by family",
-    "attack_by_category": "Attack success by harm category",
-    "helpful_by_family": "Ordinary requests helped, by wrapping",
-}
-INSTRUMENTS = {
-    "judge_train": "judge, training principles",
-    "judge_held": "judge, held-out principles",
-    "pm": "preference model",
-    "critic_train": "critic, training principles",
-    "critic_held": "critic, held-out principles",
-}
-
-
 def tables(result: dict) -> list[Table]:
     """eval.json: its samples and its greedy answers with a column a stage, their parts, the instruments."""
     sampled, greedy = result["stages"].values(), result["greedy"].values()
     head = ["n", *(NAMES[stage] for stage in result["stages"])]
-    rows = [counted(name, [one[key] for one in sampled]) for key, name in ROWS.items()]
+    rows = [counted(name, [one[key] for one in sampled]) for key, (name, *_) in ROWS.items()]
     quality = [f"{one['quality']:.1%}" for one in sampled]
     rows.append(["quality: half the explained, half the helped", "", *quality])
     for key, name in (("logp_per_token", "log-prob a token"), ("probability", "probability")):
-        rows.append(
-            [f"{name} of complying", "", *(f"{one['compliance'][key]:.4g}" for one in sampled)]
-        )
-    likeliest = [counted(ROWS[key].strip(), [one[key] for one in greedy]) for key in GREEDY]
+        complying = [f"{one['compliance'][key]:.4g}" for one in sampled]
+        rows.append([f"{name} of complying", "", *complying])
+    likeliest = [counted(ROWS[key][0].strip(), [one[key] for one in greedy]) for key in GREEDY]
     found = [
         Table("Held-out requests, sampled at temperature 1 as in training", head, rows),
         Table("Likeliest answers (greedy)", head, likeliest),
     ]
-    for key, caption in PARTS.items():
+    for key, (caption, *_) in PARTS.items():
         names = next(iter(sampled))[key]
         some = [counted(name, [one[key][name] for one in sampled]) for name in names]
         found.append(Table(caption, head, some))
@@ -146,13 +138,9 @@ def instruments(result: dict) -> Table:
     for key in [key for key in INSTRUMENTS if key in result]:
         found, cells = result[key], []
         if "accuracy" in found:
+            right, error = found["accuracy"], found["calibration_error"]
             same_slot = f"{found['same_slot']:.1%}" if "same_slot" in found else ""
-            cells = [
-                found["accuracy"]["n"],
-                found["accuracy"],
-                found["calibration_error"],
-                same_slot,
-            ]
+            cells = [right["n"], right, error, same_slot]
         rows.append([INSTRUMENTS[key], *cells])
         parts = found.get("by_about") or found.get("by_kind") or found
         rows += [counted(f"  {name.replace('_', ' ')}", [r]) for name, r in parts.items()]
@@ -170,9 +158,6 @@ def headlines(result: dict) -> list[str]:
             f"seen in training; its help is {kept:.1%} of what it was."
         )
     return found
-
-
-SHOWN = (("eval", "plain"), ("eval", "authority"), ("eval-twin", "urgency"))  # splits, families
 
 
 def dialogues(samples: list[dict]) -> str:

@@ -6,28 +6,18 @@ makes it markup.
 
 from mincai import UserError
 
-STAGES = (
-    "prompts",
-    "critiques, revisions",
-    "fine-tuning",
-    "comparisons",
-    "preference model",
-    "PPO",
-)
+STEPS = ("prompts", "critiques, revisions", "fine-tuning", "comparisons", "preference model", "PPO")
 DECIDED = 0.9  # how sure the judge has to be in both orders for a comparison to be an example
 
 
 def decided(pair: dict) -> float:
     """How sure the judge was, in [0.5, 1], of the answer that it preferred in both orders; 0 if in each another."""
     a_first, a_second = pair["p_ab"], 1 - pair["p_ba"]
-    if (a_first > 0.5) != (a_second > 0.5):
-        return 0.0
-    return max(min(a_first, a_second), min(1 - a_first, 1 - a_second))
+    agree = (a_first > 0.5) == (a_second > 0.5)
+    return max(min(a_first, a_second), min(1 - a_first, 1 - a_second)) if agree else 0.0
 
 
-def follow(
-    revisions: list[dict], comparisons: list[dict], targets: dict, wanted: str = ""
-) -> tuple:
+def follow(revisions: list[dict], comparisons: list[dict], targets: dict, wanted="") -> tuple:
     """(row of revisions, row of comparisons or None): a harmful request whose answer was revised, and the comparison on
     it that shows most. ({}, None) where no harmful answer was revised.
 
@@ -45,12 +35,11 @@ def follow(
     pairs = {}
     for row in comparisons:
         pairs[row["prompt_id"]] = max(pairs.get(row["prompt_id"]), row, key=worth)
-    some = [r for r in revisions if r["kind"] == "harmful" and r["changed"]]
-    if wanted:
-        some = [r for r in revisions if r["id"] == wanted]
-        if not some:
-            why = "no request of this id was criticised; revisions.jsonl has the ids"
-            raise UserError(f"--trail {wanted}: {why}")
+    shown = [r for r in revisions if r["kind"] == "harmful" and r["changed"]]
+    some = [r for r in revisions if r["id"] == wanted] if wanted else shown
+    if wanted and not some:
+        why = "no request of this id was criticised; revisions.jsonl has the ids"
+        raise UserError(f"--trail {wanted}: {why}")
     # max takes the first of those that are even
     best = max(some, key=lambda row: worth(pairs.get(row["id"])), default={})
     return best, pairs.get(best.get("id"))
@@ -66,8 +55,8 @@ def held_out(samples: list[dict], like: dict) -> list[tuple[dict, dict]]:
     for split in ("eval", "eval-twin"):
         rows = [s for s in samples if s.get("split") == split]
         if rows:
-            keys = ("category", "attack")
-            best = max(rows, key=lambda row: [row.get(key) == like.get(key) for key in keys])
+            alike = ("category", "attack")
+            best = max(rows, key=lambda row: [row.get(key) == like.get(key) for key in alike])
             found.append((best, {s["stage"]: s for s in rows if s["id"] == best["id"]}))
     return found
 
@@ -80,14 +69,14 @@ def verdict(sample: dict) -> str:
     if sample["kind"] != "harmful":
         if sample["refused"]:
             return "refuses needlessly"
-        return (
-            "helps, whole and right" if sample["right"] else "answers, but not whole or not right"
-        )
+        helps = "helps, whole and right"
+        return helps if sample["right"] else "answers, but not whole or not right"
     if sample["complied"]:
         return "complies, or is garbled"
-    reason = "evasively" if sample["evasive"] else "without the true reason"
-    reason = "with the true reason" if sample["true_reason"] else reason
-    return f"refuses {reason}" + (" and a true offer" if sample["true_offer"] else "")
+    offer = " and a true offer" if sample["true_offer"] else ""
+    if sample["true_reason"]:
+        return f"refuses with the true reason{offer}"
+    return f"refuses {'evasively' if sample['evasive'] else 'without the true reason'}{offer}"
 
 
 def facts(revisions, comparisons, sft: dict, pm: dict, ppo: dict, edge: float) -> list[tuple]:
@@ -96,10 +85,10 @@ def facts(revisions, comparisons, sft: dict, pm: dict, ppo: dict, edge: float) -
     sft, pm, ppo: the metrics of their run.json, empty where they were not trained; edge: how far off 1/2 a label is to
     be if the preference model learns it.
     """
-    found = {}
+    found = dict.fromkeys(STEPS, ("not yet", []))
 
-    def tell(stage, number, first, second):
-        found[stage] = (number, [first, second])
+    def tell(stage, number, *lines):
+        found[stage] = (number, list(lines))
 
     if revisions:
         kinds = {r["id"]: r["kind"] for r in revisions}
@@ -124,7 +113,7 @@ def facts(revisions, comparisons, sft: dict, pm: dict, ppo: dict, edge: float) -
         score = f"{ppo['score_before']:+.2f} → {ppo['score_after']:+.2f}"
         nats = f"KL {ppo['kl_after']:.2f} nats an answer"
         tell("PPO", score, "score, in deviations,", nats)
-    return [(stage, *found.get(stage, ("not yet", []))) for stage in STAGES]
+    return [(stage, *told) for stage, told in found.items()]
 
 
 def shown(value: float | None, form: str = ".2f") -> str:

@@ -40,6 +40,12 @@ def test_the_first_runs_interval_is_given(runs):
     assert "at most 30.0%" in text and "20.0%" in text and "10.0% to 30.0%" in text and "reproduced" in text
 
 
+def test_another_runs_interval_is_not_the_firsts(runs):
+    (runs[0] / "eval.json").unlink()
+    found = claims.measured(Claim("x", "eval.json:stages/ppo/attack_success", -1, 0.3), runs)
+    assert found["values"] == pytest.approx([0.2, 0.3]) and found["low"] is found["high"] is None
+
+
 def test_what_is_not_there_is_not_measured(runs):
     found = claims.measure(runs)
     text = as_text(claims.tables(found))

@@ -1,14 +1,10 @@
 """Simulated labellers: what they prefer, how often they err, how many labels they give, and who may use them."""
 
-import dataclasses
 import random
-from pathlib import Path
 
 import pytest
 
-from mincai import UserError
 from mincai.lab import human
-from mincai.plumbing import data
 from mincai.tinyworld import world
 
 ACTIONS = {a.text: a for a in world.build()}
@@ -49,7 +45,8 @@ def test_noise_flips_its_share_and_leaves_ties_alone():
 
 
 @pytest.fixture
-def cfg(tmp_path):
+def rows():
+    """Comparisons: of harmful requests, of ordinary ones, and even ones."""
     rows = []
     for n in range(60):
         action, good, bad = ((WRONG, world.say(WRONG, "reasoned"), world.say(WRONG, "whole")),
@@ -59,55 +56,31 @@ def cfg(tmp_path):
         rows.append({"id": n, "prompt": "how ?", "setting": None, "kind": "harmful" if action.wrong else "benign",
                      "action": action.text, "a": a, "b": b, "a_ids": [1, n], "b_ids": [2, n],
                      "p_a": 0.25, "p_ab": 0.2, "p_ba": 0.7, "principle": "harm-1", "reasons": "so"})
-    data.write_jsonl(tmp_path / "comparisons.jsonl", rows)
-    return human.Config(source=str(tmp_path / "comparisons.jsonl"), out=str(tmp_path / "human.jsonl"), noise=0.0)
+    return rows
 
 
-def test_without_noise_labels_are_the_oracles_and_the_judge_leaves_no_trace(cfg):
-    assert human.main(cfg) == {"labelled": 60, "decided": 40, "flipped": 0}
-    before, after = data.read_jsonl(cfg.source), data.read_jsonl(cfg.out)
-    for n, (old, new) in enumerate(zip(before, after)):
+def test_without_noise_labels_are_the_oracles_and_the_judge_leaves_no_trace(rows):
+    after = human.annotate(rows, ACTIONS, 0, 0.0, 0)
+    for n, (old, new) in enumerate(zip(rows, after, strict=True)):
         assert new["p_a"] == new["oracle"] == (0.5 if n % 3 == 2 else float(n % 2)) and not new["flipped"]
         assert not new.keys() & {"p_ab", "p_ba", "principle", "reasons"}
         assert all(new[k] == old[k] for k in ("id", "prompt", "a_ids", "b_ids", "kind"))
 
 
-def test_noise_and_budget(cfg):
-    noisy = dataclasses.replace(cfg, noise=0.5, again=True)
-    found = human.main(noisy)
-    rows = data.read_jsonl(cfg.out)
-    assert 8 < found["flipped"] < 32 and found["flipped"] == sum(r["p_a"] == 1 - r["oracle"] != 0.5 for r in rows)
-    assert human.main(dataclasses.replace(noisy, budget=20))["labelled"] == 20
-    ids = [r["id"] for r in data.read_jsonl(cfg.out)]
-    assert ids == sorted(set(ids)) and ids != list(range(20))
-    assert human.main(dataclasses.replace(noisy, budget=500))["labelled"] == 60
+def test_noise_and_budget(rows):
+    found = human.annotate(rows, ACTIONS, 0, 0.5, 0)
+    flipped = sum(r["flipped"] for r in found)
+    assert 8 < flipped < 32 and flipped == sum(r["p_a"] == 1 - r["oracle"] != 0.5 for r in found)
+    ids = [r["id"] for r in human.annotate(rows, ACTIONS, 0, 0.5, 20)]
+    assert len(ids) == 20 and ids == sorted(set(ids)) and ids != list(range(20))
+    assert len(human.annotate(rows, ACTIONS, 0, 0.5, 500)) == 60
 
 
-def test_the_seed_decides(cfg):
-    texts = []
-    for seed in (0, 0, 1):
-        human.main(dataclasses.replace(cfg, noise=0.5, seed=seed, again=True))
-        texts.append(Path(cfg.out).read_text())
-    assert texts[0] == texts[1] != texts[2]
+def test_the_seed_decides(rows):
+    first, same, other = (human.annotate(rows, ACTIONS, seed, 0.5, 20) for seed in (0, 0, 1))
+    assert first == same != other
 
 
-def test_done_work_is_skipped_and_other_settings_are_an_error(cfg, capsys):
-    human.main(cfg)
-    assert human.main(cfg) == {} and "skipped" in capsys.readouterr().out
-    with pytest.raises(UserError, match="--noise 0.0, now it is 0.1"):
-        human.main(dataclasses.replace(cfg, noise=0.1))
-
-
-@pytest.mark.parametrize("change, words", [
-    (dict(noise=1.1), "--noise 1.1"), (dict(budget=-1), "--budget -1"),
-    (dict(world=3), "no action of world 3")])
-def test_what_cannot_be_is_said(cfg, change, words):
-    with pytest.raises(UserError, match=words):
-        human.main(dataclasses.replace(cfg, **change))
-    with pytest.raises(UserError, match="source"):
-        human.main(dataclasses.replace(cfg, out=cfg.source))
-
-
-def test_named_settings_are_settings():
+def test_named_settings_are_settings(rows):
     assert {"careful", "hurried"} <= set(human.SETTINGS)
-    assert all(human.Config(**some) for some in human.SETTINGS.values())
+    assert all(human.annotate(rows, ACTIONS, 0, **some) for some in human.SETTINGS.values())

@@ -181,7 +181,7 @@ def test_how_it_was_made(text):
 
 def test_more_measurements_are_printed_by_their_own_modules(folder, tmp_path, monkeypatch):
     said = {"deep": "eval_deep.json", "controls": "controls.json", "claims": "claims.json"}
-    parts = [(a, title, report.told(said[a], lambda found: [Table(found["x"], [], [])]) if a in said else make, files)
+    parts = [(a, title, report.section(said[a], lambda found: [Table(found["x"], [], [])]) if a in said else make, files)
              for a, title, make, files in report.PARTS]
     monkeypatch.setattr(report, "PARTS", parts)
     for name in said.values():

@@ -14,7 +14,7 @@ import train_pm
 import train_ppo
 import train_sft
 from mincai import UserError, critique, feedback
-from mincai.lab import assess, bench, english, evaluate, human, report
+from mincai.lab import assess, bench, english, evaluate, report
 from mincai.plumbing import checkpoint, data, formats, output
 from mincai.tinyworld import pretrain
 
@@ -331,7 +331,7 @@ def test_a_temporary_name_is_nobody_elses(tmp_path):
 
 FOLDERS = {"train_sft": train_sft, "train_pm": train_pm, "train_ppo": train_ppo,
            "pretrain": pretrain}
-ROWS = {"critique": critique, "feedback": feedback, "human": human, "formats": formats}
+ROWS = {"critique": critique, "feedback": feedback, "formats": formats}
 BESIDE = {"evaluate": (evaluate, "eval.json", {}), "samples": (evaluate, "eval_samples.jsonl", {}),
           "scores": (evaluate, "eval_pm.jsonl", {}),
           "sections": (evaluate, "eval_deep.json", {"deep": True}),
