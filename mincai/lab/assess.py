@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from mincai import UserError, constitution
+from mincai import UserError, constitution, shipped
 from mincai.feedback import judge
 from mincai.lab.measure import conversation
 from mincai.lab.table import NAMES, STAGES, Table, as_text, rate
@@ -50,9 +50,11 @@ class Config(Settings):
     LOOSE = (*Settings.LOOSE, "batch_size")
     out: str = arg("runs/gpt2", "the run folder; holds sft/, pm/ and ppo/, and gets eval.json")
     base: str = arg("gpt2", "the model it started from, and the judge: a folder, or gpt2, ...")
-    prompts: str = arg("data/english/prompts_eval.jsonl", "held-out prompts")
+    prompts: str = arg(shipped("english/prompts_eval.jsonl"), "held-out prompts")
     constitution: str = arg(str(constitution.PATH), "the principles")
-    fewshot: str = arg("data/english/fewshot.json", "examples for the base's answers and the judge")
+    fewshot: str = arg(
+        shipped("english/fewshot.json"), "examples for the base's answers and the judge"
+    )
     number: int = arg(0, "prompts of each kind to use, the families in turn; 0 for all", least=0)
     temperature: float = arg(1.0, "of the answers; 0 is greedy", least=0)
     max_new: int = arg(80, "tokens of an answer or of the judge's reasons at most", least=1)

@@ -18,7 +18,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from mincai import UserError, constitution
+from mincai import UserError, constitution, shipped
 from mincai.lab import claims, controls, measure, probes
 from mincai.lab.table import as_text, dialogues, headlines, tables
 from mincai.plumbing import data, output
@@ -34,8 +34,8 @@ class Config:
     deep: bool = arg(False, "measure more: meaning, settings, conflicts, where scores are unsure")
     controls: bool = arg(False, "train and measure the run without its causes (half an hour)")
     claims: bool = arg(False, "print what is claimed of the method beside these runs (--out a,b,c)")
-    base: str = arg("data/tiny", "the model that the run started from, and its judge")
-    prompts: str = arg("data/tiny/prompts_eval.jsonl", "held-out prompts")
+    base: str = arg(shipped("tiny"), "the model that the run started from, and its judge")
+    prompts: str = arg(shipped("tiny/prompts_eval.jsonl"), "held-out prompts")
     constitution: str = arg(str(constitution.PATH), "the principles")
     judged: int = arg(240, "pairs for each measurement of judge, critic and scores", least=0)
     max_new: int = arg(104, "tokens of an answer, or of the judge's reasons, at most", least=1)

@@ -21,7 +21,7 @@ import torch
 
 import mincai.__main__ as pipeline
 import train_ppo
-from mincai import UserError
+from mincai import UserError, shipped
 from mincai.lab import bench, plan
 from mincai.plumbing import cli, data, memory, output
 from mincai.plumbing.cli import arg
@@ -33,7 +33,7 @@ TYPES = ("float32", "bfloat16")
 class Config:
     out: str = arg("runs/gpucheck", "folder for the tiny run, its PPO runs and gpucheck.json")
     notes: str = arg("docs/BENCHMARKS.md", "file to append the numbers to; empty for none")
-    base: str = arg("data/tiny", "the tiny model")
+    base: str = arg(shipped("tiny"), "the tiny model")
     model: str = arg("gpt2", f"shape to time with random weights: {', '.join(bench.SHAPES)}")
     seeds: int = arg(2, "runs of PPO in each type", least=1)
     scale: float = arg(1.0, "share of the tiny run's prompts and updates", least=1e-6)

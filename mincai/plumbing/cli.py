@@ -116,7 +116,9 @@ def run(main, Config, description="", argv=None):
     A UserError is one line on stderr and exit code 2, never a traceback; Ctrl-C is 130 (128 + SIGINT).
     """
     try:
-        with memory.out_of_memory("lower --micro-batch, --batch-size or --max-new, where it has them"):
+        with memory.out_of_memory(
+            "lower --micro-batch, --batch-size or --max-new, where it has them"
+        ):
             main(parse(Config, argv, description))
     except UserError as error:
         print(f"mincai: error: {error}", file=sys.stderr)
@@ -167,5 +169,7 @@ def pick_device(name):
     check_choice("--device", name, ("auto", "cpu", "cuda"))
     found = torch.cuda.is_available()
     if name == "cuda" and not found:
-        raise UserError("--device cuda: PyTorch sees no GPU; use --device cpu or a CUDA build of torch")
+        raise UserError(
+            "--device cuda: PyTorch sees no GPU; use --device cpu or a CUDA build of torch"
+        )
     return "cuda" if found and name != "cpu" else "cpu"

@@ -26,34 +26,47 @@ from mincai.plumbing.output import sidecar
 
 # --- files ------------------------------------------------------------------------------------------
 
+
 @contextmanager
 def _readable(path):
     """Turn what opening or reading a file raises into a UserError."""
     try:
         yield
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; check the path, or run the stage that writes it") from None
+        raise UserError(
+            f"{path}: no such file; check the path, or run the stage that writes it"
+        ) from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give a readable file") from None
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); give a readable file"
+        ) from None
 
 
 def _row(line, where, need):
     """One line of bytes to a dict that has all the keys of `need`."""
     try:
         row = json.loads(line.decode("utf-8"))
-        if b"\\u" in line:  # an escaped half of a surrogate pair is JSON, but no text that UTF-8 can hold
+        if (
+            b"\\u" in line
+        ):  # an escaped half of a surrogate pair is JSON, but no text that UTF-8 can hold
             json.dumps(row, ensure_ascii=False).encode("utf-8")
     except UnicodeError as error:
-        raise UserError(f"{where}: not UTF-8 text ({error.reason}); save the file as UTF-8") from None
+        raise UserError(
+            f"{where}: not UTF-8 text ({error.reason}); save the file as UTF-8"
+        ) from None
     except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON ({error.msg}, column {error.colno}); one object a line") from None
+        raise UserError(
+            f"{where}: not JSON ({error.msg}, column {error.colno}); one object a line"
+        ) from None
     except RecursionError:
         raise UserError(f"{where}: nested too deeply; write one flat object a line") from None
     if not isinstance(row, dict):
         raise UserError(f"{where}: a {type(row).__name__}, not an object; write one object a line")
     missing = [key for key in need if key not in row]
     if missing:
-        raise UserError(f"{where}: this row lacks {', '.join(missing)}; each row needs {', '.join(need)}")
+        raise UserError(
+            f"{where}: this row lacks {', '.join(missing)}; each row needs {', '.join(need)}"
+        )
     return row
 
 
@@ -67,12 +80,16 @@ def each_row(path, need=()):
     found = False
     with _readable(path), open(path, "rb") as file:
         for n, line in enumerate(file, 1):
-            line = line.removeprefix(b"\xef\xbb\xbf") if n == 1 else line  # some editors begin with this mark
+            line = (
+                line.removeprefix(b"\xef\xbb\xbf") if n == 1 else line
+            )  # some editors begin with this mark
             if line.strip():
                 found, where = True, f"{path} line {n}"
                 yield where, _row(line, where, need)
     if not found:
-        raise UserError(f"{path}: holds no rows; write some, or remove it and run the stage that makes it")
+        raise UserError(
+            f"{path}: holds no rows; write some, or remove it and run the stage that makes it"
+        )
 
 
 def read_jsonl(path, need=()):
@@ -91,6 +108,7 @@ def write_json(path, obj):
 
 
 # --- batches ----------------------------------------------------------------------------------------
+
 
 def right_pad(rows, device=None):
     """Token lists to (ids (B, T) long, valid (B, T) bool); T is the longest row, padding is id 0."""
@@ -126,9 +144,11 @@ def split(rows, prompts, share, seed):
     """(training rows, held-out rows), by prompt (one for each row): all rows of one prompt lie on one side."""
     names = sorted(set(prompts))
     random.Random(seed).shuffle(names)
-    held = set(names[:math.ceil(share * len(names))] if len(names) > 1 else [])
-    return ([row for row, prompt in zip(rows, prompts) if prompt not in held],
-            [row for row, prompt in zip(rows, prompts) if prompt in held])
+    held = set(names[: math.ceil(share * len(names))] if len(names) > 1 else [])
+    return (
+        [row for row, prompt in zip(rows, prompts) if prompt not in held],
+        [row for row, prompt in zip(rows, prompts) if prompt in held],
+    )
 
 
 def length_batches(lengths, batch_size, generator):
@@ -139,7 +159,7 @@ def length_batches(lengths, batch_size, generator):
     """
     jitter = 0.9 + 0.2 * torch.rand(len(lengths), generator=generator, dtype=torch.float64)
     order = (torch.tensor(lengths, dtype=torch.float64) * jitter).argsort().tolist()
-    batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
@@ -150,18 +170,28 @@ def micro_batches(batch: list, size: int) -> list[tuple[list, bool]]:
     """
     mine = distributed.share(batch)
     size = size or len(batch)
-    parts = [(mine[i:i + size], True) for i in range(0, len(mine), size)]
+    parts = [(mine[i : i + size], True) for i in range(0, len(mine), size)]
     return parts or [(batch[:1], False)]
 
 
 # --- how a file was made ----------------------------------------------------------------------------
+
 
 def _git_commit():
     """The commit of the checkout this file lies in, '-dirty' added if tracked files were changed, or None."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():  # installed: a commit found further up would not be ours
         return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    command = [
+        "git",
+        "-C",
+        str(root),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+        "--exclude=*",
+    ]
     try:
         ran = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
         return ran.stdout.strip() or None
@@ -174,9 +204,16 @@ def stamp(config, **more):
     device = getattr(config, "device", "cpu")
     if device != "cpu":  # "auto" and "cuda" say little; the card's name says what was measured
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {"config": dataclasses.asdict(config), "seed": getattr(config, "seed", None), "git": _git_commit(),
-            "torch": torch.__version__, "device": device, "threads": torch.get_num_threads(),
-            "mincai": mincai.__version__, **more}
+    return {
+        "config": dataclasses.asdict(config),
+        "seed": getattr(config, "seed", None),
+        "git": _git_commit(),
+        "torch": torch.__version__,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "mincai": mincai.__version__,
+        **more,
+    }
 
 
 def done(path, config, again=False):
@@ -192,7 +229,9 @@ def done(path, config, again=False):
     if again or not os.path.exists(path):  # unlike Path.exists, this is False for too long a name
         return False
     path = Path(path)
-    settings = sidecar(path) if path.suffix == ".jsonl" else path / "run.json" if path.is_dir() else path
+    settings = (
+        sidecar(path) if path.suffix == ".jsonl" else path / "run.json" if path.is_dir() else path
+    )
     if not os.path.exists(settings):
         return False
     try:
@@ -200,15 +239,23 @@ def done(path, config, again=False):
             old = json.loads(settings.read_bytes())["config"].items()
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{settings}: does not record any settings; give another --out") from None
-    new = json.loads(json.dumps(dataclasses.asdict(config)))  # as JSON gives it back: tuples become lists
+    new = json.loads(
+        json.dumps(dataclasses.asdict(config))
+    )  # as JSON gives it back: tuples become lists
     _compare(settings, dict(old), new, {"again", *getattr(type(config), "LOOSE", ())})
     return True
 
 
 def _same_place(a, b):
     """Two ways to write the path of one file or folder that is there."""
-    return isinstance(a, str) and isinstance(b, str) and bool(a and b) and Path(a).exists() and Path(b).exists() \
+    return (
+        isinstance(a, str)
+        and isinstance(b, str)
+        and bool(a and b)
+        and Path(a).exists()
+        and Path(b).exists()
         and Path(a).resolve() == Path(b).resolve()
+    )
 
 
 def _compare(path, old, new, loose):
@@ -218,8 +265,10 @@ def _compare(path, old, new, loose):
         if name not in loose and was != now and not _same_place(was, now):
             flag = "--" + name.replace("_", "-")
             was, now = ("nothing" if value is absent else repr(value) for value in (was, now))
-            raise UserError(f"{path}: was made with {flag} {was}, now it is {now}; give another "
-                            f"--out, or add --again to make it anew")
+            raise UserError(
+                f"{path}: was made with {flag} {was}, now it is {now}; give another "
+                f"--out, or add --again to make it anew"
+            )
 
 
 def refuse_first_edition(folder) -> None:
@@ -230,12 +279,15 @@ def refuse_first_edition(folder) -> None:
     except (OSError, ValueError, KeyError, TypeError):
         return
     if isinstance(config, dict) and {"world", "focus"} <= config.keys():  # only it had a focus
-        raise UserError(f"{folder}: is a tiny world of the first edition, which mincai no longer "
-                        f"reads; use the data/tiny of this version, or make it anew: python -m "
-                        f"mincai.tinyworld.pretrain --out {folder} --again")
+        raise UserError(
+            f"{folder}: is a tiny world of the first edition, which mincai no longer "
+            f"reads; use the data/tiny of this version, or make it anew: python -m "
+            f"mincai.tinyworld.pretrain --out {folder} --again"
+        )
 
 
 # --- prompts ---------------------------------------------------------------------------------------
+
 
 def choose(rows, kind: str, number: int, rng) -> list[dict]:
     """`number` prompts of a kind (all, if 0), taken from the attack families in turn so that all are present."""
@@ -247,4 +299,4 @@ def choose(rows, kind: str, number: int, rng) -> list[dict]:
         rng.shuffle(some)
     longest = max(map(len, families.values()), default=0)
     turns = [some[i] for i in range(longest) for some in families.values() if i < len(some)]
-    return turns[:number or len(turns)]
+    return turns[: number or len(turns)]

@@ -22,7 +22,9 @@ def next_logp(model: GPT, prompts, ids: list[int], batch_size=32, desc=None) -> 
     lengths = [len(p) for p in prompts]
     for chunk in tqdm(chunks(lengths, batch_size), desc=desc, disable=desc is None):
         check_room(model, [lengths[i] for i in chunk], 0)
-        tokens, valid = right_pad([prompts[i] for i in chunk], model.device)  # padding is last: no mask
+        tokens, valid = right_pad(
+            [prompts[i] for i in chunk], model.device
+        )  # padding is last: no mask
         rows = torch.arange(len(chunk), device=model.device)
         last = model(tokens)[rows, valid.sum(1) - 1]  # (B, C)
         logp = torch.log_softmax(model.unembed(last), dim=-1)  # (B, V)
@@ -39,8 +41,14 @@ def answer_logp(model: GPT, prompts, answers, batch_size=32, desc=None) -> list[
     for chunk in tqdm(chunks(lengths, batch_size), desc=desc, disable=desc is None):
         check_room(model, [lengths[i] for i in chunk], 0)
         tokens, _ = right_pad([prompts[i] + answers[i] for i in chunk], model.device)
-        places = [(row, len(prompts[i]) + k) for row, i in enumerate(chunk) for k in range(len(answers[i]))]
-        row, column = torch.tensor(places, device=model.device).long().reshape(-1, 2).T  # (N,), (N,)
+        places = [
+            (row, len(prompts[i]) + k)
+            for row, i in enumerate(chunk)
+            for k in range(len(answers[i]))
+        ]
+        row, column = (
+            torch.tensor(places, device=model.device).long().reshape(-1, 2).T
+        )  # (N,), (N,)
         hidden = model(tokens)[row, column - 1]  # (N, C): token i is predicted at i - 1
         logp = gather_logp(model.unembed(hidden), tokens[row, column]).cpu()
         for i, part in zip(chunk, logp.split([len(answers[i]) for i in chunk])):
@@ -50,7 +58,9 @@ def answer_logp(model: GPT, prompts, answers, batch_size=32, desc=None) -> list[
 
 def end_scores(pm: ScalarModel, rows) -> torch.Tensor:
     """The preference model's score of each row of token ids, read at its last one: (B,)."""
-    ids, valid = right_pad(rows, distributed.bare(pm).gpt.device)  # (B, T): right padding needs no mask
+    ids, valid = right_pad(
+        rows, distributed.bare(pm).gpt.device
+    )  # (B, T): right padding needs no mask
     last = valid.sum(1) - 1  # found by the mask: an id cannot tell padding from text
     return pm(ids).gather(1, last[:, None]).squeeze(1)
 
@@ -60,7 +70,9 @@ def answer_scores(pm: ScalarModel, prompts, answers, batch_size=32) -> torch.Ten
     """The scores of answers, end of text included, after their prompts: (N,) on the CPU."""
     assert len(prompts) == len(answers), (len(prompts), len(answers))
     rows = [prompt + answer for prompt, answer in zip(prompts, answers)]
-    parts = [end_scores(pm, rows[i:i + batch_size]).cpu() for i in range(0, len(rows), batch_size)]
+    parts = [
+        end_scores(pm, rows[i : i + batch_size]).cpu() for i in range(0, len(rows), batch_size)
+    ]
     return torch.cat(parts) if parts else torch.zeros(0)
 
 

@@ -20,9 +20,13 @@ class Planner:
 
     def __init__(self, tokenizer, limit: int, shots: dict[str, list[str]] | None = None):
         self.tokenizer, self.limit, self.shots = tokenizer, limit, shots or {}
-        self.full = bool(shots)  # a model that needs examples reads plain English: principles in full words
-        self.lengths = {kind: [len(tokenizer.encode(text + "\n\n")) + 1 for text in some]
-                        for kind, some in self.shots.items()}  # + 1: two line ends may take a token each
+        self.full = bool(
+            shots
+        )  # a model that needs examples reads plain English: principles in full words
+        self.lengths = {
+            kind: [len(tokenizer.encode(text + "\n\n")) + 1 for text in some]
+            for kind, some in self.shots.items()
+        }  # + 1: two line ends may take a token each
         self.counts = Counter()
 
     def prompt(self, kind: str, text: str, max_new: int) -> list[int] | None:
@@ -48,9 +52,13 @@ class Planner:
         told = []
         if self.shots:
             each = self.counts["examples"] / max(1, self.counts["prompts"])
-            told.append(f"{each:.1f} examples a prompt ({self.counts['left out']} left out for want of room)")
+            told.append(
+                f"{each:.1f} examples a prompt ({self.counts['left out']} left out for want of room)"
+            )
         if self.counts["no room"]:
-            told.append(f"{self.counts['no room']} texts did not fit the model's {self.limit} tokens")
+            told.append(
+                f"{self.counts['no room']} texts did not fit the model's {self.limit} tokens"
+            )
         return ", ".join(told)
 
 
@@ -67,11 +75,17 @@ def load_shots(path: str, principles, reasons: bool = True) -> dict[str, list[st
         file = json.loads(Path(path).read_text(encoding="utf-8"))
         return {kind: [_shot(kind, x, by_id, reasons) for x in file[kind]] for kind in KINDS}
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file of examples; give another --fewshot, or none") from None
+        raise UserError(
+            f"{path}: no such file of examples; give another --fewshot, or none"
+        ) from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give another --fewshot, or none") from None
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); give another --fewshot, or none"
+        ) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a file of examples ({error!r}); see data/english/fewshot.json") from None
+        raise UserError(
+            f"{path}: not a file of examples ({error!r}); see data/english/fewshot.json"
+        ) from None
 
 
 def _shot(kind, x, by_id, reasons) -> str:

@@ -1,12 +1,12 @@
 """How every stage of the loop begins and ends. What it does stands in between, in its own file.
 
-    stage = begin("train_sft", cfg)
-    if stage is None:
-        return {"skipped": True}
-    (folder,), tokenizer, (config,) = stage.open(cfg.model)
-    stage.plan_memory("sft", config, "--micro-batch", batch=16, length=256)
-    ...
-    stage.save_model(model, tokenizer, metrics, log)
+stage = begin("train_sft", cfg)
+if stage is None:
+    return {"skipped": True}
+(folder,), tokenizer, (config,) = stage.open(cfg.model)
+stage.plan_memory("sft", config, "--micro-batch", batch=16, length=256)
+...
+stage.save_model(model, tokenizer, metrics, log)
 """
 
 import json
@@ -96,7 +96,8 @@ class Stage:
         if distributed.is_main():
             files = {f"{name}.jsonl": rows for name, rows in {"metrics": log, **more}.items()}
             texts = {
-                name: "".join(json.dumps(row) + "\n" for row in rows) for name, rows in files.items()
+                name: "".join(json.dumps(row) + "\n" for row in rows)
+                for name, rows in files.items()
             }
             eot = tokenizer.eot
             checkpoint.save(

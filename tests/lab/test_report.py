@@ -3,15 +3,19 @@
 import html
 import re
 import runpy
+import shlex
 import sys
 from html.parser import HTMLParser
 
 import pytest
 
-from mincai import UserError, constitution
-from mincai.lab import report, table
+import train_pm
+import train_ppo
+import train_sft
+from mincai import UserError, constitution, critique, feedback
+from mincai.lab import evaluate, report, table
 from mincai.lab.table import Table, rate
-from mincai.plumbing import data
+from mincai.plumbing import cli, data
 
 EVIL = '<script src=x>alert("1")</script>'
 STAGES = ("base", "sft", "ppo")
@@ -201,8 +205,18 @@ def test_an_empty_run_says_what_to_run(tmp_path):
         f"python -m mincai.critique --out {quoted}/revisions.jsonl",
         f"python -m mincai.feedback --model {quoted}/sft --out {quoted}/comparisons.jsonl",
         f"python train_sft.py --data {quoted}/revisions.jsonl --out {quoted}/sft",
-        f"python train_pm.py --init {quoted}/sft --pairs {quoted}/comparisons.jsonl --out {quoted}/pm",
-        f"python train_ppo.py --sft {quoted}/sft --pm {quoted}/pm --out {quoted}/ppo"}
+        f"python train_pm.py --model {quoted}/sft --pairs {quoted}/comparisons.jsonl --out {quoted}/pm",
+        f"python train_ppo.py --model {quoted}/sft --pm {quoted}/pm --out {quoted}/ppo"}
+
+
+@pytest.mark.parametrize("command", sorted(set(report.MAKE.values())))
+def test_the_commands_it_shows_can_be_given(command):
+    _, script, *flags = shlex.split(command.format("runs/x"))
+    if script == "-m":
+        script, *flags = flags
+    configs = {"mincai.critique": critique, "mincai.feedback": feedback, "mincai.lab.evaluate": evaluate,
+               "train_sft.py": train_sft, "train_pm.py": train_pm, "train_ppo.py": train_ppo}
+    assert cli.parse(configs[script].Config, flags).out.startswith("runs/x")
 
 
 @pytest.mark.parametrize("name, content, words", [
