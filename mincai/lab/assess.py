@@ -31,7 +31,7 @@ from mincai.lab.measure import conversation
 from mincai.lab.table import STAGES, percent, rate
 from mincai.plumbing import data, formats, memory, output
 from mincai.plumbing.checkpoint import load, read_config
-from mincai.plumbing.cli import arg, number_bytes, pick_device, precision, run, set_threads
+from mincai.plumbing.cli import arg, pick_device, precision, run, set_threads
 from mincai.plumbing.logprobs import answer_logp, answer_scores
 from mincai.plumbing.planner import Planner, load_shots
 from mincai.plumbing.weights import common_tokenizer, resolve
@@ -215,8 +215,8 @@ def main(cfg: Config) -> dict:
     made = [out / name for name in ("sft", "pm", "ppo") if (out / name).is_dir()]
     tokenizer, config = common_tokenizer(folder, *made), read_config(folder)
     sizes = dict(batch=cfg.batch_size, length=config.block_size, models=3, reads_on=True)
-    sizes |= dict.fromkeys(("dtype_bytes", "cache_bytes"), number_bytes(cfg.dtype))
-    memory.announce("sample", config, device, "--batch-size or --max-new", **sizes)
+    flags = "--batch-size or --max-new"
+    memory.announce("sample", config, device, flags, dtype=cfg.dtype, **sizes)
     base = load(folder, device)
     planner = Planner(tokenizer, base.config.block_size, load_shots(cfg.fewshot, every))
     pm = load(out / "pm", device, scalar=True) if (out / "pm").is_dir() else None

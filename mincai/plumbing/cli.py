@@ -2,8 +2,8 @@
 
 Every script states its settings once, as the fields of a `Config`. A field is a flag: its name, its
 type, its default, its bounds and its help text are read from the dataclass, so nothing is declared
-that does not exist. What is left out on purpose: config files, nesting, abbreviated flags. A misspelt
-flag exits 2.
+that does not exist. What is left out on purpose: config files, nesting, abbreviated flags. A
+misspelt flag exits 2.
 
     @dataclass(frozen=True)
     class Config:
@@ -78,9 +78,8 @@ def parse(Config, argv=None, description=""):
 
 def _add_flag(parser, field, hint):
     flag = "--" + field.name.replace("_", "-")
-    # SUPPRESS: a flag that is not given is absent from the namespace, so defaults live in the dataclass alone
-    required = field.default is dataclasses.MISSING
-    common = dict(dest=field.name, default=argparse.SUPPRESS, required=required)
+    # a flag that is not given is absent from the namespace: defaults live in the dataclass alone
+    common = dict(dest=field.name, default=argparse.SUPPRESS)
     if hint is bool:
         action = parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
     elif hint in (int, float, str):
@@ -91,9 +90,9 @@ def _add_flag(parser, field, hint):
         action = parser.add_argument(flag, type=_comma_separated(item), metavar=name, **common)
     else:
         raise TypeError(f"{field.name}: a flag cannot be made of {hint}")
-    shown = "" if required else f"(default: {_shown(field.default)})"
     # set afterwards, because BooleanOptionalAction appends the default once more on Python < 3.13
-    action.help = f"{field.metadata.get('help', '')} {shown}".strip().replace("%", "%%")
+    told = f"{field.metadata.get('help', '')} (default: {_shown(field.default)})"
+    action.help = told.strip().replace("%", "%%")
 
 
 def _comma_separated(item):
@@ -111,12 +110,14 @@ def _shown(value):
 
 
 def run(main, Config, description="", argv=None):
-    """What stands under `if __name__ == "__main__"`: read the flags, call main(cfg), exit with a fit code.
+    """What stands under `if __name__ == "__main__"`: read the flags, call main(cfg), exit with a
+    fit code.
 
     A UserError is one line on stderr and exit code 2, never a traceback; Ctrl-C is 130 (128 + SIGINT).
     """
+    smaller = "lower --micro-batch, --batch-size or --max-new, where it has them"
     try:
-        with memory.out_of_memory("lower --micro-batch, --batch-size or --max-new, where it has them"):
+        with memory.out_of_memory(smaller):
             main(parse(Config, argv, description))
     except UserError as error:
         print(f"mincai: error: {error}", file=sys.stderr)
@@ -128,31 +129,24 @@ def run(main, Config, description="", argv=None):
 
 def precision(device, dtype):
     """A context for the matrix products: float32 as they are, bfloat16 by autocast. Weights stay in
-    float32, and so do logits (model.py) and log-softmaxes (losses.py). Let none outlive an optimiser
-    step: autocast makes its 16-bit copies of the weights once a context.
+    float32, and so do logits (model.py) and log-softmaxes (losses.py). Let none outlive an
+    optimiser step: autocast makes its 16-bit copies of the weights once a context.
 
-    Beside bfloat16, a GPU may round what goes into float32 products to 11 bits (TF32), from here on:
-    they are several times faster, and the trunk's own rounding is the larger one.
+    Beside bfloat16, a GPU may round what goes into float32 products to 11 bits (TF32), from here
+    on: they are several times faster, and the trunk's own rounding is the larger one.
     """
-    check_choice("--dtype", dtype, ("float32", "bfloat16"))
-    if torch.device(device).type == "cuda":
-        torch.set_float32_matmul_precision("high" if dtype == "bfloat16" else "highest")
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bfloat16")
-
-
-def number_bytes(dtype):
-    """How many bytes a number of the matrix products takes."""
-    return {"float32": 4, "bfloat16": 2}.get(dtype, 4)
+    kind, half = torch.device(device).type, dtype == "bfloat16"
+    if kind == "cuda":
+        torch.set_float32_matmul_precision("high" if half else "highest")
+    return torch.autocast(kind, torch.bfloat16, enabled=half)
 
 
 def set_threads(n):
     """Let torch use n CPU threads and return how many; 0 chooses.
 
-    Chosen are two at most: matrices of the tiny model are so small that more threads wait for each other
-    longer than they work. OMP_NUM_THREADS, where a person has set it, lowers that further.
+    Chosen are two at most: matrices of the tiny model are so small that more threads wait for each
+    other longer than they work. OMP_NUM_THREADS, where a person has set it, lowers that further.
     """
-    if n < 0:
-        raise UserError(f"--threads {n}: give a number of threads, or 0 to let mincai choose")
     if n == 0:
         has_affinity = hasattr(os, "sched_getaffinity")
         cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
@@ -164,8 +158,8 @@ def set_threads(n):
 
 def pick_device(name):
     """'auto', 'cpu' or 'cuda' to 'cpu' or 'cuda'."""
-    check_choice("--device", name, ("auto", "cpu", "cuda"))
     found = torch.cuda.is_available()
     if name == "cuda" and not found:
-        raise UserError("--device cuda: PyTorch sees no GPU; use --device cpu or a CUDA build of torch")
+        advice = "use --device cpu or a CUDA build of torch"
+        raise UserError(f"--device cuda: PyTorch sees no GPU; {advice}")
     return "cuda" if found and name != "cpu" else "cpu"

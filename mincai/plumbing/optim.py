@@ -1,4 +1,4 @@
-"""What the training scripts share of an optimiser: which parameters decay, and how the learning rate moves."""
+"""What the training scripts share of an optimiser: which parameters decay, and how its rate moves."""
 
 import math
 
@@ -26,8 +26,9 @@ def adamw(model, lr: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=fused)
 
 
-def learning_rate(highest: float, warmup: float, step: int, steps: int, fall: str = "cosine") -> float:
-    """Linear up over the first `warmup` of the steps, then down to 0: half a cosine, or a line. step counts from 0."""
+def learning_rate(highest: float, warmup: float, step: int, steps: int, fall="cosine") -> float:
+    """Linear up over the first `warmup` of the steps, then down to 0: half a cosine, or a line.
+    step counts from 0."""
     rising = max(1, round(warmup * steps))
     if step < rising:
         return highest * (step + 1) / rising
@@ -36,7 +37,7 @@ def learning_rate(highest: float, warmup: float, step: int, steps: int, fall: st
 
 
 def step(optimizer, model, lr: float) -> float:
-    """One step at this rate, the gradient cut to MAX_NORM and then forgotten; returns its norm before that."""
+    """One step at this rate, the gradient cut to MAX_NORM and then forgotten; its norm before that."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
     for group in optimizer.param_groups:
         group["lr"] = lr

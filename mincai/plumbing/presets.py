@@ -6,8 +6,8 @@
     gpt2-medium  355M: 48 GB; gpt2-large  774M: 80 GB
     gpt2-full    gpt2 with 40,000 attacks to evaluate on and 200,000 comparisons to learn from
 
-A preset holds nothing but flags: every one can be given to its stage by hand, and every run folder records them
-all.
+A preset holds nothing but flags: every one can be given to its stage by hand, and every run folder
+records them all.
 """
 
 from dataclasses import dataclass, field, replace
@@ -20,8 +20,9 @@ class Preset:
     base: str  # a folder, or the name of published weights
     prompts: str = ""  # folder of prompts.jsonl and prompts_eval.jsonl; "" is the base's own
     memory: str = ""  # what it needs, for the first line that is printed
-    world: dict | None = None  # how to pretrain the base first, if it is not there; None: it has to be there
-    write: dict | None = None  # english.py's flags, where the prompts are made for the run, out of `prompts`
+    world: dict | None = None  # how to pretrain the base; None: it has to be there
+    # english.py's flags, where the prompts are made for the run, out of `prompts`
+    write: dict | None = None
     english: bool = False  # no oracle can grade: assess.py in evaluate.py's place
     critique: dict = field(default_factory=dict)
     sft: dict = field(default_factory=dict)
@@ -36,7 +37,9 @@ FAST = dict(dtype="bfloat16")
 
 def _gpt2(name: str, memory: str, rows: int, micro: int) -> Preset:
     """rows: sampled together; micro: rows of one forward pass in training."""
-    shots = dict(fewshot=str(DATA / "english" / "fewshot.json"), batch_size=rows, max_new=96, **FAST)
+    shots = dict(
+        fewshot=str(DATA / "english" / "fewshot.json"), batch_size=rows, max_new=96, **FAST
+    )
     learns = dict(micro_batch=micro, **FAST)
     judges = dict(samples=16, base_samples=2, pairs=24, reasons=False, labels="clamped", ensemble=4)
     steps = dict(updates=300, batch_size=256, minibatches=4, max_new=96, warmup=10)
@@ -65,7 +68,9 @@ def _full(preset: Preset) -> Preset:
     )
 
 
-SMALL_WORLD = dict(size="small", tests=130, tokens=250_000_000, ranks=1536, workers=12, check_every=2_000)
+SMALL_WORLD = dict(
+    size="small", tests=130, tokens=250_000_000, ranks=1536, workers=12, check_every=2_000
+)
 SMALL_MODEL = dict(n_layer=8, n_head=6, n_embd=384, batch_size=128, lr=1e-3, compile=True, **FAST)
 
 PRESETS = {

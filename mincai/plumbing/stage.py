@@ -1,12 +1,12 @@
 """How every stage of the loop begins and ends. What it does stands in between, in its own file.
 
-    stage = begin("train_sft", cfg)
-    if stage is None:
-        return {"skipped": True}
-    (folder,), tokenizer, (config,) = stage.open(cfg.model)
-    stage.plan_memory("sft", config, "--micro-batch", batch=16, length=256)
-    ...
-    stage.save_model(model, tokenizer, metrics, log)
+stage = begin("train_sft", cfg)
+if stage is None:
+    return {"skipped": True}
+(folder,), tokenizer, (config,) = stage.open(cfg.model)
+stage.plan_memory("sft", config, "--micro-batch", batch=16, length=256)
+...
+stage.save_model(model, tokenizer, metrics, log)
 """
 
 import json
@@ -73,13 +73,11 @@ class Stage:
 
     def plan_memory(self, kind: str, config, flags: str, **sizes) -> None:
         """Tell what memory this takes, before any is taken; see memory.announce."""
-        size = cli.number_bytes(self.cfg.dtype)
-        memory.announce(
-            kind, config, self.device, flags, dtype_bytes=size, cache_bytes=size, **sizes
-        )
+        memory.announce(kind, config, self.device, flags, dtype=self.cfg.dtype, **sizes)
 
     def save_rows(self, rows, stamp) -> None:
-        """Write the output, a JSONL file, and its sidecar. The processes go through the rows together.
+        """Write the output, a JSONL file, and its sidecar. The processes go through the rows
+        together.
 
         stamp: a function that gives what the sidecar records besides, when all rows are there.
         """
@@ -91,32 +89,22 @@ class Stage:
                 pass
 
     def save_model(self, model, tokenizer, metrics: dict, log: list[dict], **more) -> None:
-        """Write the output, a checkpoint's folder, with `log` as metrics.jsonl. more: {name: rows} of
-        other JSONL files."""
-        if distributed.is_main():
-            files = {f"{name}.jsonl": rows for name, rows in {"metrics": log, **more}.items()}
-            texts = {
-                name: "".join(json.dumps(row) + "\n" for row in rows) for name, rows in files.items()
-            }
-            eot = tokenizer.eot
-            checkpoint.save(
-                model,
-                self.cfg.out,
-                extra={
-                    **tokenizer.files(),
-                    **texts,
-                    "bos_token_id": eot,
-                    "eos_token_id": eot,
-                    "run.json": data.stamp(self.cfg, metrics=metrics),
-                },
-            )
+        """Write the output, a checkpoint's folder, with `log` as metrics.jsonl. more: {name: rows}
+        of other JSONL files."""
+        if not distributed.is_main():
+            return
+        extra = tokenizer.files() | {"run.json": data.stamp(self.cfg, metrics=metrics)}
+        extra |= dict.fromkeys(checkpoint.SPECIAL, tokenizer.eot)
+        for name, rows in {"metrics": log, **more}.items():
+            extra[f"{name}.jsonl"] = "".join(json.dumps(row) + "\n" for row in rows)
+        checkpoint.save(model, self.cfg.out, extra)
 
 
 def begin(name: str, cfg: Settings) -> Stage | None:
     """Check the settings, join the other processes, choose device and threads, look at the output.
 
-    None where the output is there already, made with these settings. UserError for settings that cannot
-    be, and for an output that may not be written.
+    None where the output is there already, made with these settings. UserError for settings that
+    cannot be, and for an output that may not be written.
     """
     started = time.time()
     cli.check(cfg)

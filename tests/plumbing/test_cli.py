@@ -53,15 +53,6 @@ def test_help_names_every_flag_with_its_default(capsys):
     assert shown.count("(default:") == 7  # once for each field
 
 
-def test_a_field_without_default_must_be_given():
-    @dataclass(frozen=True)
-    class Needs:
-        name: str
-    assert cli.parse(Needs, ["--name", "x"]).name == "x"
-    with pytest.raises(SystemExit):
-        cli.parse(Needs, [])
-
-
 def test_a_type_that_no_flag_can_carry_is_a_mistake_of_the_programmer():
     @dataclass(frozen=True)
     class Odd:
@@ -108,8 +99,6 @@ def test_threads(monkeypatch):
         assert cli.set_threads(0) == 1 == torch.get_num_threads()
         monkeypatch.delenv("OMP_NUM_THREADS")
         assert cli.set_threads(0) in (1, 2)
-        with pytest.raises(UserError, match="--threads -1"):
-            cli.set_threads(-1)
     finally:
         torch.set_num_threads(before)
 
@@ -119,8 +108,6 @@ def test_device(monkeypatch, gpu):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     assert cli.pick_device("cpu") == "cpu"
     assert cli.pick_device("auto") == ("cuda" if gpu else "cpu")
-    with pytest.raises(UserError, match="--device tpu"):
-        cli.pick_device("tpu")
     if gpu:
         assert cli.pick_device("cuda") == "cuda"
     else:

@@ -48,7 +48,7 @@ def test_gpt2s_cache_and_optimiser_by_hand():
     assert lines["model: weights"] == lines["model: gradients"] == 497_759_232
     assert lines["model: AdamW's two moments"] == 995_518_464
     assert memory.plan("sample", gpt2, batch=64, length=256)["KV cache"] == 1_207_959_552
-    assert memory.plan("sample", gpt2, batch=64, length=256, cache_bytes=2)["KV cache"] == 603_979_776
+    assert memory.plan("sample", gpt2, batch=64, length=256, dtype="bfloat16")["KV cache"] == 603_979_776
 
 
 def test_logits_by_hand():
@@ -114,11 +114,11 @@ def test_activations_are_those_of_the_micro_batch_only():
 
 def test_bfloat16_saves_activations_and_costs_copies_of_weights():
     gpt2 = config_of("gpt2")
-    full, half = (memory.plan("sft", gpt2, batch=4, length=512, dtype_bytes=n) for n in (4, 2))
+    full, half = (memory.plan("sft", gpt2, batch=4, length=512, dtype=d) for d in ("float32", "bfloat16"))
     assert 0.5 < half["activations"] / full["activations"] < 0.6
     assert half["model: weights"] == full["model: weights"]
     assert half["16-bit copies of weights"] == 2 * (124_439_808 - (50257 + 1024) * 768)  # none of the embeddings
-    judge = memory.plan("sample", gpt2, batch=4, length=512, dtype_bytes=2, models=2)
+    judge = memory.plan("sample", gpt2, batch=4, length=512, dtype="bfloat16", models=2)
     assert judge["16-bit copies of weights"] == 2 * half["16-bit copies of weights"]
 
 
@@ -144,7 +144,7 @@ def test_turns_are_not_added_up():
 def test_every_line_that_takes_turns_is_known_to_a_plan(stage):
     """Guards the names in TURNS: a misspelt one would count as staying."""
     named = {name for names in memory.TURNS.values() for name in names}
-    lines = set(memory.plan(stage, TINY, batch=2, length=8, dtype_bytes=2, reads_on=True))
+    lines = set(memory.plan(stage, TINY, batch=2, length=8, dtype="bfloat16", reads_on=True))
     assert {name for name in lines if ":" not in name} - {"16-bit copies of weights"} <= named
     if stage == "ppo":
         assert named <= lines
