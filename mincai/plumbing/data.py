@@ -36,7 +36,9 @@ def readable(path, advice="check the path, or run the stage that writes it"):
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {advice}") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); {advice}") from None
+        # safetensors gives its errors no strerror
+        reason = error.strerror or error
+        raise UserError(f"{path}: cannot be read ({reason}); {advice}") from None
 
 
 def each_line(path):
