@@ -45,18 +45,15 @@ def start(device: str) -> str:
     wanted = ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     missing = ", ".join(name for name in wanted if name not in os.environ)
     if missing:
-        raise UserError(
-            f"the environment has RANK and WORLD_SIZE, but no {missing}; "
-            f"start with torchrun, or unset RANK to run as one process"
-        )
+        told = f"the environment has RANK and WORLD_SIZE, but no {missing}"
+        raise UserError(f"{told}; start with torchrun, or unset RANK to run as one process")
     cuda = torch.device(device).type == "cuda"
     if cuda:
         local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= gpus:
-            raise UserError(
-                f"this is process {local}, from 0, of this machine, which has {gpus} GPUs; "
-                f"lower torchrun's --nproc-per-node, or give --device cpu"
-            )
+            told = f"this is process {local}, from 0, of this machine, which has {gpus} GPUs"
+            advice = "lower torchrun's --nproc-per-node, or give --device cpu"
+            raise UserError(f"{told}; {advice}")
         device = f"cuda:{local}"
         # before NCCL: it would put every rank's buffers on the first GPU
         torch.cuda.set_device(device)
