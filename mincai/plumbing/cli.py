@@ -29,9 +29,8 @@ from mincai.plumbing import memory
 
 def arg(default, help, least=-math.inf, most=math.inf, choices=()):
     """A dataclass field that carries its own help text, and what values it may have."""
-    return dataclasses.field(
-        default=default, metadata=dict(help=help, least=least, most=most, choices=choices)
-    )
+    told = dict(help=help, least=least, most=most, choices=choices)
+    return dataclasses.field(default=default, metadata=told)
 
 
 def check(cfg) -> None:
@@ -56,11 +55,8 @@ def check_choice(flag, value, choices) -> None:
 
 def parse(Config, argv=None, description=""):
     """The command line (default: sys.argv) as a `Config`; exits 2 on an unknown flag or a bad value."""
-    parser = argparse.ArgumentParser(
-        description=description,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    how = dict(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=description, **how)
     hints = typing.get_type_hints(Config)
     for field in dataclasses.fields(Config):
         _add_flag(parser, field, hints[field.name])

@@ -171,11 +171,7 @@ def length_batches(lengths, batch_size, generator):
 
 def micro_batches(batch: list, size: int) -> list[tuple[list, bool]]:
     """This process's rows of a batch, at most `size` in a list (0: all in one), and whether they
-    count.
-
-    A process without a row of its own still takes part in summing gradients, with a row that does
-    not count.
-    """
+    count. A process without a row still takes part in summing gradients, with one that does not."""
     mine = distributed.share(batch)
     size = size or len(batch)
     parts = [(mine[i : i + size], True) for i in range(0, len(mine), size)]
@@ -248,9 +244,8 @@ def done(path, config, again=False):
             flag = "--" + name.replace("_", "-")
             was, now = ("nothing" if value is absent else repr(value) for value in (was, now))
             told = f"was made with {flag} {was}, now it is {now}"
-            raise UserError(
-                f"{settings}: {told}; give another --out, or add --again to make it anew"
-            )
+            advice = "give another --out, or add --again to make it anew"
+            raise UserError(f"{settings}: {told}; {advice}")
     return True
 
 

@@ -40,12 +40,9 @@ def answer_logp(model: GPT, prompts, answers, batch_size=32) -> list[torch.Tenso
     for chunk in chunks(lengths, batch_size):
         check_room(model, [lengths[i] for i in chunk], 0)
         tokens, _ = right_pad([prompts[i] + answers[i] for i in chunk], model.device)
-        columns = [
-            (row, c) for row, i in enumerate(chunk) for c in range(len(prompts[i]), lengths[i])
-        ]
-        row, column = (
-            torch.tensor(columns, device=model.device).long().reshape(-1, 2).T
-        )  # (N,) both
+        spans = [range(len(prompts[i]), lengths[i]) for i in chunk]  # columns of the answers
+        places = [(row, column) for row, span in enumerate(spans) for column in span]
+        row, column = torch.tensor(places, device=model.device).long().reshape(-1, 2).T  # (N,) both
         hidden = model(tokens)[row, column - 1]  # (N, C): token i is predicted at i - 1
         logp = gather_logp(model.unembed(hidden), tokens[row, column]).cpu()
         for i, part in zip(chunk, logp.split([len(answers[i]) for i in chunk])):
@@ -65,9 +62,8 @@ def answer_scores(pm: ScalarModel, prompts, answers, batch_size=32) -> torch.Ten
     """The scores of answers, end of text included, after their prompts: (N,) on the CPU."""
     assert len(prompts) == len(answers), (len(prompts), len(answers))
     rows = [prompt + answer for prompt, answer in zip(prompts, answers)]
-    parts = [
-        end_scores(pm, rows[i : i + batch_size]).cpu() for i in range(0, len(rows), batch_size)
-    ]
+    starts = range(0, len(rows), batch_size)
+    parts = [end_scores(pm, rows[i : i + batch_size]).cpu() for i in starts]
     return torch.cat(parts) if parts else torch.zeros(0)
 
 

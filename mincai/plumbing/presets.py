@@ -37,9 +37,8 @@ FAST = dict(dtype="bfloat16")
 
 def _gpt2(name: str, memory: str, rows: int, micro: int) -> Preset:
     """rows: sampled together; micro: rows of one forward pass in training."""
-    shots = dict(
-        fewshot=str(DATA / "english" / "fewshot.json"), batch_size=rows, max_new=96, **FAST
-    )
+    fewshot = str(DATA / "english" / "fewshot.json")
+    shots = dict(fewshot=fewshot, batch_size=rows, max_new=96, **FAST)
     learns = dict(micro_batch=micro, **FAST)
     judges = dict(samples=16, base_samples=2, pairs=24, reasons=False, labels="clamped", ensemble=4)
     steps = dict(updates=300, batch_size=256, minibatches=4, max_new=96, warmup=10)
@@ -57,21 +56,11 @@ def _gpt2(name: str, memory: str, rows: int, micro: int) -> Preset:
     )
 
 
-def _full(preset: Preset) -> Preset:
-    """The same model with more prompts: 10,560 of them, 24 pairs each, are 253,440 comparisons where none drops
-    out."""
-    return replace(
-        preset,
-        write=dict(wrappings=20, attacks=40_000),
-        critique=preset.critique | dict(harmful=2_640, helpful=1_320, responses=2),
-        feedback=preset.feedback | dict(harmful=5_280, helpful=5_280),
-    )
-
-
-SMALL_WORLD = dict(
-    size="small", tests=130, tokens=250_000_000, ranks=1536, workers=12, check_every=2_000
-)
+SMALL_WORLD = dict(size="small", tests=130, tokens=250_000_000, ranks=1536)
+SMALL_WORLD |= dict(workers=12, check_every=2_000)
 SMALL_MODEL = dict(n_layer=8, n_head=6, n_embd=384, batch_size=128, lr=1e-3, compile=True, **FAST)
+
+GPT2 = _gpt2("gpt2", "24 GB of GPU memory", rows=128, micro=16)
 
 PRESETS = {
     "tiny": Preset(base=str(DATA / "tiny")),
@@ -86,8 +75,14 @@ PRESETS = {
         ppo=dict(updates=40, batch_size=1_024, minibatches=4, micro_batch=256, lr=1e-4, **FAST),
         evaluate=dict(size="small", judged=2_000, batch_size=1_024),
     ),
-    "gpt2": _gpt2("gpt2", "24 GB of GPU memory", rows=128, micro=16),
-    "gpt2-full": _full(_gpt2("gpt2", "24 GB of GPU memory", rows=128, micro=16)),
+    "gpt2": GPT2,
+    # 10,560 prompts, 24 pairs each, are 253,440 comparisons where none drops out
+    "gpt2-full": replace(
+        GPT2,
+        write=dict(wrappings=20, attacks=40_000),
+        critique=GPT2.critique | dict(harmful=2_640, helpful=1_320, responses=2),
+        feedback=GPT2.feedback | dict(harmful=5_280, helpful=5_280),
+    ),
     "gpt2-medium": _gpt2("gpt2-medium", "48 GB of GPU memory", rows=96, micro=16),
     "gpt2-large": _gpt2("gpt2-large", "80 GB of GPU memory", rows=96, micro=8),
 }

@@ -110,10 +110,9 @@ def _fetch(name):
     except Exception as error:  # both libraries let their HTTP library's errors through
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)  # on one line
         pages = " and ".join(_url(name, file) for file in FILES)
-        raise UserError(
-            f"{name} could not be fetched ({reason}); open {pages} in a browser and put the two "
-            f"files in {WEIGHTS / name}/, or give a folder that holds them in place of the name"
-        ) from None
+        told = f"open {pages} in a browser and put the two files in {WEIGHTS / name}/"
+        advice = "or give a folder that holds them in place of the name"
+        raise UserError(f"{name} could not be fetched ({reason}); {told}, {advice}") from None
 
 
 def _download(name):
