@@ -19,7 +19,6 @@ import dataclasses
 import math
 import os
 import sys
-import typing
 
 import torch
 
@@ -57,9 +56,8 @@ def parse(Config, argv=None, description=""):
     """The command line (default: sys.argv) as a `Config`; exits 2 on an unknown flag or a bad value."""
     how = dict(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser = argparse.ArgumentParser(description=description, **how)
-    hints = typing.get_type_hints(Config)
     for field in dataclasses.fields(Config):
-        _add_flag(parser, field, hints[field.name])
+        _add_flag(parser, field)
     argv = list(sys.argv[1:] if argv is None else argv)
     first = getattr(Config, "FIRST", None)
     if first and argv and not argv[0].startswith("-"):
@@ -72,31 +70,26 @@ def parse(Config, argv=None, description=""):
     return cfg
 
 
-def _add_flag(parser, field, hint):
+def _names(text):
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+# A field's type -> what argparse is to make of it
+FLAGS = {kind: dict(type=kind, metavar=kind.__name__.upper()) for kind in (int, float, str)}
+FLAGS[bool] = dict(action=argparse.BooleanOptionalAction)
+FLAGS[tuple[str, ...]] = dict(type=_names, metavar="STR,..")
+
+
+def _add_flag(parser, field):
+    if field.type not in FLAGS:
+        raise TypeError(f"{field.name}: a flag cannot be made of {field.type}")
     flag = "--" + field.name.replace("_", "-")
     # a flag that is not given is absent from the namespace: defaults live in the dataclass alone
     common = dict(dest=field.name, default=argparse.SUPPRESS)
-    if hint is bool:
-        action = parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
-    elif hint in (int, float, str):
-        action = parser.add_argument(flag, type=hint, metavar=hint.__name__.upper(), **common)
-    elif typing.get_origin(hint) is tuple and typing.get_args(hint)[1:] == (...,):
-        item = typing.get_args(hint)[0]
-        name = f"{item.__name__.upper()},.."
-        action = parser.add_argument(flag, type=_comma_separated(item), metavar=name, **common)
-    else:
-        raise TypeError(f"{field.name}: a flag cannot be made of {hint}")
+    action = parser.add_argument(flag, **common, **FLAGS[field.type])
     # set afterwards, because BooleanOptionalAction appends the default once more on Python < 3.13
     told = f"{field.metadata.get('help', '')} (default: {_shown(field.default)})"
     action.help = told.strip().replace("%", "%%")
-
-
-def _comma_separated(item):
-    def read(text):
-        return tuple(item(part.strip()) for part in text.split(",") if part.strip())
-
-    read.__name__ = f"comma-separated {item.__name__}"  # argparse names it in its message
-    return read
 
 
 def _shown(value):
@@ -109,14 +102,14 @@ def run(main, Config, description="", argv=None):
     """What stands under `if __name__ == "__main__"`: read the flags, call main(cfg), exit with a
     fit code.
 
-    A UserError is one line on stderr and exit code 2, never a traceback; Ctrl-C is 130 (128 + SIGINT).
+    A UserError is one line on stderr and exit code 2, never a traceback, and so is a GPU without
+    memory; Ctrl-C is 130 (128 + SIGINT).
     """
-    smaller = "lower --micro-batch, --batch-size or --max-new, where it has them"
     try:
-        with memory.out_of_memory(smaller):
-            main(parse(Config, argv, description))
-    except UserError as error:
-        print(f"mincai: error: {error}", file=sys.stderr)
+        main(parse(Config, argv, description))
+    except (UserError, torch.cuda.OutOfMemoryError) as error:  # torch.cuda: for torch 2.4
+        told = error if isinstance(error, UserError) else memory.shortage(error)
+        print(f"mincai: error: {told}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nmincai: interrupted", file=sys.stderr)

@@ -173,10 +173,8 @@ def wrap(model):
 
 
 def bare(net):
-    """The model inside `wrap`'s and torch.compile's: to unembed, generate, save, or run alone."""
-    net = net.module if isinstance(net, DistributedDataParallel) else net
-    # what torch.compile was given: it would compile anew for each length of a cache
-    return getattr(net, "_orig_mod", net)
+    """The model inside `wrap`'s: to unembed, generate, save, or run alone."""
+    return net.module if isinstance(net, DistributedDataParallel) else net
 
 
 def no_sync(net, last: bool):

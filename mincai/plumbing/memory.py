@@ -12,7 +12,6 @@ Shapes: B rows, T tokens, C channels, L blocks, V vocabulary, nh heads.
 """
 
 import re
-from contextlib import contextmanager
 
 import torch
 
@@ -192,13 +191,9 @@ def announce(stage: str, config: GPTConfig, device, flags: str, **sizes) -> None
     check(found, room, flags)
 
 
-@contextmanager
-def out_of_memory(advice: str):
-    """Turn torch's OutOfMemoryError into a UserError of one line. advice: "lower --micro-batch"."""
-    try:
-        yield
-    except torch.cuda.OutOfMemoryError as error:  # the name that torch 2.4 knows as well
-        tried = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
-        asked = f" (it was asked for {tried[1]} more)" if tried else ""
-        told = f"the GPU is out of memory{asked}; {advice}; finished stages are kept"
-        raise UserError(told) from None
+def shortage(error: torch.cuda.OutOfMemoryError) -> str:
+    """One line for torch's many: how much more was asked for, and what to do."""
+    tried = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
+    asked = f" (it was asked for {tried[1]} more)" if tried else ""
+    advice = "lower --micro-batch, --batch-size or --max-new, where it has them"
+    return f"the GPU is out of memory{asked}; {advice}; finished stages are kept"
