@@ -1,5 +1,7 @@
 """What every test may use: a tiny random GPT, and one thread, so that results depend less on the machine."""
 
+import json
+import shutil
 
 import pytest
 import torch
@@ -42,6 +44,16 @@ def tiny_base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny") / "base"
     pretrain.main(pretrain.Config(out=str(folder), tokens=4 * 2 * 256, batch_size=2, n_layer=1, n_head=2,
                                   n_embd=32, device="cpu", threads=1))
+    return folder
+
+
+@pytest.fixture
+def first_edition(tiny_base, tmp_path):
+    """A copy of tiny_base whose run.json says that the first edition's pretraining made it."""
+    folder = shutil.copytree(tiny_base, tmp_path / "old")
+    settings = json.loads((folder / "run.json").read_text())
+    settings["config"] |= {"init": "runs/first", "focus": 0.25, "lies": 0.4, "average": 0.5}
+    (folder / "run.json").write_text(json.dumps(settings))
     return folder
 
 

@@ -255,6 +255,21 @@ def _same_place(a, b):
     return paths and os.path.exists(a) and os.path.exists(b) and os.path.samefile(a, b)
 
 
+def refuse_first_edition(folder) -> None:
+    """UserError if this folder is a tiny world of the first edition: its answers and prompts are
+    others than those that stages and evaluation know now. No other folder is concerned."""
+    try:
+        config = json.loads((Path(folder) / "run.json").read_bytes())["config"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if isinstance(config, dict) and {"world", "focus"} <= config.keys():  # only it had a focus
+        raise UserError(
+            f"{folder}: is a tiny world of the first edition, which mincai no longer "
+            f"reads; use the data/tiny of this version, or make it anew: python -m "
+            f"mincai.tinyworld.pretrain --out {folder} --again"
+        )
+
+
 # --- prompts --------------------------------------------------------------------------------------
 
 

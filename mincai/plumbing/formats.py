@@ -159,6 +159,7 @@ def loop_prompts(path) -> list[dict]:
     for file in [str(path)] if os.path.exists(path) else str(path).split(","):
         kind = "benign" if file.startswith("benign:") else "harmful"
         file = file.removeprefix("benign:")
+        data.refuse_first_edition(Path(file).parent)
         rows += [row for row in read_prompts(file, kind) if row.get("split", "loop") == "loop"]
     if not rows:
         raise UserError(f"{path}: no row has split 'loop'; the other splits are for evaluation")

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from mincai import DATA, UserError
 from mincai.model import GPTConfig
-from mincai.plumbing import memory
+from mincai.plumbing import data, memory
 from mincai.plumbing.checkpoint import load, read_config
 from mincai.plumbing.cli import arg, run
 from mincai.plumbing.tokenizer import load_tokenizer
@@ -59,9 +59,10 @@ def resolve(model: str) -> Path:
 
     Looked through in this order: data/weights, the Hugging Face cache, the network. What is found
     is not checked, so a file that a person has put there may differ from the published one; what is
-    fetched is. UserError for any other string, and for a failed fetch.
+    fetched is. UserError for any other string, a failed fetch, and a first edition's tiny world.
     """
     if os.path.isdir(model):
+        data.refuse_first_edition(model)
         return Path(model)
     if model not in SHAPES:
         told = f"no such folder, and not one of {NAMES}; check the path or the name"

@@ -222,6 +222,8 @@ def _jsonl(rows) -> str:
 def main(cfg: Config) -> dict:
     started = time.time()
     threads, device = set_threads(cfg.threads), pick_device(cfg.device)
+    if not cfg.again:
+        data.refuse_first_edition(cfg.out)
     if data.done(Path(cfg.out) / "run.json", cfg, cfg.again):
         print(f"pretrain: {cfg.out} is there already; --again makes it anew")
         return {}

@@ -1,4 +1,4 @@
-"""What was made from another base is named in one line, and mixed with nothing."""
+"""What the first edition of the tiny world left is named in one line, and mixed with nothing."""
 
 import json
 import shutil
@@ -6,10 +6,72 @@ import shutil
 import pytest
 
 import mincai.__main__ as pipeline
-from mincai import UserError
+import train_ppo
+import train_sft
+from mincai import UserError, critique, feedback
 from mincai.lab import evaluate
+from mincai.plumbing import data
+from mincai.plumbing.tokenizer import load_tokenizer
 
 CPU = dict(device="cpu", threads=1)
+
+
+def judged(model, judge, prompts, out):
+    feedback.main(feedback.Config(model=model, judge=judge, prompts=f"{prompts}/prompts.jsonl",
+                                  out=out, **CPU))
+
+
+def critique_by(base, new, out):
+    critique.main(critique.Config(model=base, prompts=f"{new}/prompts.jsonl", out=out, **CPU))
+
+
+def critique_of_prompts(base, new, out):
+    critique.main(critique.Config(model=new, prompts=f"{base}/prompts.jsonl", out=out, **CPU))
+
+
+def fine_tune(base, new, out):
+    train_sft.main(train_sft.Config(model=base, out=out, **CPU))
+
+
+def feedback_on(base, new, out):
+    judged(base, new, new, out)
+
+
+def feedback_by(base, new, out):
+    judged(new, base, new, out)
+
+
+def draw_for_ppo(base, new, out):
+    cfg = train_ppo.Config(prompts=f"benign:{base}/prompts.jsonl")
+    train_ppo.read_prompts(cfg, load_tokenizer(new), 256)
+
+
+def the_whole_loop(base, new, out):
+    pipeline.main(pipeline.Config(base=base, out=out, **CPU))
+
+
+def the_whole_loop_on_its_prompts(base, new, out):
+    pipeline.main(pipeline.Config(base=new, prompts=base, out=out, **CPU))
+
+
+@pytest.mark.parametrize("stage", [critique_by, critique_of_prompts, fine_tune, feedback_on,
+                                   feedback_by, draw_for_ppo, the_whole_loop,
+                                   the_whole_loop_on_its_prompts])
+def test_a_base_of_the_first_edition_is_refused(stage, tiny_base, first_edition, tmp_path):
+    with pytest.raises(UserError) as error:
+        stage(str(first_edition), str(tiny_base), str(tmp_path / "out.jsonl"))
+    message = str(error.value)
+    assert message.startswith(f"{first_edition}: ") and "first edition" in message
+    assert "data/tiny" in message and "mincai.tinyworld.pretrain" in message and "\n" not in message
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_other_folders_are_not_concerned(tiny_base, tmp_path):
+    data.refuse_first_edition(tiny_base)
+    data.refuse_first_edition(tmp_path)
+    for content in ("{}", "[]", "not JSON", '{"config": []}', '{"config": {"focus": 1}}', "\xff"):
+        (tmp_path / "run.json").write_text(content, "latin-1")
+        data.refuse_first_edition(tmp_path)
 
 
 def test_a_run_of_another_base_is_not_gone_on_with(tiny_base, tmp_path):

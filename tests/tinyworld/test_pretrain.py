@@ -227,6 +227,16 @@ def test_fewer_tokens_than_one_step_reads_are_one_step(quick, tmp_path):
     assert json.loads(row)["step"] == 1
 
 
+def test_a_base_of_the_first_edition_is_named_and_made_anew_only_when_told(first_edition, quick):
+    settings = dict(out=str(first_edition), **quick)
+    before = {path.name: path.read_bytes() for path in first_edition.iterdir()}
+    with pytest.raises(UserError, match="first edition.*--again"):
+        pretrain.main(pretrain.Config(**settings))
+    assert {path.name: path.read_bytes() for path in first_edition.iterdir()} == before
+    pretrain.main(pretrain.Config(**settings, again=True))
+    assert "focus" not in json.loads((first_edition / "run.json").read_text())["config"]
+
+
 def test_worker_processes_write_documents_of_their_own():
     cfg = pretrain.Config(block_size=1200, batch_size=2)
     packs = pretrain.Packs(cfg, ACTIONS, PRINCIPLES, None, BYTES)
