@@ -146,7 +146,7 @@ def step(net, optimizer, batch, lr, cfg, stage, place) -> dict:
                 score_a, score_b = pair_scores(net, part)
             p_a = torch.tensor([pair.p_a for pair in part], device=score_a.device)
             loss, found = preference_loss(score_a, score_b, p_a)
-            (loss * share * distributed.scale()).backward()
+            (loss * share * distributed.world()).backward()
         for name, value in found.items():
             metrics[name] += float(value) * share
     metrics = {name: distributed.total(value) for name, value in metrics.items()}
@@ -179,7 +179,7 @@ def main(cfg: Config) -> dict:
     size = cfg.micro_batch or cfg.batch_size
     sizes = dict(batch=cfg.batch_size, micro_batch=size, length=max(lengths))
     stage.plan_memory("pm", config, "--micro-batch", **sizes)
-    pm = stage.load(folder, scalar=True)
+    pm = stage.load(folder, scalar=True, new_head=True)
     steps = cfg.epochs * math.ceil(len(train) / cfg.batch_size)
     stage.say(
         f"{len(train)} pairs to train on, {len(held)} held out, {told}; {steps} steps on {stage.device}"
@@ -191,7 +191,7 @@ def main(cfg: Config) -> dict:
     log = []
 
     # --- the loop ---
-    bar = tqdm(total=steps, desc="pm", unit="step", disable=distributed.disable_bar())
+    bar = tqdm(total=steps, desc="pm", unit="step", disable=not distributed.is_main())
     for epoch in range(1, cfg.epochs + 1):
         for batch in data.length_batches(lengths, cfg.batch_size, shuffle):
             lr = optim.learning_rate(cfg.lr, WARMUP, len(log), steps, fall="line")

@@ -231,7 +231,7 @@ def main(cfg: Config, watch=None) -> dict:
         stage.say(f"update 0: {in_words(dev)}")
 
     # --- the loop ---
-    bar = tqdm(range(cfg.updates), desc="ppo", unit="update", disable=distributed.disable_bar())
+    bar = tqdm(range(cfg.updates), desc="ppo", unit="update", disable=not distributed.is_main())
     for u in (done + 1 for done in bar):
         tick = time.time()
         n_benign = round(cfg.batch_size / 2)

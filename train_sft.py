@@ -126,7 +126,7 @@ def main(cfg: Config) -> dict:
     log = []
 
     # --- the loop ---
-    bar = tqdm(total=steps, desc="sft", unit="step", disable=distributed.disable_bar())
+    bar = tqdm(total=steps, desc="sft", unit="step", disable=not distributed.is_main())
     for epoch in range(1, cfg.epochs + 1):
         for batch in data.length_batches(lengths, cfg.batch_size, shuffle):
             parts = []
@@ -142,7 +142,7 @@ def main(cfg: Config) -> dict:
                     with stage.precision():
                         logits = model.unembed(net(ids))  # (B, T-1, V)
                     loss, _ = sft_loss(logits, targets, loss_mask, total=total)
-                    (loss * distributed.scale()).backward()
+                    (loss * distributed.world()).backward()
                 loss_sum += float(loss.detach())
             lr = optim.learning_rate(cfg.lr, WARMUP, len(log), steps)
             place = f"train_sft, step {len(log) + 1} of {steps}"

@@ -86,7 +86,7 @@ def rollout(policy, ref, critic, prompts, *, max_new, stop, micro_batch, generat
     sampler = distributed.bare(policy)
     samples = generate(sampler, [prompts[i] for i in mine], max_new, stop, uniforms=uniforms[mine])
     prompt_ids, prompt_valid = left_pad(prompts, device=sampler.device)
-    R = max(distributed.gather([samples.ids.shape[1]]))
+    R = max(distributed.merge([samples.ids.shape[1]]))
     answers, mask, sampled_logp = (
         F.pad(x, (0, R - x.shape[1])) for x in (samples.ids, samples.mask, samples.logp)
     )
@@ -109,7 +109,7 @@ def rollout(policy, ref, critic, prompts, *, max_new, stop, micro_batch, generat
     gap = torch.where(mask, sampled_logp - logp, 0.0).abs().max()
     rows = map(distributed.gather_rows, (ids, valid, mask, logp, ref_logp, values, entropy, kl))
     ids, valid, *rows = rows
-    return Rollout(ids, valid, start, *rows, max(distributed.gather([float(gap)])))
+    return Rollout(ids, valid, start, *rows, max(distributed.merge([float(gap)])))
 
 
 def preference_score(pm, micro_batch):
@@ -272,7 +272,7 @@ def _add_value_gradient(critic, mb: Part, returns, how: Steps) -> dict:
         loss, vf = losses.value_loss(
             values, mb.values, returns[mb.rows], mb.mask, how.value_clip, mb.total
         )
-        (loss * distributed.scale()).backward()
+        (loss * distributed.world()).backward()
     return {"vf_loss": float(vf["loss"]), "vf_clipfrac": float(vf["clipfrac"])}
 
 
@@ -285,7 +285,7 @@ def _add_policy_gradient(policy, mb: Part, adv, how: Steps) -> tuple[dict, dict]
         logp = losses.gather_logp(logits, mb.ids[:, mb.start :])  # (b, R)
         loss, pg = losses.policy_loss(logp, mb.logp, adv[mb.rows], mb.mask, how.clip, mb.total)
         if how.train_policy:
-            (loss * distributed.scale()).backward()
+            (loss * distributed.world()).backward()
     ratio = losses.ratios(logp.detach(), mb.logp, mb.mask)
     sums = {"pg_loss": pg["loss"], "approxkl": pg["approx_kl"], "clipfrac": pg["clipfrac"]}
     sums |= {"ratio_mean": pg["ratio"], "ratios_beyond": losses.beyond(logp, mb.logp, mb.mask)}

@@ -86,12 +86,11 @@ def check_gpu(config) -> dict[str, float]:
     return {"bfloat16 log-probs, largest difference": gap}
 
 
-def sizes(cfg: Config) -> dict[str, int]:
+def sizes(cfg: Config) -> dict:
     """Of a PPO update, as memory.plan asks for them."""
-    number = cli.number_bytes(cfg.dtype)
     tokens = dict(length=cfg.prompt + cfg.max_new, answer=cfg.max_new)
     rows = dict(batch=cfg.batch, micro_batch=cfg.micro_batch)
-    return tokens | rows | dict(dtype_bytes=number, cache_bytes=number)
+    return tokens | rows | dict(dtype=cfg.dtype)
 
 
 def measure(config, cfg, device) -> dict[str, float]:

@@ -23,7 +23,6 @@ from mincai.lab.table import Table, as_text
 from mincai.model import GPTConfig
 from mincai.plumbing import formats, memory
 from mincai.plumbing.checkpoint import read_config
-from mincai.plumbing.cli import number_bytes
 from mincai.plumbing.planner import KINDS, load_shots
 from mincai.plumbing.weights import SHAPES
 from mincai.tinyworld import pretrain, world
@@ -130,9 +129,8 @@ def dialogues(shape, loop, max_new: int) -> tuple[int, int]:
 
 def _memory(stage: str, cfg, shape, **sizes) -> int:
     """Bytes on the device at once. stage, sizes: as memory.plan asks for them."""
-    number = number_bytes(getattr(cfg, "dtype", "float32"))
-    found = memory.plan(stage, shape, dtype_bytes=number, cache_bytes=number, **sizes)
-    return memory.needed(found)
+    dtype = getattr(cfg, "dtype", "float32")
+    return memory.needed(memory.plan(stage, shape, dtype=dtype, **sizes))
 
 
 def _sampling(cfg, shape, **more) -> int:

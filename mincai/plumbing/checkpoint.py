@@ -8,6 +8,7 @@ a downloaded file runs whatever code is in it.
 
 import dataclasses
 import json
+import os
 import re
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from mincai import UserError
 from mincai.model import GPT, GPTConfig, ScalarModel
-from mincai.plumbing import output
+from mincai.plumbing import data, output, workers
 
 # A model on disk; GPT-2's own vocabulary needs no file, and words.txt is there for a small one only
 MODEL = ("config.json", "model.safetensors", "tokenizer.tiktoken", "words.txt")
@@ -33,6 +34,7 @@ SPECIAL = ("bos_token_id", "eos_token_id")  # in config.json for other libraries
 # GPTConfig's fields in their order, as config.json calls them
 SIZES = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
 KEYS = (*SIZES, "layer_norm_epsilon", "tie_word_embeddings")
+BOTH = "get the model.safetensors and config.json of one model"
 # What model.py is; a file that leaves one out means this value
 FIXED = {
     "activation_function": "gelu_new",
@@ -46,39 +48,34 @@ FIXED = {
 # --- saving ---------------------------------------------------------------------------------------
 
 
-def save(model: GPT | ScalarModel, folder, extra: dict | None = None, work=None) -> None:
+def save(model: GPT | ScalarModel, folder, extra: dict | None = None) -> None:
     """Write the model as a checkpoint folder, whole or not at all. Of an older checkpoint that is
     there, what mincai wrote is replaced, and everything else stays.
 
     extra: file name -> bytes or str, written beside the weights; the keys bos_token_id and
     eos_token_id (int) go into config.json instead. "run.json", a dict, says in any case that mincai
-    wrote this, and which files. work: where output.begin has begun this checkpoint, if files are
-    there already that belong to it. UserError where the folder is not mincai's to write to.
+    wrote this, and which files. UserError where the folder is not mincai's to write to.
     """
     files = dict(extra or {})
     stamp = files.pop("run.json", {})
-    work = work or output.begin(folder, {"config.json", "model.safetensors", *files} - {*SPECIAL})
-    write(model, work, files)
-    output.finish(work, folder, stamp)
-
-
-def write(model: GPT | ScalarModel, folder, extra: dict | None = None) -> None:
-    """The same files, one after the other, into a folder that is only being put together."""
-    folder, files = Path(folder), dict(extra or {})
     gpt = model.gpt if isinstance(model, ScalarModel) else model
-    config = _hf_config(gpt) | {k: files.pop(k) for k in SPECIAL if k in files}
+    config = _hf_config(gpt) | {key: files.pop(key) for key in SPECIAL if key in files}
     files["config.json"] = json.dumps(config, indent=2) + "\n"
     # safetensors asks for contiguous copies
     tensors = {k: v.detach().cpu().contiguous() for k, v in _to_file(model, gpt).items()}
+    work = output.begin(folder, {"model.safetensors", *files})
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(tensors, work / "model.safetensors", metadata={"format": "pt"})
+        mask = os.umask(0)  # safetensors 0.8 writes for its owner alone, whatever the umask
+        os.umask(mask)
+        os.chmod(work / "model.safetensors", 0o666 & ~mask)
         for name, content in files.items():
             content = content.encode("utf-8") if isinstance(content, str) else content
-            (folder / name).write_bytes(content)
+            (work / name).write_bytes(content)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{folder}: cannot be written ({reason}); give another --out") from None
+        raise UserError(f"{work}: cannot be written ({reason}); give another --out") from None
+    output.finish(work, folder, stamp)
 
 
 def _to_file(model, gpt):
@@ -112,33 +109,30 @@ def _hf_config(gpt):
 # --- loading --------------------------------------------------------------------------------------
 
 
-def load(folder, device="cpu", scalar=False) -> GPT | ScalarModel:
+def load(folder, device="cpu", scalar=False, new_head=False) -> GPT | ScalarModel:
     """Open a checkpoint folder, in float32: a GPT, or with scalar=True a ScalarModel.
 
-    scalar=True on a language model's folder starts a fresh head, drawn from torch's global random
-    numbers. UserError for anything that is not exactly a GPT-2 of the shape in its config.json.
+    new_head: a language model's folder may be given for the latter; its head is drawn from torch's
+    global random numbers. UserError for anything that is not exactly a GPT-2 of the shape in its
+    config.json, and for weights that are no finite numbers.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; check the path, or run the stage that makes it")
     config = read_config(folder)
     tensors = _read_weights(folder)
-    if "score.likelihood" in tensors:
-        raise UserError(
-            f"{folder}: a preference model of an earlier mincai, whose score was a mean over "
-            f"tokens and a likelihood; train it anew (train_pm.py --again)"
-        )
     head = {HEAD[name]: tensors.pop(name) for name in HEAD if name in tensors}
     if head and not scalar:
         raise UserError(f"{folder}: is a preference model (it has a head); give a language model")
+    if scalar and not head and not new_head:
+        told = "is a language model, without a preference model's head"
+        raise UserError(f"{folder}: {told}; give what train_pm.py has made")
     tensors = {k.removeprefix("transformer."): v for k, v in tensors.items()}
     tensors = {k: _turn(k, v) for k, v in tensors.items() if not k.endswith(BUFFERS)}
     lm_head = tensors.pop(UNTIED, None) if config.tied else None
     if lm_head is not None and not torch.equal(lm_head, tensors.get("wte.weight", lm_head)):
-        raise UserError(
-            f"{folder}: {UNTIED} differs from wte.weight, but config.json does not say "
-            f'"tie_word_embeddings": false; get both files of one model'
-        )
+        told = f'{UNTIED} differs from wte.weight, but "tie_word_embeddings" is not false'
+        raise UserError(f"{folder / 'config.json'}: {told}; {BOTH}")
     # shapes only: no memory, and no random numbers drawn to be overwritten
     with torch.device("meta"):
         model = GPT(config)
@@ -148,7 +142,9 @@ def load(folder, device="cpu", scalar=False) -> GPT | ScalarModel:
         if head:
             trunk = {f"gpt.{k}": v for k, v in model.gpt.state_dict().items()}
             _fill(model, trunk | head, folder)
-    return model.to(device)
+    model = model.to(device)
+    workers.fit(model.gpt if scalar else model)
+    return model
 
 
 def _fill(model, tensors, folder):
@@ -157,28 +153,24 @@ def _fill(model, tensors, folder):
     odd = expected.keys() ^ tensors.keys()
     if odd:
         problem = "is missing" if min(odd) in expected else "does not belong to a GPT-2"
-        raise UserError(
-            f"{folder}: weight {min(odd)} {problem} ({len(odd)} differ); "
-            f"get the model.safetensors and config.json of one model"
-        )
+        raise UserError(f"{folder}: weight {min(odd)} {problem} ({len(odd)} differ); {BOTH}")
     for name in expected:
         found, wanted = (tuple(_turn(name, x[name]).shape) for x in (tensors, expected))
         if found != wanted:  # as they lie in the file
-            raise UserError(
-                f"{folder}: weight {name} has shape {found}, but config.json asks for {wanted}; "
-                f"get both files of one model"
-            )
-    model.load_state_dict({k: v.float().contiguous() for k, v in tensors.items()}, assign=True)
+            told = f"weight {name} has shape {found}, but config.json asks for {wanted}"
+            raise UserError(f"{folder}: {told}; {BOTH}")
+        if not torch.isfinite(tensors[name]).all():
+            told = f"weight {name} holds NaN or infinity"
+            raise UserError(f"{folder}: {told}; get the file again, or look at the run that made it")
+    # Copies: what is read stays mapped to the file, which somebody may write over
+    copies = {k: v.float().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
+    model.load_state_dict(copies, assign=True)
 
 
 def _read_json(path):
     try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        wanted = "a checkpoint folder holds config.json and model.safetensors"
-        raise UserError(f"{path}: no such file; {wanted}") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        with data.readable(path, "a checkpoint folder holds config.json and model.safetensors"):
+            content = json.loads(path.read_bytes())
     except ValueError:  # JSON's and UTF-8's errors
         content = None
     if not isinstance(content, dict):
@@ -223,16 +215,11 @@ def _read_weights(folder):
                 told = f"weight_map names {shard!r}; only .safetensors files beside it are read"
                 raise UserError(f"{index}: {told}")
     tensors = {}
-    for shard in sorted(set(shards)):
-        path = folder / shard
+    for path in (folder / shard for shard in sorted(set(shards))):
         try:
-            tensors |= load_file(path)
-        except FileNotFoundError:
-            raise UserError(
-                f"{path}: no such file; weights are read from safetensors only, never from "
-                f"pickled .bin or .pt files"
-            ) from None
-        except (SafetensorError, OSError) as error:
+            with data.readable(path, "only safetensors are read, never pickled .bin or .pt files"):
+                tensors |= load_file(path)
+        except SafetensorError as error:
             told = f"cannot be read as safetensors ({error}); get the file again"
             raise UserError(f"{path}: {told}") from None
     return tensors

@@ -2,8 +2,8 @@
 
 Every script states its settings once, as the fields of a `Config`. A field is a flag: its name, its
 type, its default, its bounds and its help text are read from the dataclass, so nothing is declared
-that does not exist. What is left out on purpose: config files, nesting, abbreviated flags. A misspelt
-flag exits 2.
+that does not exist. What is left out on purpose: config files, nesting, abbreviated flags. A
+misspelt flag exits 2.
 
     @dataclass(frozen=True)
     class Config:
@@ -19,7 +19,6 @@ import dataclasses
 import math
 import os
 import sys
-import typing
 
 import torch
 
@@ -29,9 +28,8 @@ from mincai.plumbing import memory, workers
 
 def arg(default, help, least=-math.inf, most=math.inf, choices=()):
     """A dataclass field that carries its own help text, and what values it may have."""
-    return dataclasses.field(
-        default=default, metadata=dict(help=help, least=least, most=most, choices=choices)
-    )
+    told = dict(help=help, least=least, most=most, choices=choices)
+    return dataclasses.field(default=default, metadata=told)
 
 
 def check(cfg) -> None:
@@ -56,14 +54,11 @@ def check_choice(flag, value, choices) -> None:
 
 def parse(Config, argv=None, description=""):
     """The command line (default: sys.argv) as a `Config`; exits 2 on an unknown flag or a bad value."""
-    parser = argparse.ArgumentParser(
-        description=description,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    hints = typing.get_type_hints(Config)
-    for field in dataclasses.fields(Config):
-        _add_flag(parser, field, hints[field.name])
+    how = dict(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=description, **how)
+    own = vars(Config).get("__annotations__", {})  # before those that it inherits
+    for field in sorted(dataclasses.fields(Config), key=lambda field: field.name not in own):
+        _add_flag(parser, field)
     argv = list(sys.argv[1:] if argv is None else argv)
     first = getattr(Config, "FIRST", None)
     if first and argv and not argv[0].startswith("-"):
@@ -76,32 +71,28 @@ def parse(Config, argv=None, description=""):
     return cfg
 
 
-def _add_flag(parser, field, hint):
+def _names(text):
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+# A field's type -> what argparse is to make of it
+FLAGS = {kind: dict(type=kind, metavar=kind.__name__.upper()) for kind in (int, float, str)}
+FLAGS[bool] = dict(action=argparse.BooleanOptionalAction)
+FLAGS[tuple[str, ...]] = dict(type=_names, metavar="STR,..")
+
+
+def _add_flag(parser, field):
+    if field.type not in FLAGS:
+        raise TypeError(f"{field.name}: a flag cannot be made of {field.type}")
     flag = "--" + field.name.replace("_", "-")
-    # SUPPRESS: a flag that is not given is absent from the namespace, so defaults live in the dataclass alone
-    required = field.default is dataclasses.MISSING
-    common = dict(dest=field.name, default=argparse.SUPPRESS, required=required)
-    if hint is bool:
-        action = parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
-    elif hint in (int, float, str):
-        action = parser.add_argument(flag, type=hint, metavar=hint.__name__.upper(), **common)
-    elif typing.get_origin(hint) is tuple and typing.get_args(hint)[1:] == (...,):
-        item = typing.get_args(hint)[0]
-        name = f"{item.__name__.upper()},.."
-        action = parser.add_argument(flag, type=_comma_separated(item), metavar=name, **common)
-    else:
-        raise TypeError(f"{field.name}: a flag cannot be made of {hint}")
-    shown = "" if required else f"(default: {_shown(field.default)})"
+    # a flag that is not given is absent from the namespace: defaults live in the dataclass alone
+    common = dict(dest=field.name, default=argparse.SUPPRESS)
+    action = parser.add_argument(flag, **common, **FLAGS[field.type])
     # set afterwards, because BooleanOptionalAction appends the default once more on Python < 3.13
-    action.help = f"{field.metadata.get('help', '')} {shown}".strip().replace("%", "%%")
-
-
-def _comma_separated(item):
-    def read(text):
-        return tuple(item(part.strip()) for part in text.split(",") if part.strip())
-
-    read.__name__ = f"comma-separated {item.__name__}"  # argparse names it in its message
-    return read
+    choices = " | ".join(field.metadata.get("choices", ()))
+    told = f"{field.metadata.get('help', '')}{choices and ': ' + choices}"
+    told = f"{told} (default: {_shown(field.default)})"
+    action.help = told.strip().replace("%", "%%")
 
 
 def _shown(value):
@@ -111,18 +102,18 @@ def _shown(value):
 
 
 def run(main, Config, description="", argv=None):
-    """What stands under `if __name__ == "__main__"`: read the flags, call main(cfg), exit with a fit code.
+    """What stands under `if __name__ == "__main__"`: read the flags, call main(cfg), exit with a
+    fit code.
 
-    A UserError is one line on stderr and exit code 2, never a traceback; Ctrl-C is 130 (128 + SIGINT).
+    A UserError is one line on stderr and its exit code, never a traceback, and so is a GPU without
+    memory; Ctrl-C is 130 (128 + SIGINT).
     """
     try:
-        with memory.out_of_memory(
-            "lower --micro-batch, --batch-size or --max-new, where it has them"
-        ):
-            main(parse(Config, argv, description))
-    except UserError as error:
-        print(f"mincai: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        main(parse(Config, argv, description))
+    except (UserError, torch.cuda.OutOfMemoryError) as error:  # torch.cuda: for torch 2.4
+        told = error if isinstance(error, UserError) else memory.shortage(error)
+        print(f"mincai: error: {told}", file=sys.stderr)
+        sys.exit(getattr(error, "code", 2))
     except KeyboardInterrupt:
         print("\nmincai: interrupted", file=sys.stderr)
         sys.exit(130)
@@ -130,21 +121,16 @@ def run(main, Config, description="", argv=None):
 
 def precision(device, dtype):
     """A context for the matrix products: float32 as they are, bfloat16 by autocast. Weights stay in
-    float32, and so do logits (model.py) and log-softmaxes (losses.py). Let none outlive an optimiser
-    step: autocast makes its 16-bit copies of the weights once a context.
+    float32, and so do logits (model.py) and log-softmaxes (losses.py). Let none outlive an
+    optimiser step: autocast makes its 16-bit copies of the weights once a context.
 
-    Beside bfloat16, a GPU may round what goes into float32 products to 11 bits (TF32), from here on:
-    they are several times faster, and the trunk's own rounding is the larger one.
+    Beside bfloat16, a GPU may round what goes into float32 products to 11 bits (TF32), from here
+    on: they are several times faster, and the trunk's own rounding is the larger one.
     """
-    check_choice("--dtype", dtype, ("float32", "bfloat16"))
-    if torch.device(device).type == "cuda":
-        torch.set_float32_matmul_precision("high" if dtype == "bfloat16" else "highest")
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bfloat16")
-
-
-def number_bytes(dtype):
-    """How many bytes a number of the matrix products takes."""
-    return {"float32": 4, "bfloat16": 2}.get(dtype, 4)
+    kind, half = torch.device(device).type, dtype == "bfloat16"
+    if kind == "cuda":
+        torch.set_float32_matmul_precision("high" if half else "highest")
+    return torch.autocast(kind, torch.bfloat16, enabled=half)
 
 
 def set_threads(n):
@@ -153,8 +139,6 @@ def set_threads(n):
     How they are used goes by the model, see workers.py; what comes of a small model's work does not
     depend on their number. OMP_NUM_THREADS, where a person has set it, lowers the choice.
     """
-    if n < 0:
-        raise UserError(f"--threads {n}: give a number of threads, or 0 to let mincai choose")
     if n == 0:
         has_affinity = hasattr(os, "sched_getaffinity")
         cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
@@ -166,10 +150,8 @@ def set_threads(n):
 
 def pick_device(name):
     """'auto', 'cpu' or 'cuda' to 'cpu' or 'cuda'."""
-    check_choice("--device", name, ("auto", "cpu", "cuda"))
     found = torch.cuda.is_available()
     if name == "cuda" and not found:
-        raise UserError(
-            "--device cuda: PyTorch sees no GPU; use --device cpu or a CUDA build of torch"
-        )
+        advice = "use --device cpu or a CUDA build of torch"
+        raise UserError(f"--device cuda: PyTorch sees no GPU; {advice}")
     return "cuda" if found and name != "cpu" else "cpu"

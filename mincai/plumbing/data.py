@@ -1,12 +1,15 @@
-"""Rows on disk and batches in memory: JSONL in and out, padding, and the record of how a file was made.
+"""Rows on disk and batches in memory: JSONL in and out, padding, and the record of how a file was
+made.
 
-Every stage reads whole files and writes whole files. A file is written under a temporary name and then
-renamed, so a file that exists is complete, and a stage that was stopped leaves nothing half-written under it.
+Every stage reads whole files and writes whole files. A file is written under a temporary name and
+then renamed, so a file that exists is complete, and a stage that was stopped leaves nothing
+half-written under it.
 
 Masks are bool and named after what True means. Shapes: B rows of the batch, T tokens.
 """
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -23,73 +26,76 @@ from mincai import UserError
 from mincai.plumbing import distributed, output
 from mincai.plumbing.output import sidecar
 
-
-# --- files ------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 @contextmanager
-def _readable(path):
+def readable(path, advice="check the path, or run the stage that writes it"):
     """Turn what opening or reading a file raises into a UserError."""
     try:
         yield
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such file; check the path, or run the stage that writes it"
-        ) from None
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror}); give a readable file"
-        ) from None
+        # safetensors tells a file that may not be read like one that is missing, with no strerror
+        if isinstance(error, FileNotFoundError) and not os.path.exists(path):
+            raise UserError(f"{path}: no such file; {advice}") from None
+        denied = os.path.exists(path) and not os.access(path, os.R_OK)
+        reason = os.strerror(errno.EACCES) if denied else error.strerror or error
+        raise UserError(f"{path}: cannot be read ({reason}); {advice}") from None
+
+
+def each_line(path):
+    """("<path> line <n>", line) of each line of a text file that is not blank, read as they are
+    asked for. UserError for a file that is missing, or not UTF-8."""
+    with readable(path), open(path, "rb") as file:
+        for n, line in enumerate(file, 1):
+            if n == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")  # some editors begin with this mark
+            if line.strip():
+                where = f"{path} line {n}"
+                try:
+                    yield where, line.decode("utf-8")
+                except UnicodeError as error:
+                    told = f"not UTF-8 text ({error.reason}); save the file as UTF-8"
+                    raise UserError(f"{where}: {told}") from None
 
 
 def _row(line, where, need):
-    """One line of bytes to a dict that has all the keys of `need`."""
+    """One line to a dict that has all the keys of `need`."""
     try:
-        row = json.loads(line.decode("utf-8"))
-        if (
-            b"\\u" in line
-        ):  # an escaped half of a surrogate pair is JSON, but no text that UTF-8 can hold
+        row = json.loads(line)
+        # an escaped half of a surrogate pair is JSON, but no text that UTF-8 can hold
+        if "\\u" in line:
             json.dumps(row, ensure_ascii=False).encode("utf-8")
     except UnicodeError as error:
-        raise UserError(
-            f"{where}: not UTF-8 text ({error.reason}); save the file as UTF-8"
-        ) from None
+        told = f"not UTF-8 text ({error.reason}); save the file as UTF-8"
+        raise UserError(f"{where}: {told}") from None
     except json.JSONDecodeError as error:
-        raise UserError(
-            f"{where}: not JSON ({error.msg}, column {error.colno}); one object a line"
-        ) from None
+        told = f"not JSON ({error.msg}, column {error.colno}); one object a line"
+        raise UserError(f"{where}: {told}") from None
     except RecursionError:
         raise UserError(f"{where}: nested too deeply; write one flat object a line") from None
     if not isinstance(row, dict):
         raise UserError(f"{where}: a {type(row).__name__}, not an object; write one object a line")
-    missing = [key for key in need if key not in row]
+    missing = ", ".join(key for key in need if key not in row)
     if missing:
-        raise UserError(
-            f"{where}: this row lacks {', '.join(missing)}; each row needs {', '.join(need)}"
-        )
+        raise UserError(f"{where}: this row lacks {missing}; each row needs {', '.join(need)}")
     return row
 
 
 def each_row(path, need=()):
     """("<path> line <n>", row) of each row of a JSONL file, read as they are asked for.
 
-    A row is a dict with the keys of `need`. Blank lines are no rows, but count as lines. Raises UserError,
-    with path and line number, for a line that is no JSON object, lacks a key or is not UTF-8; and for a
-    file that is missing or holds no row.
+    A row is a dict with the keys of `need`. Blank lines are no rows, but count as lines. Raises
+    UserError, with path and line number, for a line that is no JSON object, lacks a key or is not
+    UTF-8; and for a file that is missing or holds no row.
     """
-    found = False
-    with _readable(path), open(path, "rb") as file:
-        for n, line in enumerate(file, 1):
-            line = (
-                line.removeprefix(b"\xef\xbb\xbf") if n == 1 else line
-            )  # some editors begin with this mark
-            if line.strip():
-                found, where = True, f"{path} line {n}"
-                yield where, _row(line, where, need)
-    if not found:
-        raise UserError(
-            f"{path}: holds no rows; write some, or remove it and run the stage that makes it"
-        )
+    row = None
+    for where, line in each_line(path):
+        row = _row(line, where, need)
+        yield where, row
+    if row is None:
+        advice = "write some, or remove it and run the stage that makes it"
+        raise UserError(f"{path}: holds no rows; {advice}")
 
 
 def read_jsonl(path, need=()):
@@ -107,7 +113,7 @@ def write_json(path, obj):
     output.write_file(path, [json.dumps(obj, ensure_ascii=False, indent=2) + "\n"])
 
 
-# --- batches ----------------------------------------------------------------------------------------
+# --- batches --------------------------------------------------------------------------------------
 
 
 def right_pad(rows, device=None):
@@ -121,16 +127,16 @@ def right_pad(rows, device=None):
 
 
 def compact(ids) -> array:
-    """Token ids in four bytes each, where a list takes up to 36: for the many that wait for their turn."""
+    """Token ids in four bytes each, where a list takes up to 36: for the many that wait."""
     return array("I", ids)
 
 
 def sft_batch(rows, device=None):
     """(prompt tokens, answer tokens) pairs to (inputs, targets, loss_mask), each (B, T-1).
 
-    Target t is the token after input t. loss_mask is True where that target belongs to the answer: the first
-    answer token is predicted from the last prompt token, so it counts; prompt and padding never do. Rows are
-    padded on the right, where a causal model needs no attention mask.
+    Target t is the token after input t. loss_mask is True where that target belongs to the answer:
+    the first answer token is predicted from the last prompt token, so it counts; prompt and padding
+    never do. Rows are padded on the right, where a causal model needs no attention mask.
     """
     assert all(prompt for prompt, _ in rows), "an empty prompt: nothing predicts the first token"
     ids, valid = right_pad([prompt + answer for prompt, answer in rows], device)  # (B, T)
@@ -141,21 +147,23 @@ def sft_batch(rows, device=None):
 
 
 def split(rows, prompts, share, seed):
-    """(training rows, held-out rows), by prompt (one for each row): all rows of one prompt lie on one side."""
+    """(training rows, held-out rows), by prompt (one for each row): all rows of one prompt lie on
+    one side."""
     names = sorted(set(prompts))
     random.Random(seed).shuffle(names)
     held = set(names[: math.ceil(share * len(names))] if len(names) > 1 else [])
-    return (
-        [row for row, prompt in zip(rows, prompts) if prompt not in held],
-        [row for row, prompt in zip(rows, prompts) if prompt in held],
-    )
+    sides = [], []
+    for row, prompt in zip(rows, prompts):
+        sides[prompt in held].append(row)
+    return sides
 
 
 def length_batches(lengths, batch_size, generator):
-    """Row lengths to lists of row numbers, batch_size in each: every row once, lists shuffled, like lengths together.
+    """Row lengths to lists of row numbers, batch_size in each: every row once, lists shuffled, like
+    lengths together.
 
-    Lengths are jittered by +-10% before sorting: rows meet other neighbours in every epoch, at the price of a
-    little padding.
+    Lengths are jittered by +-10% before sorting: rows meet other neighbours in every epoch, at the
+    price of a little padding.
     """
     jitter = 0.9 + 0.2 * torch.rand(len(lengths), generator=generator, dtype=torch.float64)
     order = (torch.tensor(lengths, dtype=torch.float64) * jitter).argsort().tolist()
@@ -164,34 +172,25 @@ def length_batches(lengths, batch_size, generator):
 
 
 def micro_batches(batch: list, size: int) -> list[tuple[list, bool]]:
-    """This process's rows of a batch, at most `size` in a list (0: all in one), and whether they count.
-
-    A process without a row of its own still takes part in summing gradients, with a row that does not count.
-    """
+    """This process's rows of a batch, at most `size` in a list (0: all in one), and whether they
+    count. A process without a row still takes part in summing gradients, with one that does not."""
     mine = distributed.share(batch)
     size = size or len(batch)
     parts = [(mine[i : i + size], True) for i in range(0, len(mine), size)]
     return parts or [(batch[:1], False)]
 
 
-# --- how a file was made ----------------------------------------------------------------------------
+# --- how a file was made --------------------------------------------------------------------------
 
 
 def _git_commit():
-    """The commit of the checkout this file lies in, '-dirty' added if tracked files were changed, or None."""
+    """The commit of the checkout this file lies in, '-dirty' added if tracked files were changed,
+    or None."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():  # installed: a commit found further up would not be ours
         return None
-    command = [
-        "git",
-        "-C",
-        str(root),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=40",
-        "--exclude=*",
-    ]
+    describe = ("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    command = ["git", "-C", str(root), *describe]
     try:
         ran = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
         return ran.stdout.strip() or None
@@ -219,56 +218,43 @@ def stamp(config, **more):
 def done(path, config, again=False):
     """True if the output is there and was made with these settings; False if it is still to be made.
 
-    path: a checkpoint's folder or its run.json, a JSONL file (its stamp is then its sidecar), or any JSON
-    file that holds its own stamp. Write the output first, its stamp last: the stamp vouches for the output.
-    Whether an output that is there may be replaced is not asked here, but by output.py's checks.
-    Settings named in the config class's LOOSE (a tuple of field names: where it ran, not what it computed)
-    may differ, and so may `again`. Raises UserError if the output was made with other settings, or if nothing
-    says how it was made.
+    path: a checkpoint's folder or its run.json, a JSONL file (its stamp is then its sidecar), or
+    any JSON file that holds its own stamp. Write the output first, its stamp last: the stamp
+    vouches for the output. Whether an output that is there may be replaced is not asked here, but
+    by output.py's checks. Settings named in the config class's LOOSE (a tuple of field names: where
+    it ran, not what it computed) may differ, and so may `again`. Raises UserError if the output was
+    made with other settings, or if nothing says how it was made.
     """
     if again or not os.path.exists(path):  # unlike Path.exists, this is False for too long a name
         return False
     path = Path(path)
-    settings = (
-        sidecar(path) if path.suffix == ".jsonl" else path / "run.json" if path.is_dir() else path
-    )
+    settings = path / "run.json" if path.is_dir() else path
+    settings = sidecar(path) if path.suffix == ".jsonl" else settings
     if not os.path.exists(settings):
         return False
     try:
-        with _readable(settings):
-            old = json.loads(settings.read_bytes())["config"].items()
+        with readable(settings):
+            old = dict(json.loads(settings.read_bytes())["config"].items())
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{settings}: does not record any settings; give another --out") from None
-    new = json.loads(
-        json.dumps(dataclasses.asdict(config))
-    )  # as JSON gives it back: tuples become lists
-    _compare(settings, dict(old), new, {"again", *getattr(type(config), "LOOSE", ())})
+    # as JSON gives it back: tuples become lists
+    new = json.loads(json.dumps(dataclasses.asdict(config)))
+    absent, loose = object(), {"again", *getattr(type(config), "LOOSE", ())}
+    for name in new | old:
+        was, now = old.get(name, absent), new.get(name, absent)
+        if name not in loose and was != now and not _same_place(was, now):
+            flag = "--" + name.replace("_", "-")
+            was, now = ("nothing" if value is absent else repr(value) for value in (was, now))
+            told = f"was made with {flag} {was}, now it is {now}"
+            advice = "give another --out, or add --again to make it anew"
+            raise UserError(f"{settings}: {told}; {advice}")
     return True
 
 
 def _same_place(a, b):
     """Two ways to write the path of one file or folder that is there."""
-    return (
-        isinstance(a, str)
-        and isinstance(b, str)
-        and bool(a and b)
-        and Path(a).exists()
-        and Path(b).exists()
-        and Path(a).resolve() == Path(b).resolve()
-    )
-
-
-def _compare(path, old, new, loose):
-    absent = object()  # equal to no value
-    for name in [*new, *(name for name in old if name not in new)]:
-        was, now = old.get(name, absent), new.get(name, absent)
-        if name not in loose and was != now and not _same_place(was, now):
-            flag = "--" + name.replace("_", "-")
-            was, now = ("nothing" if value is absent else repr(value) for value in (was, now))
-            raise UserError(
-                f"{path}: was made with {flag} {was}, now it is {now}; give another "
-                f"--out, or add --again to make it anew"
-            )
+    paths = isinstance(a, str) and isinstance(b, str)
+    return paths and os.path.exists(a) and os.path.exists(b) and os.path.samefile(a, b)
 
 
 def refuse_first_edition(folder) -> None:
@@ -286,11 +272,12 @@ def refuse_first_edition(folder) -> None:
         )
 
 
-# --- prompts ---------------------------------------------------------------------------------------
+# --- prompts --------------------------------------------------------------------------------------
 
 
 def choose(rows, kind: str, number: int, rng) -> list[dict]:
-    """`number` prompts of a kind (all, if 0), taken from the attack families in turn so that all are present."""
+    """`number` prompts of a kind (all, if 0), taken from the attack families in turn so that all are
+    present."""
     families = {}
     for row in rows:
         if row["kind"] == kind:

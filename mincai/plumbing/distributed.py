@@ -7,9 +7,9 @@ Data parallelism: every rank (process) holds the whole model, reads its share of
 its gradients with those of the others before a step. What is left out on purpose: sharded weights
 and optimiser states (FSDP), which a model of GPT-2's sizes does not need.
 
-Every function that lets ranks meet (gather, gather_rows, merge, total, barrier, wrap, and a
-backward that is not under no_sync) has to be called by all of them, in the same order: the one that
-does not come is waited for, until TIMEOUT. After an error on one rank torchrun stops the others.
+Every function that lets ranks meet (gather_rows, merge, total, barrier, wrap, and a backward that
+is not under no_sync) has to be called by all of them, in the same order: the one that does not come
+is waited for, until TIMEOUT. After an error on one rank torchrun stops the others.
 """
 
 import os
@@ -45,18 +45,15 @@ def start(device: str) -> str:
     wanted = ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     missing = ", ".join(name for name in wanted if name not in os.environ)
     if missing:
-        raise UserError(
-            f"the environment has RANK and WORLD_SIZE, but no {missing}; "
-            f"start with torchrun, or unset RANK to run as one process"
-        )
+        told = f"the environment has RANK and WORLD_SIZE, but no {missing}"
+        raise UserError(f"{told}; start with torchrun, or unset RANK to run as one process")
     cuda = torch.device(device).type == "cuda"
     if cuda:
         local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= gpus:
-            raise UserError(
-                f"this is process {local}, from 0, of this machine, which has {gpus} GPUs; "
-                f"lower torchrun's --nproc-per-node, or give --device cpu"
-            )
+            told = f"this is process {local}, from 0, of this machine, which has {gpus} GPUs"
+            advice = "lower torchrun's --nproc-per-node, or give --device cpu"
+            raise UserError(f"{told}; {advice}")
         device = f"cuda:{local}"
         # before NCCL: it would put every rank's buffers on the first GPU
         torch.cuda.set_device(device)
@@ -82,13 +79,8 @@ def world() -> int:
 
 
 def is_main() -> bool:
-    """True on the one process that prints and writes files."""
+    """True on the one process that prints, shows progress bars and writes files."""
     return rank() == 0
-
-
-def disable_bar() -> bool:
-    """For tqdm(disable=...): one progress bar, not one from every rank on top of each other."""
-    return not is_main()
 
 
 def barrier():
@@ -105,44 +97,27 @@ def share(items: list) -> list:
     return items[rank() :: world()]
 
 
-def gather(items: list) -> list:
-    """The inverse of `share`: what every rank made of its items, one for one, in the order before
-    sharing. For plain Python: of a tensor, each row would bring its whole batch along."""
-    parts = _all(items)
-    return _interleave(parts, [None] * _count(parts))
-
-
 def gather_rows(x):
-    """`gather` for a tensor whose rows are this rank's items: (b, ...) to (B, ...), b differing by
-    at most 1. The other dimensions are the same on all ranks. On x's device, without a gradient."""
+    """The inverse of `share` for a tensor, whose rows are what this rank made of its items, one for
+    one: (b, ...) to (B, ...), in the order before sharing. b differs by at most 1 among ranks, the
+    other dimensions do not. On x's device, without a gradient."""
     if world() == 1:
         return x.detach()
     parts = _all(x.detach().cpu().clone())  # a view would bring along all that it is a view of
-    out = torch.empty(_count(parts), *x.shape[1:], dtype=x.dtype)  # (B, ...)
-    return _interleave(parts, out).to(x.device)
-
-
-def _count(parts):
-    """How many items these parts have together, when they are as `share` makes them."""
     sizes, ranks = [len(part) for part in parts], len(parts)
     shared = [len(range(r, sum(sizes), ranks)) for r in range(ranks)]
     assert sizes == shared, f"not by share(): {sizes} items"
-    return sum(sizes)
-
-
-def _interleave(parts, out):
+    out = torch.empty(sum(sizes), *x.shape[1:], dtype=x.dtype)  # (B, ...)
     for r, part in enumerate(parts):
-        out[r :: len(parts)] = part
-    return out
+        out[r::ranks] = part
+    return out.to(x.device)
 
 
 def merge(items):
     """All ranks' items added with +, in the order of the ranks: lists end to end, Counters by their
-    counts. For what was filtered after sharing, so that `gather` no longer knows its order."""
+    counts."""
     first, *others = _all(items)
-    for other in others:
-        first = first + other
-    return first
+    return sum(others, start=first)
 
 
 def _all(items):
@@ -173,10 +148,10 @@ def wrap(model):
     gets the model itself.
 
     DistributedDataParallel divides the sum of the gradients by the number of ranks. A loss that is
-    already divided by the tokens of all ranks needs the sum, so multiply it by scale():
+    already divided by the tokens of all ranks needs the sum, so multiply it by world():
 
         loss, _ = sft_loss(logits, targets, mask, total=total(tokens of this rank's whole step))
-        (loss * scale()).backward()
+        (loss * world()).backward()
 
     A step has one backward that is not under `no_sync`, on every rank; the number of those before
     it may differ. A rank without rows for it must take part all the same: with any row, and a mask
@@ -198,15 +173,8 @@ def wrap(model):
 
 
 def bare(net):
-    """The model inside `wrap`'s and torch.compile's: to unembed, generate, save, or run alone."""
-    net = net.module if isinstance(net, DistributedDataParallel) else net
-    # what torch.compile was given: it would compile anew for each length of a cache
-    return getattr(net, "_orig_mod", net)
-
-
-def scale() -> int:
-    """What to multiply a loss by that is divided by the tokens of all ranks; see `wrap`."""
-    return world()
+    """The model inside `wrap`'s: to unembed, generate, save, or run alone."""
+    return net.module if isinstance(net, DistributedDataParallel) else net
 
 
 def no_sync(net, last: bool):

@@ -80,34 +80,20 @@ def need(row, keys, where, text=()) -> None:
 # --- prompts --------------------------------------------------------------------------------------
 
 
-def read_bytes(path) -> bytes:
-    """A whole file, without the mark that some editors begin it with."""
-    try:
-        return Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
-    except OSError as error:
-        told = f"cannot be read ({error.strerror}); give a readable file"
-        raise UserError(f"{path}: {told}") from None
-
-
 def is_text(path) -> bool:
     """Plain text by its name, or, if that does not tell, for it begins as no JSON object does."""
     suffix = Path(path).suffix.lower()
     if suffix in (".txt", ".json", ".jsonl"):
         return suffix == ".txt"
-    return not read_bytes(path).lstrip().startswith(b"{")
+    _, first = next(data.each_line(path), ("", ""))
+    return not first.lstrip().startswith("{")
 
 
 def text_rows(path):
     """As read_rows, of a plain text: each line that is not blank is a question, whatever it says."""
-    for n, line in enumerate(read_bytes(path).split(b"\n"), 1):
-        where = f"{path} line {n}"
-        try:
-            text = line.decode("utf-8").strip()
-        except UnicodeError as error:
-            told = f"not UTF-8 text ({error.reason}); save the file as UTF-8"
-            raise UserError(f"{where}: {told}") from None
-        if text:
-            yield where, "lines", {"prompt": text}
+    for where, line in data.each_line(path):
+        if line.strip():
+            yield where, "lines", {"prompt": line.strip()}
 
 
 def before_the_answer(row, where):
@@ -210,9 +196,8 @@ def own_pair(row, where):
 
 def need_ids(row, where, n_vocab) -> None:
     for key in ("a_ids", "b_ids"):
-        ids = row[key]
-        right = isinstance(ids, list) and all(type(i) is int and 0 <= i < n_vocab for i in ids)
-        if not right or not ids:
+        ids = row[key] if isinstance(row[key], list) else []
+        if not ids or not all(type(i) is int and 0 <= i < n_vocab for i in ids):
             told = f"no list of token ids below {n_vocab}; make it with this vocabulary"
             raise UserError(f"{where}: {key} is {told}")
 

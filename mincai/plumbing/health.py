@@ -1,5 +1,5 @@
-"""How a training went: what a preference model's scores say of pairs that it was not trained on, the samples of PPO
-that are printed, and warnings of what should never be seen.
+"""How a training went: what a preference model's scores say of pairs that it was not trained on, the
+samples of PPO that are printed, and warnings of what should never be seen.
 """
 
 import torch
@@ -7,7 +7,7 @@ import torch
 from mincai.losses import calibration_error, preference_loss
 from mincai.plumbing.logprobs import pair_scores
 
-# ---- the preference model ----
+# --- the preference model -------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -36,9 +36,8 @@ def measure_pairs(pm, pairs, batch_size) -> dict:
     loss, _ = preference_loss(a, b, p_a)
     sure = p_a != 0.5  # of an even label neither answer is the right one
     right = (1 + (a - b).sign() * (p_a - 0.5).sign())[sure] / 2  # equal scores are half right
-    gap = torch.tensor(
-        [float(len(p.a) - len(p.b)) for p in pairs]
-    )  # the baselines that need no model
+    # the baselines that need no model
+    gap = torch.tensor([float(len(p.a) - len(p.b)) for p in pairs])
     shorter = torch.where(gap == 0, 0.5, ((gap < 0) == (p_a > 0.5)).float())[sure]
     accuracy, short = (float(x.mean()) if sure.any() else 0.5 for x in (right, shorter))
     lengths = torch.tensor([float(len(ids) - p.start) for p in pairs for ids in (p.a, p.b)])
@@ -54,34 +53,26 @@ def measure_pairs(pm, pairs, batch_size) -> dict:
     }
 
 
-# ---- PPO's log ----
+# --- PPO's log ------------------------------------------------------------------------------------
 
 
 def examples(batch, scores, beta, decode) -> list[dict]:
-    """Three answers of the batch as rows, for samples are the debugger. decode: token ids to text."""
+    """Three answers of the batch as rows, for samples are the debugger. decode: ids to text."""
     k1 = torch.where(batch.mask, batch.logp - batch.ref_logp, 0.0).sum(1)
     rows = []
     for i in torch.linspace(0, len(scores) - 1, min(3, len(scores))).long().tolist():
-        prompt = batch.ids[i, : batch.start][batch.valid[i, : batch.start]].tolist()
-        answer = batch.ids[i, batch.start :][batch.mask[i]].tolist()
-        rows.append(
-            {
-                "prompt": decode(prompt),
-                "answer": decode(answer),
-                "score": float(scores[i]),
-                "kl": float(k1[i]),
-                "total": float(scores[i] - beta * k1[i]),
-            }
-        )
+        prompt, answer = batch.ids[i].split([batch.start, len(batch.ids[i]) - batch.start])
+        prompt = decode(prompt[batch.valid[i, : batch.start]].tolist())
+        row = {"prompt": prompt, "answer": decode(answer[batch.mask[i]].tolist())}
+        row |= {"score": float(scores[i]), "kl": float(k1[i])}
+        rows.append(row | {"total": float(scores[i] - beta * k1[i])})
     return rows
 
 
 def show_samples(rows: list[dict]) -> list[str]:
-    return [
-        f"  score {row['score']:+.2f}  kl {row['kl']:+.2f}  total {row['total']:+.2f}  | "
-        f"{row['prompt']}{row['answer']}".replace("\n", " / ")
-        for row in rows
-    ]
+    numbers = "  score {score:+.2f}  kl {kl:+.2f}  total {total:+.2f}  | "
+    texts = [f"{row['prompt']}{row['answer']}".replace("\n", " / ") for row in rows]
+    return [numbers.format(**row) + text for row, text in zip(rows, texts)]
 
 
 MOST_KL = 15  # nats an answer; the policies that were worth keeping stayed well below
@@ -94,7 +85,8 @@ def warnings(log: list[dict], gap: float = 1e-3) -> list[str]:
     """Lines about the last update of PPO's log: where two parts of the code disagree, and where the
     policy goes wrong. A NaN is never fine.
 
-    gap: how far sampled log-probs may be off; rounding in float32 stays below 1e-4, in bfloat16 it reaches 0.1.
+    gap: how far sampled log-probs may be off; rounding in float32 stays below 1e-4, in bfloat16 it
+    reaches 0.1.
     """
     lines, updates = [], [row for row in log if "score" in row]
     first, row, negative = updates[0], updates[-1], 0
@@ -103,52 +95,40 @@ def warnings(log: list[dict], gap: float = 1e-3) -> list[str]:
             break
         negative += 1
     if negative >= 3:
-        lines.append(
-            f"KL to the reference is negative for {negative} updates ({row['kl']:.3f}): "
-            "answers are not drawn from the distribution that is scored"
-        )
+        told = f"KL to the reference is negative for {negative} updates ({row['kl']:.3f})"
+        lines.append(f"{told}: answers are not drawn from the distribution that is scored")
     if not row["sampling_gap"] <= gap:
         lines.append(f"sampled log-probs are {row['sampling_gap']:.3f} off those of one forward")
     if not row["first_ratio_error"] <= 1e-3:
         lines.append(f"the first minibatch's ratio is off 1 by {row['first_ratio_error']:.4f}")
     if row["ratios_beyond"]:
-        lines.append(
-            f"{row['ratios_beyond']} tokens became e^20 times likelier or less likely within "
-            f"one update; lower --lr"
-        )
+        told = f"{row['ratios_beyond']} tokens became e^20 times likelier or less likely"
+        lines.append(f"{told} within one update; lower --lr")
     if not row["score_std"] > 1e-6:
-        lines.append(
-            "all answers have the same score: there is nothing to learn from; look at the preference model"
-        )
+        told = "there is nothing to learn from; look at the preference model"
+        lines.append(f"all answers have the same score: {told}")
     if not row["kl_exact"] <= MOST_KL:
-        lines.append(
-            f"KL to the reference is {row['kl_exact']:.1f} nats an answer: the policy leaves "
-            f"what the preference model can judge; raise --beta or lower --lr"
-        )
+        told = f"KL to the reference is {row['kl_exact']:.1f} nats an answer: the policy leaves"
+        advice = "raise --beta or lower --lr"
+        lines.append(f"{told} what the preference model can judge; {advice}")
     if not row["entropy"] >= LEAST_ENTROPY * first["entropy"]:
-        lines.append(
-            f"entropy fell from {first['entropy']:.3f} to {row['entropy']:.3f} nats a token: "
-            f"the policy says the same to everything; raise --beta or lower --lr"
-        )
+        told = f"entropy fell from {first['entropy']:.3f} to {row['entropy']:.3f} nats a token"
+        advice = "raise --beta or lower --lr"
+        lines.append(f"{told}: the policy says the same to everything; {advice}")
     quality = [past["dev_quality"] for past in log if "dev_quality" in past]
-    if (
-        "dev_quality" in row
-        and not quality[-1] >= quality[0] - MOST_FALL
-        and not (row["score"] <= first["score"])
-    ):
-        lines.append(
-            f"the score rises ({first['score']:+.2f} to {row['score']:+.2f}) while the quality of "
-            f"answers falls ({quality[0]:.3f} to {quality[-1]:.3f}): the preference model is "
-            f"exploited; raise --beta, or stop earlier (--updates)"
+    fell = "dev_quality" in row and not quality[-1] >= quality[0] - MOST_FALL
+    if fell and not row["score"] <= first["score"]:
+        told = (
+            f"the score rises ({first['score']:+.2f} to {row['score']:+.2f}) while the quality of"
         )
+        fall = f"answers falls ({quality[0]:.3f} to {quality[-1]:.3f})"
+        advice = "raise --beta, or stop earlier (--updates)"
+        lines.append(f"{told} {fall}: the preference model is exploited; {advice}")
     return lines
 
 
 def nothing_learnt(gain: float) -> list[str]:
     """A line when a whole run moved the score by less than LEAST_GAIN deviations, or lowered it."""
-    if gain >= LEAST_GAIN:
-        return []
-    return [
-        f"the score moved by {gain:+.2f} deviations in the whole run: nothing was learnt; raise "
-        f"--lr or --updates, or lower --beta"
-    ]
+    told = f"the score moved by {gain:+.2f} deviations in the whole run: nothing was learnt"
+    advice = "raise --lr or --updates, or lower --beta"
+    return [] if gain >= LEAST_GAIN else [f"{told}; {advice}"]

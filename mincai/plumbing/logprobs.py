@@ -1,30 +1,28 @@
-"""Log-probs of given tokens, after prompts or of whole answers, and answers' scores. Token ids in, numbers out.
+"""Log-probs of given tokens, after prompts or of whole answers, and answers' scores. Token ids in,
+numbers out.
 
-Prompts are padded on the right here, where nothing is sampled: causal attention then needs no mask. Shapes: B rows, C
-channels, V vocabulary.
+Prompts are padded on the right here, where nothing is sampled: causal attention then needs no mask.
+Shapes: B rows, C channels, V vocabulary.
 """
 
 import torch
-from tqdm import tqdm
 
-from mincai.plumbing import distributed
-from mincai.plumbing.data import right_pad
 from mincai.losses import gather_logp
 from mincai.model import GPT, ScalarModel
+from mincai.plumbing import distributed
+from mincai.plumbing.data import right_pad
 from mincai.sample import check_room, chunks
 
 
 @torch.no_grad()
-def next_logp(model: GPT, prompts, ids: list[int], batch_size=32, desc=None) -> torch.Tensor:
+def next_logp(model: GPT, prompts, ids: list[int], batch_size=32) -> torch.Tensor:
     """Log-probs of `ids` as the token after each prompt: (N, len(ids)) float32 on the CPU."""
     assert all(prompts), "an empty prompt"
     out = torch.empty(len(prompts), len(ids))
     lengths = [len(p) for p in prompts]
-    for chunk in tqdm(chunks(lengths, batch_size), desc=desc, disable=desc is None):
+    for chunk in chunks(lengths, batch_size):
         check_room(model, [lengths[i] for i in chunk], 0)
-        tokens, valid = right_pad(
-            [prompts[i] for i in chunk], model.device
-        )  # padding is last: no mask
+        tokens, valid = right_pad([prompts[i] for i in chunk], model.device)
         rows = torch.arange(len(chunk), device=model.device)
         last = model(tokens)[rows, valid.sum(1) - 1]  # (B, C)
         logp = torch.log_softmax(model.unembed(last), dim=-1)  # (B, V)
@@ -33,22 +31,18 @@ def next_logp(model: GPT, prompts, ids: list[int], batch_size=32, desc=None) -> 
 
 
 @torch.no_grad()
-def answer_logp(model: GPT, prompts, answers, batch_size=32, desc=None) -> list[torch.Tensor]:
-    """Log-prob of each answer token after its prompt and the answer so far: a float32 CPU tensor per answer."""
+def answer_logp(model: GPT, prompts, answers, batch_size=32) -> list[torch.Tensor]:
+    """Log-prob of each answer token after its prompt and the answer so far: a float32 CPU tensor
+    per answer."""
     assert len(prompts) == len(answers), (len(prompts), len(answers))
     out = [None] * len(prompts)
     lengths = [len(p) + len(a) for p, a in zip(prompts, answers)]
-    for chunk in tqdm(chunks(lengths, batch_size), desc=desc, disable=desc is None):
+    for chunk in chunks(lengths, batch_size):
         check_room(model, [lengths[i] for i in chunk], 0)
         tokens, _ = right_pad([prompts[i] + answers[i] for i in chunk], model.device)
-        places = [
-            (row, len(prompts[i]) + k)
-            for row, i in enumerate(chunk)
-            for k in range(len(answers[i]))
-        ]
-        row, column = (
-            torch.tensor(places, device=model.device).long().reshape(-1, 2).T
-        )  # (N,), (N,)
+        spans = [range(len(prompts[i]), lengths[i]) for i in chunk]  # columns of the answers
+        places = [(row, column) for row, span in enumerate(spans) for column in span]
+        row, column = torch.tensor(places, device=model.device).long().reshape(-1, 2).T  # (N,) both
         hidden = model(tokens)[row, column - 1]  # (N, C): token i is predicted at i - 1
         logp = gather_logp(model.unembed(hidden), tokens[row, column]).cpu()
         for i, part in zip(chunk, logp.split([len(answers[i]) for i in chunk])):
@@ -58,9 +52,7 @@ def answer_logp(model: GPT, prompts, answers, batch_size=32, desc=None) -> list[
 
 def end_scores(pm: ScalarModel, rows) -> torch.Tensor:
     """The preference model's score of each row of token ids, read at its last one: (B,)."""
-    ids, valid = right_pad(
-        rows, distributed.bare(pm).gpt.device
-    )  # (B, T): right padding needs no mask
+    ids, valid = right_pad(rows, distributed.bare(pm).gpt.device)  # (B, T)
     last = valid.sum(1) - 1  # found by the mask: an id cannot tell padding from text
     return pm(ids).gather(1, last[:, None]).squeeze(1)
 
@@ -70,13 +62,12 @@ def answer_scores(pm: ScalarModel, prompts, answers, batch_size=32) -> torch.Ten
     """The scores of answers, end of text included, after their prompts: (N,) on the CPU."""
     assert len(prompts) == len(answers), (len(prompts), len(answers))
     rows = [prompt + answer for prompt, answer in zip(prompts, answers)]
-    parts = [
-        end_scores(pm, rows[i : i + batch_size]).cpu() for i in range(0, len(rows), batch_size)
-    ]
+    starts = range(0, len(rows), batch_size)
+    parts = [end_scores(pm, rows[i : i + batch_size]).cpu() for i in starts]
     return torch.cat(parts) if parts else torch.zeros(0)
 
 
 def pair_scores(pm: ScalarModel, pairs) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores (B,) of the answers (A) and of the answers (B) of these pairs, from one forward over both."""
+    """Scores (B,) of these pairs' answers (A) and of their answers (B), from one forward over both."""
     scores = end_scores(pm, [pair.a for pair in pairs] + [pair.b for pair in pairs])
     return scores[: len(pairs)], scores[len(pairs) :]

@@ -12,7 +12,6 @@ Shapes: B rows, T tokens, C channels, L blocks, V vocabulary, nh heads.
 """
 
 import re
-from contextlib import contextmanager
 
 import torch
 
@@ -28,6 +27,7 @@ TURNS = {
 }
 WHEN = {name: turn for turn, names in TURNS.items() for name in names}
 FLOAT32 = 4
+BYTES = {"float32": FLOAT32, "bfloat16": 2}  # of a number in the matrix products, by --dtype
 # How many (rows, T, V) tensors in float32 are there at the worst moment
 LEARNING = 4  # logits and their log-softmax, and the gradients of both: sft_loss, or policy_loss
 COMPARING = 8  # in exact_kl, beside policy's and reference's logits (counted: 7.4)
@@ -68,17 +68,10 @@ def _networks(stage, config, models):
     """(name, numbers it has, whether it learns) of each network a stage holds."""
     gpt = parameters(config)
     scalar = gpt + config.n_embd + 1  # the head's weight and bias
-    return {
-        "sample": [("model", models * gpt, False)],
-        "sft": [("model", gpt, True)],
-        "pm": [("model", scalar, True)],
-        "ppo": [
-            ("policy", gpt, True),
-            ("reference", gpt, False),
-            ("critic", scalar, True),
-            ("preference model", scalar, False),
-        ],
-    }[stage]
+    if stage == "ppo":
+        language = [("policy", gpt, True), ("reference", gpt, False)]
+        return [*language, ("critic", scalar, True), ("preference model", scalar, False)]
+    return [("model", scalar if stage == "pm" else models * gpt, stage != "sample")]
 
 
 def plan(
@@ -89,8 +82,7 @@ def plan(
     length: int,
     micro_batch: int | None = None,
     answer: int | None = None,
-    dtype_bytes=4,
-    cache_bytes=4,
+    dtype="float32",
     models=1,
     reads_on=False,
 ) -> dict[str, int]:
@@ -100,10 +92,9 @@ def plan(
     (sample, ppo). micro_batch: rows of one training forward, batch if None; for "pm", pairs, of two
     rows each. length: tokens of the longest row, prompt and answer. answer: how many of them are
     the answer's at most (--max-new; length if None): only they meet the vocabulary in "ppo".
-    dtype_bytes: 4, or 2 for bfloat16 by autocast, where weights, gradients and moments stay in
-    float32 and 16-bit copies of the weights are added. cache_bytes: of a number in the KV cache.
-    models: of "sample", that are there at once. reads_on: it goes on from the cache of what it has
-    sampled, in a second one (`then` of generate).
+    dtype: "float32", or "bfloat16" by autocast, where weights, gradients and moments stay in
+    float32 and 16-bit copies of the weights are added. models: of "sample", that are there at once.
+    reads_on: it goes on from the cache of what it has sampled, in a second one (`then` of generate).
 
     Too high rather than too low: all rows are as long as the longest, and frozen blocks learn.
     """
@@ -111,6 +102,7 @@ def plan(
     C, V, L = config.n_embd, config.vocab_size, config.n_layer
     ppo, samples, learns = stage == "ppo", stage in ("sample", "ppo"), stage != "sample"
     rows = min(micro_batch or batch, batch) * (2 if stage == "pm" else 1)
+    size = BYTES[dtype]
     answer = min(answer or length, length)
     networks = _networks(stage, config, models)
 
@@ -127,13 +119,13 @@ def plan(
 
     # Of one token. Without backward one block is there at a time: the MLP's 8 C beside what comes
     # in; the mask as bool and as numbers
-    read = 10 * C * FLOAT32 + length * (2 + dtype_bytes)
+    read = 10 * C * FLOAT32 + length * (2 + size)
     # With it all are, one more for the gradients on their way down, input and output of ln_f
-    kept = (L + 1) * block_bytes(config, length, dtype_bytes, masked=ppo) + 2 * C * FLOAT32
-    cache = samples * 2 * L * batch * length * C * cache_bytes  # keys and values
+    kept = (L + 1) * block_bytes(config, length, size, masked=ppo) + 2 * C * FLOAT32
+    cache = samples * 2 * L * batch * length * C * size  # keys and values
     logits = rows * V * FLOAT32  # of one token of each row
     lines |= {
-        "16-bit copies of weights": (dtype_bytes < FLOAT32) * dtype_bytes * copied,
+        "16-bit copies of weights": (size < FLOAT32) * size * copied,
         "KV cache": cache,
         "KV cache, read on": reads_on * cache,
         "reading prompts": samples * batch * length * read,
@@ -199,13 +191,9 @@ def announce(stage: str, config: GPTConfig, device, flags: str, **sizes) -> None
     check(found, room, flags)
 
 
-@contextmanager
-def out_of_memory(advice: str):
-    """Turn torch's OutOfMemoryError into a UserError of one line. advice: "lower --micro-batch"."""
-    try:
-        yield
-    except torch.cuda.OutOfMemoryError as error:  # the name that torch 2.4 knows as well
-        tried = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
-        asked = f" (it was asked for {tried[1]} more)" if tried else ""
-        told = f"the GPU is out of memory{asked}; {advice}; finished stages are kept"
-        raise UserError(told) from None
+def shortage(error: torch.cuda.OutOfMemoryError) -> str:
+    """One line for torch's many: how much more was asked for, and what to do."""
+    tried = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
+    asked = f" (it was asked for {tried[1]} more)" if tried else ""
+    advice = "lower --micro-batch, --batch-size or --max-new, where it has them"
+    return f"the GPU is out of memory{asked}; {advice}; finished stages are kept"

@@ -1,4 +1,4 @@
-"""What the training scripts share of an optimiser: which parameters decay, and how the learning rate moves."""
+"""What the training scripts share of an optimiser: which parameters decay, and how its rate moves."""
 
 import math
 
@@ -28,10 +28,9 @@ def adamw(model, lr: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=fused)
 
 
-def learning_rate(
-    highest: float, warmup: float, step: int, steps: int, fall: str = "cosine"
-) -> float:
-    """Linear up over the first `warmup` of the steps, then down to 0: half a cosine, or a line. step counts from 0."""
+def learning_rate(highest: float, warmup: float, step: int, steps: int, fall="cosine") -> float:
+    """Linear up over the first `warmup` of the steps, then down to 0: half a cosine, or a line.
+    step counts from 0."""
     rising = max(1, round(warmup * steps))
     if step < rising:
         return highest * (step + 1) / rising

@@ -25,6 +25,7 @@ from mincai import UserError
 LIST = "partial.json"  # of a folder that is not whole yet: what is to be in it, as in run.json
 ANOTHER = "give another --out"
 MEND = "move it away, or " + ANOTHER
+IN_THE_WAY = "is in the way, and mincai did not write it"
 
 
 @contextlib.contextmanager
@@ -48,20 +49,20 @@ def check_folder(folder, names) -> None:
     if os.path.exists(real) and not real.is_dir():
         raise UserError(f"{folder}: is a file; give a folder to save the model in")
     if real.is_dir():
-        own = _own(real, names)
-        if own is None and any(path.name != ".partial" for path in real.iterdir()):
+        own = _own(real)
+        if not own and any(path.name != ".partial" for path in real.iterdir()):
             told = "holds files, but no run.json that says mincai wrote them; give a new folder"
             raise UserError(f"{folder}: {told}")
-        _refuse_strangers(real, {*names, *(own or ())}, own or set(), MEND)
+        _refuse_strangers(real, own.union(names), own, MEND)
     work = partial(real)
     if not os.path.lexists(work):
         _place(work)
-    elif work.is_symlink() or not work.is_dir():
-        raise UserError(f"{work}: is in the way, and mincai did not write it; {MEND}")
-    else:
-        files = [path for path in work.rglob("*") if path.is_symlink() or not path.is_dir()]
-        names = {path.relative_to(work).as_posix() for path in files}
-        _refuse_strangers(work, names, _left(work) | {LIST}, MEND)
+        return
+    if work.is_symlink() or not work.is_dir():
+        raise UserError(f"{work}: {IN_THE_WAY}; {MEND}")
+    files = [path for path in work.rglob("*") if path.is_symlink() or not path.is_dir()]
+    names = {path.relative_to(work).as_posix() for path in files}
+    _refuse_strangers(work, names, _left(work) | {LIST}, MEND)
 
 
 def check_file(path, voucher=None, mark: str = "") -> None:
@@ -133,31 +134,26 @@ def _stamp(path):
     return found if isinstance(found, dict) and "mincai" in found else None
 
 
-def _listed(path, before=(), key="files"):
-    """The files that a stamp lists, a set of names; None without a stamp, and for one whose names
-    lead out of the folder. before: the list of a stamp from the time when stamps had none."""
-    found = _stamp(path)
-    names = None if found is None else found.get(key, list(before))
+def _listed(path, key="files"):
+    """The files that a stamp lists, a set of names; empty without a stamp, and for one whose names
+    lead out of the folder."""
+    names = (_stamp(path) or {}).get(key)
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        return None
+        return set()
     paths = [PurePosixPath(name) for name in names]
     outside = any(path.is_absolute() or ".." in path.parts for path in paths)
-    return None if outside else {str(path) for path in paths}
+    return set() if outside else {str(path) for path in paths}
 
 
-def _own(folder, names):
-    """What mincai wrote in a checkpoint's folder, a set of names; None where nothing says so.
-
-    A run that was stopped while it replaced an older checkpoint has left .partial to say so.
-    """
-    whole = _listed(folder / "run.json", names)
-    stopped = _listed(folder / ".partial" / LIST, key="replaces")
-    return None if whole is None and stopped is None else {*(whole or ()), *(stopped or ())}
+def _own(folder):
+    """What mincai wrote in a checkpoint's folder, a set of names. A run that was stopped while it
+    replaced an older checkpoint has left .partial to say so."""
+    return _listed(folder / "run.json") | _listed(folder / ".partial" / LIST, "replaces")
 
 
 def _left(work):
     """What mincai wrote in a folder that did not get its name, a set of names."""
-    return _listed(work / LIST) or _listed(work / "run.json") or set()
+    return _listed(work / LIST) or _listed(work / "run.json")
 
 
 def _stranger(folder, name, own):
@@ -180,7 +176,7 @@ def _refuse_strangers(folder, names, own, mend):
     for name in sorted(names):
         path = _stranger(folder, name, own)
         if path:
-            raise UserError(f"{path}: is in the way, and mincai did not write it; {mend}")
+            raise UserError(f"{path}: {IN_THE_WAY}; {mend}")
 
 
 # --- writing --------------------------------------------------------------------------------------
@@ -188,9 +184,7 @@ def _refuse_strangers(folder, names, own, mend):
 
 def write_file(path, texts) -> None:
     """Strings to a file, whole or not at all: under another name first, then flushed to the disk.
-
-    Replaces a file that is there: whether it may is what check_file answers. A link is followed.
-    """
+    Replaces a file that is there: whether it may is what check_file answers. A link is followed."""
     real = Path(os.path.realpath(path))
     temporary = real.with_name(f".{uuid.uuid4().hex}.tmp")  # nobody else's, and short enough
     with _writing(path):
@@ -222,7 +216,7 @@ def begin(folder, names) -> Path:
         if work.is_dir():
             _remove(work, _left(work))
         work.mkdir(parents=True, exist_ok=True)
-    _write_list(work, names, _own(Path(os.path.realpath(folder)), names) or set())
+    _write_list(work, names, _own(Path(os.path.realpath(folder))))
     return work
 
 
@@ -243,7 +237,7 @@ def finish(work, folder, stamp: dict) -> None:
             (work / LIST).unlink()
             work.rename(real)
             return
-        own = _own(real, names) or set()
+        own = _own(real)
         _refuse_strangers(real, names, own, f"the checkpoint is in {work}")
         _write_list(work, names, names | own)
         _remove(real, {"run.json"})
@@ -259,7 +253,7 @@ def clear(folder) -> None:
     if not _listed(Path(folder, "run.json")):
         raise UserError(f"{folder}: its run.json does not list what mincai wrote there; {MEND}")
     for path in sorted(Path(folder).rglob("run.json"), reverse=True):
-        _remove(path.parent, _listed(path) or set())
+        _remove(path.parent, _listed(path))
 
 
 def _write_list(work, names, replaces):

@@ -1,9 +1,9 @@
-"""Few-shot prompts: which worked examples fit in front of this text, and how many had to be left out.
+"""Few-shot prompts: which worked examples fit in front of this text, and how many were left out.
 
-GPT-2 has never seen a critique, so it is shown some; the tiny model has read the formats and needs none. A prompt and
-what the model is to write after it must fit its context together. Examples go in whole, the first of the file before
-the others, until the room is used up; a text that does not fit even alone is given up. Both are counted, and nothing
-is ever cut.
+GPT-2 has never seen a critique, so it is shown some; the tiny model has read the formats and needs
+none. A prompt and what the model is to write after it must fit its context together. Examples go in
+whole, the first of the file before the others, until the room is used up; a text that does not fit
+even alone is given up. Both are counted, and nothing is ever cut.
 """
 
 import json
@@ -11,33 +11,35 @@ from collections import Counter
 from pathlib import Path
 
 from mincai import UserError, constitution
+from mincai.plumbing import data
 
 KINDS = ("answer", "review", "compare")
 
 
 class Planner:
-    """Makes prompts of texts. shots: {kind: examples as whole texts}; limit: tokens the model can read."""
+    """Makes prompts of texts. shots: {kind: examples as whole texts}; limit: tokens the model can
+    read."""
 
     def __init__(self, tokenizer, limit: int, shots: dict[str, list[str]] | None = None):
-        self.tokenizer, self.limit, self.shots = tokenizer, limit, shots or {}
-        self.full = bool(
-            shots
-        )  # a model that needs examples reads plain English: principles in full words
-        self.lengths = {
-            kind: [len(tokenizer.encode(text + "\n\n")) + 1 for text in some]
-            for kind, some in self.shots.items()
-        }  # + 1: two line ends may take a token each
+        self.tokenizer, self.limit = tokenizer, limit
+        # a model that needs examples reads plain English: principles in full words
+        self.full = bool(shots)
+        # + 1: two line ends may take a token each
+        self.shots = {
+            kind: [(text, len(tokenizer.encode(text + "\n\n")) + 1) for text in some]
+            for kind, some in (shots or {}).items()
+        }
         self.counts = Counter()
 
     def prompt(self, kind: str, text: str, max_new: int) -> list[int] | None:
-        """Token ids of the examples of this kind that fit, and then the text; None if the text alone leaves no room
-        for max_new tokens."""
+        """Token ids of the examples of this kind that fit, and then the text; None if the text alone
+        leaves no room for max_new tokens."""
         room = self.limit - max_new - len(self.tokenizer.encode(text))
         if room < 0:
             self.counts["no room"] += 1
             return None
         chosen = []
-        for example, length in zip(self.shots.get(kind, ()), self.lengths.get(kind, ())):
+        for example, length in self.shots.get(kind, ()):
             if length <= room:
                 chosen.append(example)
                 room -= length
@@ -49,43 +51,34 @@ class Planner:
 
     def summary(self) -> str:
         """One clause for a stage's last line; empty where there is nothing to say."""
-        told = []
-        if self.shots:
-            each = self.counts["examples"] / max(1, self.counts["prompts"])
-            told.append(
-                f"{each:.1f} examples a prompt ({self.counts['left out']} left out for want of room)"
-            )
-        if self.counts["no room"]:
-            told.append(
-                f"{self.counts['no room']} texts did not fit the model's {self.limit} tokens"
-            )
+        told, counts = [], self.counts
+        if self.full:
+            each = counts["examples"] / max(1, counts["prompts"])
+            left = f"{counts['left out']} left out for want of room"
+            told.append(f"{each:.1f} examples a prompt ({left})")
+        if counts["no room"]:
+            told.append(f"{counts['no room']} texts did not fit the model's {self.limit} tokens")
         return ", ".join(told)
 
 
 def load_shots(path: str, principles, reasons: bool = True) -> dict[str, list[str]]:
     """The examples of a few-shot file as texts in the very form of the prompts; {} for an empty path.
 
-    The file holds {"answer": [{human, assistant}], "review": [{human, answer, principle_id, critique, revision}],
-    "compare": [{human, a, b, principle_id, reasons, choice}]}. reasons=False leaves the judge's reasons out.
+    The file holds {"answer": [{human, assistant}],
+    "review": [{human, answer, principle_id, critique, revision}],
+    "compare": [{human, a, b, principle_id, reasons, choice}]}. reasons=False leaves the judge's
+    reasons out.
     """
     if not path:
         return {}
     by_id = {p.id: p for p in principles}
     try:
-        file = json.loads(Path(path).read_text(encoding="utf-8"))
+        with data.readable(path, "give another --fewshot, or none"):
+            file = json.loads(Path(path).read_text(encoding="utf-8"))
         return {kind: [_shot(kind, x, by_id, reasons) for x in file[kind]] for kind in KINDS}
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such file of examples; give another --fewshot, or none"
-        ) from None
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror}); give another --fewshot, or none"
-        ) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path}: not a file of examples ({error!r}); see data/english/fewshot.json"
-        ) from None
+        told = f"not a file of examples ({error!r}); see data/english/fewshot.json"
+        raise UserError(f"{path}: {told}") from None
 
 
 def _shot(kind, x, by_id, reasons) -> str:

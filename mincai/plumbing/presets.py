@@ -6,8 +6,8 @@
     gpt2-medium  355M: 48 GB; gpt2-large  774M: 80 GB
     gpt2-full    gpt2 with 40,000 attacks to evaluate on and 200,000 comparisons to learn from
 
-A preset holds nothing but flags: every one can be given to its stage by hand, and every run folder records them
-all.
+A preset holds nothing but flags: every one can be given to its stage by hand, and every run folder
+records them all.
 """
 
 from dataclasses import dataclass, field, replace
@@ -20,12 +20,9 @@ class Preset:
     base: str  # a folder, or the name of published weights
     prompts: str = ""  # folder of prompts.jsonl and prompts_eval.jsonl; "" is the base's own
     memory: str = ""  # what it needs, for the first line that is printed
-    world: dict | None = (
-        None  # how to pretrain the base first, if it is not there; None: it has to be there
-    )
-    write: dict | None = (
-        None  # english.py's flags, where the prompts are made for the run, out of `prompts`
-    )
+    world: dict | None = None  # how to pretrain the base; None: it has to be there
+    # english.py's flags, where the prompts are made for the run, out of `prompts`
+    write: dict | None = None
     english: bool = False  # no oracle can grade: assess.py in evaluate.py's place
     critique: dict = field(default_factory=dict)
     sft: dict = field(default_factory=dict)
@@ -40,9 +37,8 @@ FAST = dict(dtype="bfloat16")
 
 def _gpt2(name: str, memory: str, rows: int, micro: int) -> Preset:
     """rows: sampled together; micro: rows of one forward pass in training."""
-    shots = dict(
-        fewshot=str(DATA / "english" / "fewshot.json"), batch_size=rows, max_new=96, **FAST
-    )
+    fewshot = str(DATA / "english" / "fewshot.json")
+    shots = dict(fewshot=fewshot, batch_size=rows, max_new=96, **FAST)
     learns = dict(micro_batch=micro, **FAST)
     judges = dict(samples=16, base_samples=2, pairs=24, reasons=False, labels="clamped", ensemble=4)
     steps = dict(updates=300, batch_size=256, minibatches=4, max_new=96, warmup=10)
@@ -60,21 +56,11 @@ def _gpt2(name: str, memory: str, rows: int, micro: int) -> Preset:
     )
 
 
-def _full(preset: Preset) -> Preset:
-    """The same model with more prompts: 10,560 of them, 24 pairs each, are 253,440 comparisons where none drops
-    out."""
-    return replace(
-        preset,
-        write=dict(wrappings=20, attacks=40_000),
-        critique=preset.critique | dict(harmful=2_640, helpful=1_320, responses=2),
-        feedback=preset.feedback | dict(harmful=5_280, helpful=5_280),
-    )
-
-
-SMALL_WORLD = dict(
-    size="small", tests=130, tokens=250_000_000, ranks=1536, workers=12, check_every=2_000
-)
+SMALL_WORLD = dict(size="small", tests=130, tokens=250_000_000, ranks=1536)
+SMALL_WORLD |= dict(workers=12, check_every=2_000)
 SMALL_MODEL = dict(n_layer=8, n_head=6, n_embd=384, batch_size=128, lr=1e-3, compile=True, **FAST)
+
+GPT2 = _gpt2("gpt2", "24 GB of GPU memory", rows=128, micro=16)
 
 PRESETS = {
     "tiny": Preset(base=str(DATA / "tiny")),
@@ -89,8 +75,14 @@ PRESETS = {
         ppo=dict(updates=40, batch_size=1_024, minibatches=4, micro_batch=256, lr=1e-4, **FAST),
         evaluate=dict(size="small", judged=2_000, batch_size=1_024),
     ),
-    "gpt2": _gpt2("gpt2", "24 GB of GPU memory", rows=128, micro=16),
-    "gpt2-full": _full(_gpt2("gpt2", "24 GB of GPU memory", rows=128, micro=16)),
+    "gpt2": GPT2,
+    # 10,560 prompts, 24 pairs each, are 253,440 comparisons where none drops out
+    "gpt2-full": replace(
+        GPT2,
+        write=dict(wrappings=20, attacks=40_000),
+        critique=GPT2.critique | dict(harmful=2_640, helpful=1_320, responses=2),
+        feedback=GPT2.feedback | dict(harmful=5_280, helpful=5_280),
+    ),
     "gpt2-medium": _gpt2("gpt2-medium", "48 GB of GPU memory", rows=96, micro=16),
     "gpt2-large": _gpt2("gpt2-large", "80 GB of GPU memory", rows=96, micro=8),
 }

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
+from mincai import Diverged
 from mincai.plumbing import checkpoint, cli, data, distributed, memory, output
 from mincai.plumbing.cli import arg
 from mincai.plumbing.weights import common_tokenizer, resolve
@@ -68,18 +69,17 @@ class Stage:
         folders = [resolve(model) for model in models]
         return folders, common_tokenizer(*folders), [checkpoint.read_config(f) for f in folders]
 
-    def load(self, folder, scalar=False):
-        return checkpoint.load(folder, self.device, scalar=scalar)
+    def load(self, folder, **how):
+        """See checkpoint.load."""
+        return checkpoint.load(folder, self.device, **how)
 
     def plan_memory(self, kind: str, config, flags: str, **sizes) -> None:
         """Tell what memory this takes, before any is taken; see memory.announce."""
-        size = cli.number_bytes(self.cfg.dtype)
-        memory.announce(
-            kind, config, self.device, flags, dtype_bytes=size, cache_bytes=size, **sizes
-        )
+        memory.announce(kind, config, self.device, flags, dtype=self.cfg.dtype, **sizes)
 
     def save_rows(self, rows, stamp) -> None:
-        """Write the output, a JSONL file, and its sidecar. The processes go through the rows together.
+        """Write the output, a JSONL file, and its sidecar. The processes go through the rows
+        together.
 
         stamp: a function that gives what the sidecar records besides, when all rows are there.
         """
@@ -91,33 +91,26 @@ class Stage:
                 pass
 
     def save_model(self, model, tokenizer, metrics: dict, log: list[dict], **more) -> None:
-        """Write the output, a checkpoint's folder, with `log` as metrics.jsonl. more: {name: rows} of
-        other JSONL files."""
-        if distributed.is_main():
-            files = {f"{name}.jsonl": rows for name, rows in {"metrics": log, **more}.items()}
-            texts = {
-                name: "".join(json.dumps(row) + "\n" for row in rows)
-                for name, rows in files.items()
-            }
-            eot = tokenizer.eot
-            checkpoint.save(
-                model,
-                self.cfg.out,
-                extra={
-                    **tokenizer.files(),
-                    **texts,
-                    "bos_token_id": eot,
-                    "eos_token_id": eot,
-                    "run.json": data.stamp(self.cfg, metrics=metrics),
-                },
-            )
+        """Write the output, a checkpoint's folder, with `log` as metrics.jsonl. more: {name: rows}
+        of other JSONL files."""
+        for name, weight in model.named_parameters():
+            if not torch.isfinite(weight).all():
+                told = f"{name} holds NaN or infinity after training; nothing is written"
+                raise Diverged(f"{self.name}: {told}; lower --lr")
+        if not distributed.is_main():
+            return
+        extra = tokenizer.files() | {"run.json": data.stamp(self.cfg, metrics=metrics)}
+        extra |= dict.fromkeys(checkpoint.SPECIAL, tokenizer.eot)
+        for name, rows in {"metrics": log, **more}.items():
+            extra[f"{name}.jsonl"] = "".join(json.dumps(row) + "\n" for row in rows)
+        checkpoint.save(model, self.cfg.out, extra)
 
 
 def begin(name: str, cfg: Settings) -> Stage | None:
     """Check the settings, join the other processes, choose device and threads, look at the output.
 
-    None where the output is there already, made with these settings. UserError for settings that cannot
-    be, and for an output that may not be written.
+    None where the output is there already, made with these settings. UserError for settings that
+    cannot be, and for an output that may not be written.
     """
     started = time.time()
     cli.check(cfg)

@@ -65,10 +65,9 @@ def words_of(text: str) -> list[str]:
 
 def from_ranks(ranks: dict[bytes, int], words: set[str] | None = None) -> Tokenizer:
     """The end-of-text id is the first one after the ranks."""
-    encoding = tiktoken.Encoding(
-        "mincai", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END: len(ranks)}
-    )
-    return Tokenizer(encoding, ranks, words)
+    special = {END: len(ranks)}
+    how = dict(pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
+    return Tokenizer(tiktoken.Encoding("mincai", **how), ranks, words)
 
 
 def load_tokenizer(folder) -> Tokenizer:
@@ -81,10 +80,9 @@ def load_tokenizer(folder) -> Tokenizer:
         try:
             return Tokenizer(tiktoken.get_encoding("gpt2"))
         except Exception as error:  # tiktoken lets its HTTP library's errors through
-            raise UserError(
-                f"{path} is not there and GPT-2's vocabulary could not be fetched ({error}); "
-                f"set TIKTOKEN_CACHE_DIR to a folder that holds it"
-            ) from None
+            told = f"is not there and GPT-2's vocabulary could not be fetched ({error})"
+            advice = "set TIKTOKEN_CACHE_DIR to a folder that holds it"
+            raise UserError(f"{path} {told}; {advice}") from None
     ranks = {}
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:

@@ -111,10 +111,9 @@ def _fetch(name):
     except Exception as error:  # both libraries let their HTTP library's errors through
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)  # on one line
         pages = " and ".join(_url(name, file) for file in FILES)
-        raise UserError(
-            f"{name} could not be fetched ({reason}); open {pages} in a browser and put the two "
-            f"files in {WEIGHTS / name}/, or give a folder that holds them in place of the name"
-        ) from None
+        told = f"open {pages} in a browser and put the two files in {WEIGHTS / name}/"
+        advice = "or give a folder that holds them in place of the name"
+        raise UserError(f"{name} could not be fetched ({reason}); {told}, {advice}") from None
 
 
 def _download(name):
@@ -143,14 +142,6 @@ def _download(name):
 # --- checking -------------------------------------------------------------------------------------
 
 
-def _size(path):
-    return path.stat().st_size
-
-
-def _sha256(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def check(name: str, folder, advice="remove it and get it again") -> None:
     """UserError unless folder holds the published config.json and model.safetensors of `name`;
     names and shapes of the tensors are left to checkpoint.load. advice: what to do about it."""
@@ -160,12 +151,13 @@ def check(name: str, folder, advice="remove it and get it again") -> None:
         if found[key] != value:
             told = f"{key} is {found[key]}, but {name} has {value}"
             raise UserError(f"{config}: {told}; {advice}")
-    size, digest = PUBLISHED.get(name, (None, None))
-    for measure, unit, known in ((_size, "bytes", size), (_sha256, "as SHA-256", digest)):
-        measured = measure(weights) if known else None
-        if measured != known:
-            told = f"has {measured} {unit}, but {name}'s has {known}"
-            raise UserError(f"{weights}: {told}; {advice}")
+    if name in PUBLISHED:
+        content = weights.read_bytes()
+        sizes = (len(content), "bytes"), (hashlib.sha256(content).hexdigest(), "as SHA-256")
+        for (has, unit), known in zip(sizes, PUBLISHED[name]):
+            if has != known:
+                told = f"has {has} {unit}, but {name}'s has {known}"
+                raise UserError(f"{weights}: {told}; {advice}")
     try:
         # torch.hub takes a broken connection for the end; the header says how long the file must be
         with safe_open(weights, "pt"):
@@ -179,10 +171,9 @@ def check_vocabulary(model_config: GPTConfig, tokenizer, folder) -> None:
     than tokens are fine: some models round their number up."""
     tokens, rows = tokenizer.n_vocab, model_config.vocab_size
     if tokens > rows:
-        raise UserError(
-            f"{folder}: the vocabulary has {tokens} tokens, the embedding only {rows} rows; "
-            f"put the model's own tokenizer.tiktoken beside its weights"
-        )
+        told = f"the vocabulary has {tokens} tokens, the embedding only {rows} rows"
+        advice = "put the model's own tokenizer.tiktoken beside its weights"
+        raise UserError(f"{folder}: {told}; {advice}")
 
 
 def common_tokenizer(*folders):
@@ -202,7 +193,7 @@ def main(cfg: Config) -> None:
     if published:
         check(cfg.model, folder)
     parameters = sum(p.numel() for p in load(folder).parameters())
-    size = sum(_size(path) for path in folder.glob("*.safetensors"))
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     verified = ", SHA-256 as published" if published and cfg.model in PUBLISHED else ""
     print(f"{folder}: {parameters:,} parameters, {size:,} bytes{verified}")
 

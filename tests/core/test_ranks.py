@@ -26,7 +26,7 @@ def world(tmp_path):
 def rows_of(stage, world, monkeypatch, rank):
     """The rows that a process of this rank makes of *all* prompts; nothing is handed to another."""
     for name, fake in (("rank", lambda: rank), ("share", lambda items: items), ("merge", lambda items: items),
-                       ("gather", lambda items: items), ("total", lambda x: x), ("is_main", lambda: True),
+                       ("total", lambda x: x), ("is_main", lambda: True),
                        ("barrier", lambda: None)):
         monkeypatch.setattr(distributed, name, fake)
     out, common = world / f"{stage}-{rank}.jsonl", dict(prompts=str(world / "prompts.jsonl"), max_new=8, device="cpu",

@@ -126,7 +126,7 @@ def test_a_score_is_read_at_the_last_token_and_a_comes_first(base, pairs):
     """In a batch of uneven rows, against each row alone; PPO goes by the score itself, whose sign no accuracy shows."""
     kept, _ = train_pm.read_pairs(pairs, load_tokenizer(base), 64)
     kept = [replace(p, a=p.a[:-1]) if k % 3 else replace(p, b=p.b[:-1]) for k, p in enumerate(kept[:6])]
-    scored = checkpoint.load(base, scalar=True)
+    scored = checkpoint.load(base, scalar=True, new_head=True)
     with torch.no_grad():
         want = [torch.stack([scored(torch.tensor([list(row)]))[0, -1] for row in rows])
                 for rows in ([p.a for p in kept], [p.b for p in kept])]

@@ -268,7 +268,7 @@ def test_pm_trains_only_what_is_not_frozen(base, pairs, tmp_path):
 
 
 def test_pm_score_does_not_depend_on_the_batch(base, pairs):
-    pm, tokenizer = checkpoint.load(base, scalar=True), load_tokenizer(base)
+    pm, tokenizer = checkpoint.load(base, scalar=True, new_head=True), load_tokenizer(base)
     kept, _ = train_pm.read_pairs(pairs, tokenizer, 64)
     long = train_pm.Pair("p", list(kept[0].a) + [65] * 20 + [EOT], kept[0].b, kept[0].start, 0.5)
     alone, _ = pair_scores(pm, kept[:1])
@@ -277,7 +277,7 @@ def test_pm_score_does_not_depend_on_the_batch(base, pairs):
 
 
 def test_vectors_do_not_decay_and_what_is_frozen_does_not_learn(base, monkeypatch):
-    pm = checkpoint.load(base, scalar=True)
+    pm = checkpoint.load(base, scalar=True, new_head=True)
     model.freeze(pm.gpt, 1)
     assert optim.WEIGHT_DECAY == 0.01
     monkeypatch.setattr(optim, "WEIGHT_DECAY", 0.1)

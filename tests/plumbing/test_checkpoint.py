@@ -72,15 +72,6 @@ def test_scalar_round_trip_is_exact(tiny_gpt, tmp_path):
         checkpoint.load(tmp_path / "pm")
 
 
-def test_a_preference_model_of_an_earlier_mincai_is_told(tiny_gpt, tmp_path):
-    checkpoint.save(ScalarModel(tiny_gpt), tmp_path / "pm")
-    tensors = load_file(tmp_path / "pm" / "model.safetensors")
-    save_file(tensors | {"score.likelihood": torch.tensor(0.1)}, tmp_path / "pm" / "model.safetensors",
-              metadata={"format": "pt"})
-    with pytest.raises(UserError, match="pm: a preference model of an earlier mincai.*train it anew"):
-        checkpoint.load(tmp_path / "pm", scalar=True)
-
-
 def test_scalar_from_a_language_model_has_its_trunk_and_a_fresh_head(tiny_gpt, folder):
     torch.manual_seed(0)
     first = checkpoint.load(folder, scalar=True)
@@ -125,11 +116,10 @@ def test_older_checkpoint_is_replaced_and_nothing_is_left_beside(tiny_gpt, folde
 
 
 def test_the_words_of_a_small_vocabulary_are_among_what_a_stage_writes(tiny_gpt, tmp_path):
-    """As train_ppo.py saves: begun first, with the names of all that is to come."""
     extra = from_ranks({bytes([b]): b for b in range(256)}, {"lamp", "burn"}).files()
     for _ in range(3):
-        work = output.begin(tmp_path / "ppo", checkpoint.FILES)
-        checkpoint.save(tiny_gpt, tmp_path / "ppo", extra, work=work)
+        output.check_folder(tmp_path / "ppo", checkpoint.FILES)
+        checkpoint.save(tiny_gpt, tmp_path / "ppo", extra)
         there = sorted(p.name for p in (tmp_path / "ppo").iterdir())
         assert there == ["config.json", "model.safetensors", "run.json", "tokenizer.tiktoken", "words.txt"]
         assert json.loads((tmp_path / "ppo/run.json").read_text())["files"] == there

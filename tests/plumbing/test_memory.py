@@ -1,18 +1,24 @@
 """The plan of memory against exact counts, hand arithmetic, and what torch keeps for backward."""
 
 import re
+from dataclasses import dataclass
 
 import pytest
 import torch
 
 from mincai import UserError
 from mincai.model import GPT, GPTConfig, ScalarModel, attention_mask, positions_of
-from mincai.plumbing import memory
+from mincai.plumbing import cli, memory
 
 TINY = GPTConfig(vocab_size=998, block_size=256, n_layer=4, n_head=4, n_embd=128)
 SIZES = {"gpt2": (12, 12, 768, 124_439_808), "gpt2-medium": (24, 16, 1024, 354_823_168),
          "gpt2-large": (36, 20, 1280, 774_030_080), "gpt2-xl": (48, 25, 1600, 1_557_611_200)}
 STAGES = ("sample", "sft", "pm", "ppo")
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """A Config without flags."""
 
 
 def config_of(size):
@@ -48,7 +54,7 @@ def test_gpt2s_cache_and_optimiser_by_hand():
     assert lines["model: weights"] == lines["model: gradients"] == 497_759_232
     assert lines["model: AdamW's two moments"] == 995_518_464
     assert memory.plan("sample", gpt2, batch=64, length=256)["KV cache"] == 1_207_959_552
-    assert memory.plan("sample", gpt2, batch=64, length=256, cache_bytes=2)["KV cache"] == 603_979_776
+    assert memory.plan("sample", gpt2, batch=64, length=256, dtype="bfloat16")["KV cache"] == 603_979_776
 
 
 def test_logits_by_hand():
@@ -114,11 +120,11 @@ def test_activations_are_those_of_the_micro_batch_only():
 
 def test_bfloat16_saves_activations_and_costs_copies_of_weights():
     gpt2 = config_of("gpt2")
-    full, half = (memory.plan("sft", gpt2, batch=4, length=512, dtype_bytes=n) for n in (4, 2))
+    full, half = (memory.plan("sft", gpt2, batch=4, length=512, dtype=d) for d in ("float32", "bfloat16"))
     assert 0.5 < half["activations"] / full["activations"] < 0.6
     assert half["model: weights"] == full["model: weights"]
     assert half["16-bit copies of weights"] == 2 * (124_439_808 - (50257 + 1024) * 768)  # none of the embeddings
-    judge = memory.plan("sample", gpt2, batch=4, length=512, dtype_bytes=2, models=2)
+    judge = memory.plan("sample", gpt2, batch=4, length=512, dtype="bfloat16", models=2)
     assert judge["16-bit copies of weights"] == 2 * half["16-bit copies of weights"]
 
 
@@ -144,7 +150,7 @@ def test_turns_are_not_added_up():
 def test_every_line_that_takes_turns_is_known_to_a_plan(stage):
     """Guards the names in TURNS: a misspelt one would count as staying."""
     named = {name for names in memory.TURNS.values() for name in names}
-    lines = set(memory.plan(stage, TINY, batch=2, length=8, dtype_bytes=2, reads_on=True))
+    lines = set(memory.plan(stage, TINY, batch=2, length=8, dtype="bfloat16", reads_on=True))
     assert {name for name in lines if ":" not in name} - {"16-bit copies of weights"} <= named
     if stage == "ppo":
         assert named <= lines
@@ -193,20 +199,25 @@ def test_what_is_available(monkeypatch):
     assert memory.available("cuda") == 12 and memory.available("cuda:2") == 14
 
 
-def test_out_of_memory_is_one_line_that_says_what_to_do():
-    error = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of "
-                                        "79.10 GiB of which 1.00 GiB is free.\nMore.")
-    with pytest.raises(UserError) as told, memory.out_of_memory("lower --micro-batch or --max-new"):
-        raise error
-    assert str(told.value) == ("the GPU is out of memory (it was asked for 2.50 GiB more); lower --micro-batch or "
-                               "--max-new; finished stages are kept")
+def test_out_of_memory_is_one_line_that_says_what_to_do(capsys):
+    def main(cfg):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity "
+                                          "of 79.10 GiB of which 1.00 GiB is free.\nMore.")
+
+    with pytest.raises(SystemExit) as exit:
+        cli.run(main, Nothing, argv=[])
+    assert exit.value.code == 2
+    assert capsys.readouterr().err == (
+        "mincai: error: the GPU is out of memory (it was asked for 2.50 GiB more); lower --micro-batch, --batch-size "
+        "or --max-new, where it has them; finished stages are kept\n")
 
 
 def test_other_errors_pass_as_they_are():
-    with pytest.raises(RuntimeError, match="shapes"), memory.out_of_memory("lower --batch"):
+    def main(cfg):
         raise RuntimeError("shapes")
-    with memory.out_of_memory("lower --batch"):
-        pass
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        cli.run(main, Nothing, argv=[])
 
 
 def test_more_models_and_a_second_cache_are_counted():

@@ -110,15 +110,6 @@ def test_a_file_that_appears_meanwhile_is_kept_and_so_is_the_checkpoint(tmp_path
     assert (work / "late.txt").read_text() == "new"
 
 
-def test_stamps_from_before_there_were_lists_still_vouch(tmp_path):
-    (tmp_path / "run.json").write_text('{"mincai": "0.1.0", "config": {}}')
-    (tmp_path / "config.json").write_text("1")
-    (tmp_path / "notes.txt").write_text("mine")
-    make(tmp_path, config="2")
-    assert (tmp_path / "config.json").read_text() == "2"
-    assert (tmp_path / "notes.txt").read_text() == "mine"
-
-
 def test_a_run_stopped_at_any_step_loses_nothing_and_is_run_again(tmp_path, monkeypatch):
     """Old, new, or neither: never a mixture that passes for whole."""
     @dataclasses.dataclass(frozen=True)

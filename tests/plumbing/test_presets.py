@@ -16,7 +16,6 @@ from mincai import UserError, critique
 from mincai.lab import assess, english, evaluate
 from mincai.plumbing import checkpoint, data, memory
 from mincai.tinyworld import pretrain
-from mincai.plumbing.cli import number_bytes
 from mincai.model import GPT, GPTConfig
 from mincai.plumbing.presets import PRESETS
 from mincai.plumbing.weights import SHAPES
@@ -82,17 +81,17 @@ def test_a_preset_needs_no_more_memory_than_it_says(name):
         shape = SHAPES[preset.base]
     said = float(re.search(r"(\d+) GB", preset.memory)[1]) * 1e9
     for title in ("critique and revise", "AI feedback", "evaluate"):
-        cfg, bytes_ = stages[title], number_bytes(getattr(stages[title], "dtype", "float32"))
+        cfg, dtype = stages[title], getattr(stages[title], "dtype", "float32")
         assert memory.needed(memory.plan("sample", shape, batch=cfg.batch_size, length=shape.block_size,
-                                         dtype_bytes=bytes_, cache_bytes=bytes_, models=3,
+                                         dtype=dtype, models=3,
                                          reads_on=getattr(cfg, "reasons", False))) < said, title
     sft, pm, ppo = stages["fine-tune on revisions"], stages["preference model"], stages["PPO"]
     assert memory.needed(memory.plan("sft", shape, batch=sft.micro_batch or sft.batch_size, length=longest,
-                                     dtype_bytes=2)) < said
+                                     dtype="bfloat16")) < said
     assert memory.needed(memory.plan("pm", shape, batch=pm.batch_size, micro_batch=pm.micro_batch or None, length=longest,
-                                     dtype_bytes=2)) < said
+                                     dtype="bfloat16")) < said
     assert memory.needed(memory.plan("ppo", shape, batch=ppo.batch_size, micro_batch=ppo.micro_batch, length=longest,
-                                     answer=ppo.max_new, dtype_bytes=2, cache_bytes=2)) < said
+                                     answer=ppo.max_new, dtype="bfloat16")) < said
 
 
 def test_scale_makes_every_count_smaller_but_none_zero():
