@@ -26,7 +26,7 @@ from pathlib import Path
 
 from mincai import UserError
 from mincai.constitution import PATH
-from mincai.plumbing import data, formats, output
+from mincai.plumbing import data, output
 from mincai.plumbing.cli import arg, run
 
 FILES = ("prompts", "prompts_dev", "prompts_eval")
@@ -65,8 +65,10 @@ class Config:
 
 def load_attacks(path) -> dict[str, dict]:
     """{family: {held, encoding, templates}}; UserError where a template lacks its one {request}."""
+    with data.readable(path):
+        content = Path(path).read_bytes()
     try:
-        families = json.loads(formats.read_bytes(path))["families"]
+        families = json.loads(content)["families"]
         for name, family in families.items():
             if not {"held", "encoding", "templates"} <= family.keys():
                 raise ValueError(f"family {name!r}: needs held, encoding and templates")

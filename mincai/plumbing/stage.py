@@ -93,12 +93,12 @@ class Stage:
     def save_model(self, model, tokenizer, metrics: dict, log: list[dict], **more) -> None:
         """Write the output, a checkpoint's folder, with `log` as metrics.jsonl. more: {name: rows}
         of other JSONL files."""
+        if not distributed.is_main():
+            return
         for name, weight in model.named_parameters():
             if not torch.isfinite(weight).all():
                 told = f"{name} holds NaN or infinity after training; nothing is written"
                 raise Diverged(f"{self.name}: {told}; lower --lr")
-        if not distributed.is_main():
-            return
         extra = tokenizer.files() | {"run.json": data.stamp(self.cfg, metrics=metrics)}
         extra |= dict.fromkeys(checkpoint.SPECIAL, tokenizer.eot)
         for name, rows in {"metrics": log, **more}.items():

@@ -211,7 +211,7 @@ def test_doubt_of_a_preference_model_that_likes_help_and_settings(opened, monkey
 
 
 def test_all_questions_to_a_run_and_its_lines(opened, monkeypatch, tiny_base):
-    opened.models["pm"] = load(tiny_base, opened.device, scalar=True)
+    opened.models["pm"] = load(tiny_base, opened.device, scalar=True, new_head=True)
     found, rows = probes.measure(opened)
     found = json.loads(json.dumps(found))
     assert list(found) == list(probes.QUESTIONS) == list(dict.fromkeys(r["section"] for r in rows))

@@ -1,6 +1,7 @@
 """Checkpoints: every bit comes back, others' layouts are read, and a broken folder says what is wrong."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -74,9 +75,9 @@ def test_scalar_round_trip_is_exact(tiny_gpt, tmp_path):
 
 def test_scalar_from_a_language_model_has_its_trunk_and_a_fresh_head(tiny_gpt, folder):
     torch.manual_seed(0)
-    first = checkpoint.load(folder, scalar=True)
+    first = checkpoint.load(folder, scalar=True, new_head=True)
     torch.manual_seed(0)
-    again = checkpoint.load(folder, scalar=True)
+    again = checkpoint.load(folder, scalar=True, new_head=True)
     assert same_bits(first.gpt, tiny_gpt) and same_bits(first, again)
     assert first.gain == 1 and first.shift == 0 and first.score.weight.abs().min() > 0
 
@@ -261,3 +262,51 @@ def test_scalar_head_with_a_part_missing(tiny_gpt, tmp_path):
     edit_weights(tmp_path / "pm", lambda t: t.pop("score.gain"))
     with pytest.raises(UserError, match="gain is missing"):
         checkpoint.load(tmp_path / "pm", scalar=True)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_told(tiny_gpt, tmp_path, bad):
+    tiny_gpt.h[1].ln_1.bias.data[3] = bad
+    checkpoint.save(tiny_gpt, tmp_path / "model")
+    with pytest.raises(UserError, match="weight h.1.ln_1.bias holds NaN or infinity"):
+        checkpoint.load(tmp_path / "model")
+
+
+def test_a_language_model_is_no_preference_model(tiny_gpt, tmp_path):
+    checkpoint.save(tiny_gpt, tmp_path / "model")
+    with pytest.raises(UserError, match="is a language model, without .* head; give what train_pm.py"):
+        checkpoint.load(tmp_path / "model", scalar=True)
+
+
+def test_what_is_loaded_stays_when_the_file_is_written_over(tiny_gpt, tmp_path):
+    checkpoint.save(tiny_gpt, tmp_path / "model")
+    loaded = checkpoint.load(tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    with open(file, "r+b") as raw:  # in place, as cp does it
+        raw.seek(file.stat().st_size // 2)
+        raw.write(bytes(file.stat().st_size // 2))
+    for a, b in zip(loaded.parameters(), tiny_gpt.parameters()):
+        assert torch.equal(a, b)
+
+
+def test_saved_weights_honour_the_umask(tiny_gpt, tmp_path):
+    before = os.umask(0o027)
+    try:
+        checkpoint.save(tiny_gpt, tmp_path / "model")
+    finally:
+        os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()}
+    assert modes == {0o640} and os.umask(before) == before
+
+
+def test_a_file_that_may_not_be_read_is_not_called_missing(tiny_gpt, tmp_path, monkeypatch):
+    """Root may read everything, so the answer of the system is pretended."""
+    checkpoint.save(tiny_gpt, tmp_path / "model")
+
+    def refused(path):
+        raise FileNotFoundError(f"No such file or directory: {path}")  # as safetensors tells it
+
+    monkeypatch.setattr(checkpoint, "load_file", refused)
+    monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith(".safetensors"))
+    with pytest.raises(UserError, match=r"model.safetensors: cannot be read \(Permission denied\)"):
+        checkpoint.load(tmp_path / "model")

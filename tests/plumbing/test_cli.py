@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from mincai import UserError
+from mincai import Diverged, UserError
 from mincai.model import GPT, GPTConfig
 from mincai.plumbing import cli, workers
 
@@ -181,3 +181,27 @@ def test_the_first_field_may_be_given_without_its_flag(capsys):
     with pytest.raises(SystemExit):
         cli.parse(Numbers, ["--lr", "1", "runs/y"])  # first or not at all
     assert "unrecognized arguments: runs/y" in capsys.readouterr().err
+
+
+def test_help_shows_choices_and_ones_own_flags_first(capsys):
+    @dataclass(frozen=True)
+    class Base:
+        seed: int = cli.arg(0, "of all")
+
+    @dataclass(frozen=True)
+    class Own(Base):
+        kind: str = cli.arg("a", "which", choices=("a", "b"))
+
+    with pytest.raises(SystemExit):
+        cli.parse(Own, ["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "which: a | b (default: a)" in shown and shown.index("--kind STR") < shown.index("--seed INT")
+
+
+def test_numbers_that_went_wrong_exit_1(capsys):
+    def main(cfg):
+        raise Diverged("train_sft, step 3 of 4: the gradient's norm is nan")
+
+    with pytest.raises(SystemExit) as exit:
+        cli.run(main, Config, argv=[])
+    assert exit.value.code == 1 and "step 3 of 4" in capsys.readouterr().err

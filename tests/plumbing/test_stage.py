@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from mincai import UserError
+from mincai import Diverged, UserError
 from mincai.plumbing import checkpoint, cli, data, distributed, stage
 from mincai.plumbing.tokenizer import load_tokenizer
 
@@ -123,3 +123,11 @@ def test_a_model_is_written_with_its_vocabulary_its_logs_and_its_stamp(cfg, tiny
     for a, b in zip(model.parameters(), checkpoint.load(cfg.out).parameters(), strict=True):
         assert torch.equal(a, b)
     assert stage.begin("test", cfg) is None
+
+
+def test_a_model_of_nan_is_not_written(tiny_gpt, tiny_base, tmp_path):
+    begun = stage.begin("train_x", Rows(device="cpu", threads=1, out=str(tmp_path / "out")))
+    tiny_gpt.ln_f.weight.data[0] = float("nan")
+    with pytest.raises(Diverged, match="train_x: ln_f.weight holds NaN or infinity after training; nothing"):
+        begun.save_model(tiny_gpt, load_tokenizer(tiny_base), {}, [])
+    assert not (tmp_path / "out").exists()
