@@ -14,6 +14,7 @@ columns (P + max_new), V vocabulary.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from mincai import Diverged, UserError
@@ -38,6 +39,8 @@ class Samples:
         lengths = self.mask.sum(1).tolist()
         return [row[:n] for row, n in zip(self.ids.tolist(), lengths)]
 
+
+SHARED = 64  # tokens; fewer that rows begin with are read again in each of them
 
 # --- padding ------------------------------------------------------------------------------------------------
 
@@ -106,6 +109,36 @@ def _is_stop(ids, stop):
 # --- many tokens --------------------------------------------------------------------------------------------
 
 
+def shared_prefix(prompts) -> int:
+    """How many tokens all prompts begin with, if that is worth a forward of its own; at least one
+    token is left of each."""
+    least = min(map(len, prompts)) - 1
+    columns = enumerate(zip(*prompts))
+    same = next((i for i, column in columns if i == least or len(set(column)) > 1), 0)
+    return same if len(prompts) > 1 and same >= SHARED else 0
+
+
+@torch.no_grad()
+def read(model, prompts, room: int):
+    """Read prompts into a cache with room for so many tokens more -> cache, which of its columns
+    count (B, P) bool, and the logits (B, V) after each prompt.
+
+    What all of them begin with, worked examples for instance, is read once: its keys and values are
+    the same in every row.
+    """
+    same, device, config = shared_prefix(prompts), model.device, model.config
+    ids, valid = left_pad([prompt[same:] for prompt in prompts], device)
+    valid = F.pad(valid, (same, 0), value=True)
+    rows = 1 if same else len(ids)
+    cache = KVCache(config, rows, valid.shape[1] + room, device, cache_dtype(model))
+    if same:
+        model(torch.tensor([list(prompts[0][:same])], device=device), cache=cache)
+        cache.keep(torch.zeros(len(ids), dtype=torch.long, device=device))
+    mask, positions = attention_mask(valid)[:, same:], positions_of(valid)[:, same:]
+    hidden = model(ids, positions, mask, cache)
+    return cache, valid, model.unembed(hidden[:, -1])  # the last column is no padding
+
+
 @torch.no_grad()
 def generate(
     model: GPT,
@@ -131,12 +164,9 @@ def generate(
     assert max_new > 0 and n > 0 and temperature >= 0, (max_new, n, temperature)
     check_room(model, [len(p) for p in prompts], max_new + len(then))
     device = model.device
-    ids, valid = left_pad(prompts, device)  # (B / n, P)
-    cache = KVCache(model.config, len(ids), ids.shape[1] + max_new, device, cache_dtype(model))
-    hidden = model(ids, positions_of(valid), attention_mask(valid), cache)
-    logits = model.unembed(hidden[:, -1])  # (B / n, V): the last column is no padding
+    cache, valid, logits = read(model, prompts, max_new)  # (B / n, P), (B / n, V)
     if n > 1:
-        repeat = torch.arange(len(ids), device=device).repeat_interleave(n)
+        repeat = torch.arange(len(valid), device=device).repeat_interleave(n)
         cache.keep(repeat)
         valid, logits = valid[repeat], logits[repeat]
     if uniforms is None:

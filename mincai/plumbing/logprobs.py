@@ -11,7 +11,7 @@ from mincai.losses import gather_logp
 from mincai.model import GPT, ScalarModel
 from mincai.plumbing import distributed
 from mincai.plumbing.data import right_pad
-from mincai.sample import check_room, chunks
+from mincai.sample import check_room, chunks, read, shared_prefix
 
 
 @torch.no_grad()
@@ -22,7 +22,12 @@ def next_logp(model: GPT, prompts, ids: list[int], batch_size=32) -> torch.Tenso
     lengths = [len(p) for p in prompts]
     for chunk in chunks(lengths, batch_size):
         check_room(model, [lengths[i] for i in chunk], 0)
-        tokens, valid = right_pad([prompts[i] for i in chunk], model.device)
+        some = [prompts[i] for i in chunk]
+        if shared_prefix(some):
+            _, _, logits = read(model, some, 0)
+            out[chunk] = torch.log_softmax(logits, dim=-1)[:, ids].cpu()
+            continue
+        tokens, valid = right_pad(some, model.device)
         rows = torch.arange(len(chunk), device=model.device)
         last = model(tokens)[rows, valid.sum(1) - 1]  # (B, C)
         logp = torch.log_softmax(model.unembed(last), dim=-1)  # (B, V)

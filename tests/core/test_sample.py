@@ -233,3 +233,24 @@ def test_logp_of_samples_equals_answer_logp(tiny_gpt, seeded):
 
 def test_an_empty_answer_has_no_logp(tiny_gpt):
     assert [len(x) for x in answer_logp(tiny_gpt, PROMPTS, [[], [1], []], batch_size=1)] == [0, 1, 0]
+
+
+@pytest.mark.parametrize("decode", ["_decode_eager", "_decode_graph"])
+def test_what_all_prompts_begin_with_is_read_once_and_changes_nothing(tiny_gpt, seeded, monkeypatch, decode):
+    """Rows of uneven length behind a header of five: the same tokens and log-probs as when each reads it."""
+    monkeypatch.setattr(sample, "_decode_eager", getattr(sample, decode))
+    prompts = [[8, 3, 9, 9, 4, *rest] for rest in ([5], [6, 7, 1, 2], [5, 5], [1])]
+    assert sample.shared_prefix(prompts) == 0  # not worth it
+    asked = dict(temperature=1.0, n=2, then=[9, 8])
+    whole = generate(tiny_gpt, prompts, 12, STOP, generator=seeded(3), **asked)
+    logp = next_logp(tiny_gpt, prompts, [1, 2, 3], 4)
+    rows, forward = [], tiny_gpt.forward
+    monkeypatch.setattr(tiny_gpt, "forward", lambda ids, *a, **k: rows.append(ids.shape) or forward(ids, *a, **k))
+    monkeypatch.setattr(sample, "SHARED", 3)
+    assert sample.shared_prefix(prompts) == 5 and sample.shared_prefix([[1, 2, 3, 4, 5]] * 2) == 4
+    once = generate(tiny_gpt, prompts, 12, STOP, generator=seeded(3), **asked)
+    assert rows[0] == (1, 5) and rows[1] == (4, 4)  # the header for all, then what is left of the longest
+    assert once.lists() == whole.lists()
+    assert_close(once.logp, whole.logp, atol=1e-4, rtol=0)
+    assert_close(once.after, whole.after, atol=1e-4, rtol=1e-4)
+    assert_close(next_logp(tiny_gpt, prompts, [1, 2, 3], 4), logp, atol=1e-4, rtol=0)
