@@ -9,7 +9,7 @@ import torch
 
 from mincai.losses import gather_logp
 from mincai.model import GPT, ScalarModel
-from mincai.plumbing import distributed
+from mincai.plumbing import distributed, workers
 from mincai.plumbing.data import right_pad
 from mincai.sample import check_room, chunks, read, shared_prefix
 
@@ -42,16 +42,21 @@ def answer_logp(model: GPT, prompts, answers, batch_size=32) -> list[torch.Tenso
     assert len(prompts) == len(answers), (len(prompts), len(answers))
     out = [None] * len(prompts)
     lengths = [len(p) + len(a) for p, a in zip(prompts, answers)]
-    for chunk in chunks(lengths, batch_size):
+
+    def score(chunk):
         check_room(model, [lengths[i] for i in chunk], 0)
         tokens, _ = right_pad([prompts[i] + answers[i] for i in chunk], model.device)
         spans = [range(len(prompts[i]), lengths[i]) for i in chunk]  # columns of the answers
         places = [(row, column) for row, span in enumerate(spans) for column in span]
         row, column = torch.tensor(places, device=model.device).long().reshape(-1, 2).T  # (N,) both
         hidden = model(tokens)[row, column - 1]  # (N, C): token i is predicted at i - 1
-        logp = gather_logp(model.unembed(hidden), tokens[row, column]).cpu()
-        for i, part in zip(chunk, logp.split([len(answers[i]) for i in chunk])):
-            out[i] = part
+        return gather_logp(model.unembed(hidden), tokens[row, column]).cpu().numpy()
+
+    parts = chunks(lengths, batch_size)
+    for chunk, logp in zip(parts, workers.spread(score, parts, workers.number(model))):
+        pieces = torch.from_numpy(logp).split([len(answers[i]) for i in chunk])
+        for i, piece in zip(chunk, pieces):
+            out[i] = piece
     return out
 
 
@@ -67,9 +72,13 @@ def answer_scores(pm: ScalarModel, prompts, answers, batch_size=32) -> torch.Ten
     """The scores of answers, end of text included, after their prompts: (N,) on the CPU."""
     assert len(prompts) == len(answers), (len(prompts), len(answers))
     rows = [prompt + answer for prompt, answer in zip(prompts, answers)]
-    starts = range(0, len(rows), batch_size)
-    parts = [end_scores(pm, rows[i : i + batch_size]).cpu() for i in starts]
-    return torch.cat(parts) if parts else torch.zeros(0)
+    parts = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+
+    def score(some):
+        return end_scores(pm, some).cpu().numpy()
+
+    found = workers.spread(score, parts, workers.number(pm.gpt))
+    return torch.tensor([number for some in found for number in some.tolist()])
 
 
 def pair_scores(pm: ScalarModel, pairs) -> tuple[torch.Tensor, torch.Tensor]:

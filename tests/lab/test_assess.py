@@ -237,7 +237,7 @@ def test_where_all_answers_are_equal_nobody_is_asked(likes):
 
 def test_scores_leave_out_what_the_model_cannot_read(tiny_base):
     tokenizer, lengths = load_tokenizer(tiny_base), []
-    gpt = SimpleNamespace(config=SimpleNamespace(block_size=40), device="cpu")
+    gpt = SimpleNamespace(config=SimpleNamespace(block_size=40, n_embd=8), device=torch.device("cpu"))
 
     class Pm(SimpleNamespace):
         def __call__(self, ids):

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from mincai import UserError
+from mincai.model import ScalarModel
 from mincai.plumbing import workers
+from mincai.plumbing.logprobs import answer_logp, answer_scores
 from mincai.sample import generate_batched, generate_then
 
 
@@ -57,7 +59,10 @@ def test_samples_do_not_depend_on_the_number_of_cores(tiny_gpt, seeded, cores):
         cores(n)
         drawn = generate_batched(tiny_gpt, prompts, 12, {7, 9}, 8, generator=seeded(3), n=2)
         texts, logp = generate_then(tiny_gpt, prompts, 12, {7, 9}, 8, [4, 5], [1, 2])
-        found.append((drawn, texts, logp.tolist()))
+        known = [part.tolist() for part in answer_logp(tiny_gpt, prompts, texts, 8)]
+        torch.manual_seed(0)
+        scores = answer_scores(ScalarModel(tiny_gpt), prompts, texts, 8).tolist()
+        found.append((drawn, texts, logp.tolist(), known, scores))
     assert found[0] == found[1] == found[2] and len(set(map(tuple, found[0][0]))) > 20
 
 
