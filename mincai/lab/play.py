@@ -34,7 +34,12 @@ from mincai.sample import generate
 from mincai.tinyworld import attacks
 
 PAGE = Path(__file__).with_name("play.html")
-HOST, NAMES_OF_HOST = "127.0.0.1", ("127.0.0.1", "localhost")
+HOST, OTHER_NAME = "127.0.0.1", "localhost"
+# What the page may load: what stands in it, and this server's answers
+POLICY = (
+    "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "connect-src 'self'; frame-ancestors 'none'; form-action 'none'"
+)
 CHARACTERS, BYTES = 2_000, 100_000  # of a request, and of all that the page may send
 OTHERS = 5  # tokens shown beside the one that was drawn
 
@@ -236,9 +241,10 @@ class Handler(BaseHTTPRequestHandler):
     def local(self) -> bool:
         """Whether this machine is asked by its own name; another page's name may lead here too."""
         name = self.headers.get("Host", "").partition(":")[0]
-        if name not in NAMES_OF_HOST:
-            self.reply(403, {"error": f"open this page as http://{HOST}"})
-        return name in NAMES_OF_HOST
+        if name in (HOST, OTHER_NAME):
+            return True
+        self.reply(403, {"error": f"open this page as http://{HOST}:{self.server.server_port}"})
+        return False
 
     def read(self):
         """What was sent. JSON has to be called so: no other site's page may send that here."""
@@ -257,10 +263,10 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", f"{kind}; charset=utf-8")
         self.send_header("Content-Length", str(len(body)))
-        inline = "style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
-        self.send_header("Content-Security-Policy", f"default-src 'none'; {inline}")
-        self.end_headers()
-        self.wfile.write(body)
+        self.send_header("Content-Security-Policy", POLICY)
+        with contextlib.suppress(ConnectionError):  # whoever asked may be gone
+            self.end_headers()
+            self.wfile.write(body)
 
     def log_message(self, *args):
         """Nothing: the terminal shows what is being computed."""
