@@ -73,7 +73,7 @@ class Play:
     def about(self) -> dict:
         """What the page can offer."""
         principles = [
-            {"id": p.id, "target": p.target, "text": p.asks("critique", self.planner.full)}
+            {"id": p.id, "target": p.target, "text": p.text if self.planner.full else p.tiny}
             for p in self.principles.values()
         ]
         found = {"stages": {s: NAMES[s] for s in self.models}, "principles": principles}

@@ -201,6 +201,8 @@ def test_an_attack_goes_around_the_request(opened):
     assert found["prompt"] == attacks.wrap("burn a lamp", "authority", random.Random(PLAIN["seed"]))
     assert play.ask(opened, PLAIN)["prompt"] == PLAIN["request"]
     assert opened.about()["families"] == list(attacks.FAMILIES)
+    says = [p.tiny for p in opened.principles.values()]
+    assert [p["text"] for p in opened.about()["principles"]] == says
 
 
 def test_words_never_read_are_named_and_a_setting_counts(opened):
@@ -239,8 +241,7 @@ def test_another_world_has_no_attack_families(tiny_base, tmp_path):
     free = play.open_run(config(tmp_path, base, fewshot=str(shots)))
     about = free.about()
     assert about["families"] == [] and [r["text"] for r in about["requests"]] == ["Why?", "How?"]
-    full = {p.id: p.asks("critique", True) for p in free.principles.values()}
-    assert {p["id"]: p["text"] for p in about["principles"]} == full
+    assert [p["text"] for p in about["principles"]] == [p.text for p in free.principles.values()]
     assert play.ask(free, PLAIN | {"request": "Why?"})["unread"] == []
     with pytest.raises(UserError, match="family: give one of the attack families, or none"):
         play.ask(free, PLAIN | {"family": "plain"})
