@@ -19,6 +19,7 @@ def test_an_installation_runs_anywhere(tmp_path):
     top = {p.name for p in site.iterdir()}
     assert top == {"bin", "mincai", *(name for name in top if name.endswith(".dist-info"))}
     assert (site / "mincai/data/tiny/model.safetensors").is_file()
+    assert (site / "mincai/lab/play.html").is_file()
     commands = sorted(p.name for p in (site / "bin").iterdir())
     assert commands[0] == "mincai" and "mincai-train-ppo" in commands and len(commands) == 9
     for name in commands:
