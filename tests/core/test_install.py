@@ -21,7 +21,7 @@ def test_an_installation_runs_anywhere(tmp_path):
     assert (site / "mincai/data/tiny/model.safetensors").is_file()
     assert (site / "mincai/lab/play.html").is_file()
     commands = sorted(p.name for p in (site / "bin").iterdir())
-    assert commands[0] == "mincai" and "mincai-train-ppo" in commands and len(commands) == 9
+    assert commands[0] == "mincai" and "mincai-train-ppo" in commands and len(commands) == 10
     for name in commands:
         run = f"import sys; from mincai.plumbing import entry; sys.argv = ['{name}', '--help']; entry."
         run += {"mincai": "loop"}.get(name, name.removeprefix("mincai-").replace("-", "_")) + "()"
