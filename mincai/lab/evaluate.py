@@ -128,7 +128,7 @@ def measure_table(opened: measure.Run) -> dict:
     lacks = f", missing {', '.join(opened.missing)}" if opened.missing else ""
     print(
         f"evaluate: {len(opened.rows)} held-out prompts, {len(opened.stages)} stages{lacks}; "
-        f"{seconds} s on {result['threads']} threads -> {path}"
+        f"{seconds} s -> {path}"
     )
     return result
 

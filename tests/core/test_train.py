@@ -520,8 +520,8 @@ def test_same_seed_same_bits(base, revisions, pairs, prompts, tmp_path):
         train_pm.main(train_pm.Config(model=base, pairs=(pairs,), prompts="", out=str(tmp_path / f"pm-{name}"), epochs=1, freeze=0,
                                       **QUIET))
         train_ppo.main(ppo(base, pm, prompts, tmp_path / f"ppo-{name}", warmup=0))
-    for stage in ("sft", "pm", "ppo"):
-        assert weights(tmp_path / f"{stage}-a") == weights(tmp_path / f"{stage}-b")
+    for kind in ("sft", "pm", "ppo"):
+        assert weights(tmp_path / f"{kind}-a") == weights(tmp_path / f"{kind}-b")
     train_sft.main(sft(base, revisions, tmp_path / "sft-c", seed=1))
     assert weights(tmp_path / "sft-c") != weights(tmp_path / "sft-a")
 

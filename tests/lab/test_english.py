@@ -114,7 +114,7 @@ def test_the_shipped_prompts_are_made_of_the_shipped_requests(tmp_path, requests
 
 def test_rows_say_what_they_were_made_of(requests, files):
     made_of = {row["request"]: row for row in requests}
-    for name, rows in files.items():
+    for rows in files.values():
         assert len({row["id"] for row in rows}) == len(rows)
         for row in rows:
             source = made_of[row["request"]]

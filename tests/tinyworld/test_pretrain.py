@@ -72,7 +72,9 @@ def pretend(monkeypatch):
     def start(change, facts=1.0):
         written, numbers = [], {"dialogue": count(), "review": count(), "comparison": count()}
         for kind in numbers:
-            def write(*args, kind=kind, real=getattr(corpus, kind)):
+            real = getattr(corpus, kind)
+
+            def write(*args, kind=kind, real=real):
                 document = real(*args)
                 text = "".join(piece for piece, _ in document[1:])
                 written.append((document[0][0], change(next(numbers[kind]), text)))
