@@ -161,7 +161,9 @@ def _fill(model, tensors, folder):
             raise UserError(f"{folder}: {told}; {BOTH}")
         if not torch.isfinite(tensors[name]).all():
             told = f"weight {name} holds NaN or infinity"
-            raise UserError(f"{folder}: {told}; get the file again, or look at the run that made it")
+            raise UserError(
+                f"{folder}: {told}; get the file again, or look at the run that made it"
+            )
     # Copies: what is read stays mapped to the file, which somebody may write over
     copies = {k: v.float().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
     model.load_state_dict(copies, assign=True)

@@ -18,7 +18,9 @@ import argparse
 import dataclasses
 import math
 import os
+import signal
 import sys
+import threading
 
 import torch
 
@@ -106,17 +108,37 @@ def run(main, Config, description="", argv=None):
     fit code.
 
     A UserError is one line on stderr and its exit code, never a traceback, and so is a GPU without
-    memory; Ctrl-C is 130 (128 + SIGINT).
+    memory. Ctrl-C, SIGTERM and SIGHUP are a line too, and 128 + their number. Who reads only the
+    head of what is printed gets no traceback after it.
     """
+    ended = []
+
+    def end(number, frame):
+        ended.append(number)
+        raise KeyboardInterrupt
+
+    for name in ("SIGTERM", "SIGHUP"):  # the latter is not everywhere
+        if hasattr(signal, name) and threading.current_thread() is threading.main_thread():
+            signal.signal(getattr(signal, name), end)
     try:
         main(parse(Config, argv, description))
+        sys.stdout.flush()
     except (UserError, torch.cuda.OutOfMemoryError) as error:  # torch.cuda: for torch 2.4
         told = error if isinstance(error, UserError) else memory.shortage(error)
         print(f"mincai: error: {told}", file=sys.stderr)
         sys.exit(getattr(error, "code", 2))
     except KeyboardInterrupt:
-        print("\nmincai: interrupted", file=sys.stderr)
-        sys.exit(130)
+        number = ended[0] if ended else signal.SIGINT
+        told = (
+            "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
+        )
+        print(f"\nmincai: {told}; finished stages are kept", file=sys.stderr)
+        sys.exit(128 + number)
+    except BrokenPipeError:
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # else Python flushes at exit
+        sys.exit(128 + signal.SIGPIPE)
 
 
 def precision(device, dtype):

@@ -1,5 +1,8 @@
 """The bridge from dataclass to flags: what is typed is what the program gets, and a mistake exits 2."""
 
+import signal
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -205,3 +208,40 @@ def test_numbers_that_went_wrong_exit_1(capsys):
     with pytest.raises(SystemExit) as exit:
         cli.run(main, Config, argv=[])
     assert exit.value.code == 1 and "step 3 of 4" in capsys.readouterr().err
+
+
+ENDS = """
+import os, signal, sys, time
+from dataclasses import dataclass
+from mincai.plumbing import cli
+
+@dataclass(frozen=True)
+class Config:
+    kind: str = cli.arg("", "what happens")
+
+def main(cfg):
+    if cfg.kind == "pipe":
+        for n in range(100_000):
+            print(n)
+    os.kill(os.getpid(), getattr(signal, cfg.kind))
+    time.sleep(5)
+
+cli.run(main, Config)
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_a_signal_is_a_line_and_its_exit_code(name):
+    ran = subprocess.run([sys.executable, "-c", ENDS, "--kind", name], capture_output=True, text=True)
+    word = "interrupted" if name == "SIGINT" else f"ended by {name}"
+    assert ran.returncode == 128 + getattr(signal, name)
+    assert ran.stderr.strip() == f"mincai: {word}; finished stages are kept"
+
+
+def test_who_reads_only_the_head_gets_no_traceback():
+    ran = subprocess.Popen(
+        [sys.executable, "-c", ENDS, "--kind", "pipe"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert ran.stdout.readline() == b"0\n"
+    ran.stdout.close()
+    assert ran.stderr.read() == b"" and ran.wait() == 128 + signal.SIGPIPE
