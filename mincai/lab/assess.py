@@ -231,7 +231,8 @@ def main(cfg: Config) -> dict:
             result["stages"][stage] = found
     stamp = data.stamp(cfg, inputs=begun.inputs, seconds=round(begun.seconds()))
     result = {**stamp, "missing": missing, "planner": dict(planner.counts), **result}
-    data.write_stamped(out / "eval.json", {"eval_samples.jsonl": samples}, lambda: result)
+    files = {"eval_samples.jsonl": samples}
+    result = data.write_stamped(out / "eval.json", files, lambda: result)
     print(report(result))
     lacks = f", missing {', '.join(missing)}" if missing else ""
     counted = f"{len(rows)} held-out prompts, {len(stages)} stages{lacks}"

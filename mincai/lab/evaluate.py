@@ -124,7 +124,7 @@ def measure_table(opened: measure.Run) -> dict:
     files = {"eval_samples.jsonl": samples}
     if "pm" in result:
         files["eval_pm.jsonl"] = result["pm"].pop("samples")
-    data.write_stamped(path, files, lambda: result)
+    result = data.write_stamped(path, files, lambda: result)
     print(as_text(tables(result)), "\n".join(headlines(result)), dialogues(samples), sep="\n\n")
     lacks = f", missing {', '.join(opened.missing)}" if opened.missing else ""
     print(

@@ -115,8 +115,9 @@ def write_json(path, obj):
     output.write_file(path, [json.dumps(obj, ensure_ascii=False, indent=2) + "\n"])
 
 
-def write_stamped(path, files: dict, stamp) -> None:
-    """JSONL files, {name: rows}, and the JSON file beside them, at `path`, that vouches for them.
+def write_stamped(path, files: dict, stamp) -> dict:
+    """JSONL files, {name: rows}, and the JSON file beside them, at `path`, that vouches for them;
+    its content.
 
     stamp: a function that gives its content when all rows are there. The old stamp goes before new
     rows get their name: a run that is stopped in between leaves one that says so, and is made again.
@@ -129,7 +130,9 @@ def write_stamped(path, files: dict, stamp) -> None:
     for name, rows in files.items():
         write_jsonl(places[name], rows, mark)
     hashes = {name: output.sha256(place) for name, place in places.items()}
-    write_json(path, {**stamp(), "sha256": hashes})
+    found = {**stamp(), "sha256": hashes}
+    write_json(path, found)
+    return found
 
 
 # --- batches --------------------------------------------------------------------------------------
