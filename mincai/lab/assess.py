@@ -229,10 +229,10 @@ def main(cfg: Config) -> dict:
                     others, desc = [first[i] for i in at], f"judge, {stage} on {kind}"
                     found[kind]["wins"] = wins(base, planner, mine, texts, others, held, cfg, desc)
             result["stages"][stage] = found
-    stamp = data.stamp(cfg, seconds=round(begun.seconds()))
+    stamp = data.stamp(cfg, inputs=begun.inputs, seconds=round(begun.seconds()))
     result = {**stamp, "missing": missing, "planner": dict(planner.counts), **result}
-    data.write_jsonl(out / "eval_samples.jsonl", samples)
-    data.write_json(out / "eval.json", result)
+    files = {"eval_samples.jsonl": samples}
+    result = data.write_stamped(out / "eval.json", files, lambda: result)
     print(report(result))
     lacks = f", missing {', '.join(missing)}" if missing else ""
     counted = f"{len(rows)} held-out prompts, {len(stages)} stages{lacks}"

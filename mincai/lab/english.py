@@ -200,9 +200,8 @@ def read(cfg: Config) -> dict[str, list[dict]]:
 def main(cfg: Config) -> dict:
     cfg.check_out()
     files = read(cfg)
-    for name, some in files.items():
-        data.write_jsonl(Path(cfg.out) / f"{name}.jsonl", some)
-    data.write_json(Path(cfg.out, "prompts.run.json"), data.stamp(cfg))  # vouches for all three
+    rows = {f"{name}.jsonl": some for name, some in files.items()}
+    data.write_stamped(Path(cfg.out, "prompts.run.json"), rows, lambda: data.stamp(cfg))
     told = ", ".join(f"{len(some):,} in {name}.jsonl" for name, some in files.items())
     print(f"english: {told} -> {cfg.out}")
     return {name: len(some) for name, some in files.items()}

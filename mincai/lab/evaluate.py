@@ -74,7 +74,7 @@ def headline(stages: dict) -> dict:
 
 
 def measure_all(opened: measure.Run) -> tuple[dict, list[dict]]:
-    """(what goes into eval.json, every answer); writes the pairs that the preference model is put to."""
+    """(what goes into eval.json, every answer). Its "pm" holds the pairs put to the preference model, as "samples"."""
     rng = random.Random(opened.cfg.seed + 11)
     harmful, held_out = opened.split("eval"), opened.split("eval", "eval-twin")
     stages, greedy, samples = {}, {}, []
@@ -99,7 +99,6 @@ def measure_all(opened: measure.Run) -> tuple[dict, list[dict]]:
         result[f"critic_{split}"] = measure.measure_critic(opened, harmful, some, rng)
     if "pm" not in opened.missing:
         result["pm"] = measure.measure_pm(opened, held_out, rng)
-        data.write_jsonl(opened.out / "eval_pm.jsonl", result["pm"].pop("samples"))
     return result, samples
 
 
@@ -108,8 +107,8 @@ def measure_deep(opened: measure.Run) -> None:
     cfg, path, started = opened.cfg, opened.out / "eval_deep.json", time.time()
     if not data.done(path, cfg, cfg.again):
         found, rows = probes.measure(opened)
-        data.write_jsonl(opened.out / "eval_deep.jsonl", rows)
-        data.write_json(path, data.stamp(cfg, seconds=round(time.time() - started)) | found)
+        made = data.stamp(cfg, seconds=round(time.time() - started)) | found
+        data.write_stamped(path, {"eval_deep.jsonl": rows}, lambda: made)
     print(as_text(probes.tables(measure.read_object(path))), flush=True)
 
 
@@ -122,8 +121,10 @@ def measure_table(opened: measure.Run) -> dict:
     result, samples = measure_all(opened)
     seconds = round(time.time() - started)
     result = data.stamp(cfg, seconds=seconds, missing=opened.missing) | result
-    data.write_jsonl(opened.out / "eval_samples.jsonl", samples)
-    data.write_json(path, result)
+    files = {"eval_samples.jsonl": samples}
+    if "pm" in result:
+        files["eval_pm.jsonl"] = result["pm"].pop("samples")
+    result = data.write_stamped(path, files, lambda: result)
     print(as_text(tables(result)), "\n".join(headlines(result)), dialogues(samples), sep="\n\n")
     lacks = f", missing {', '.join(opened.missing)}" if opened.missing else ""
     print(

@@ -10,6 +10,7 @@ Masks are bool and named after what True means. Shapes: B rows of the batch, T t
 
 import dataclasses
 import errno
+import functools
 import json
 import math
 import os
@@ -103,14 +104,35 @@ def read_jsonl(path, need=()):
     return [row for _, row in each_row(path, need)]
 
 
-def write_jsonl(path, rows):
-    """Rows (an iterable of dicts) to a file, one JSON object a line; whole or not at all."""
-    output.write_file(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+def write_jsonl(path, rows, before=None):
+    """Rows (an iterable of dicts) to a file, one JSON object a line; whole or not at all.
+    before: see output.write_file."""
+    output.write_file(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows), before)
 
 
 def write_json(path, obj):
     """One JSON document, indented for people; whole or not at all."""
     output.write_file(path, [json.dumps(obj, ensure_ascii=False, indent=2) + "\n"])
+
+
+def write_stamped(path, files: dict, stamp) -> dict:
+    """JSONL files, {name: rows}, and the JSON file beside them, at `path`, that vouches for them;
+    its content.
+
+    stamp: a function that gives its content when all rows are there. The old stamp goes before new
+    rows get their name: a run that is stopped in between leaves one that says so, and is made again.
+    """
+
+    def mark():
+        write_json(path, {"mincai": mincai.__version__, "unfinished": True})
+
+    places = {name: Path(path).with_name(name) for name in files}
+    for name, rows in files.items():
+        write_jsonl(places[name], rows, mark)
+    hashes = {name: output.sha256(place) for name, place in places.items()}
+    found = {**stamp(), "sha256": hashes}
+    write_json(path, found)
+    return found
 
 
 # --- batches --------------------------------------------------------------------------------------
@@ -198,6 +220,53 @@ def _git_commit():
         return None
 
 
+def inputs(config) -> dict:
+    """{setting: SHA-256 of each file} of the settings that name files or checkpoints which are
+    there: what a result is made of, wherever that lies. What LOOSE names is not, nor the output."""
+    out, loose = getattr(config, "out", ""), getattr(type(config), "LOOSE", ())
+    settings = {name: x for name, x in vars(config).items() if name not in loose}
+    found = {name: _content(x) for name, x in settings.items() if not _same_place(x, out)}
+    return {name: content for name, content in found.items() if content}
+
+
+def _content(value):
+    """Hashes, spaces between, of all that a setting names: a path, several, or FILE,benign:FILE.
+    "" where one is neither a file nor a checkpoint's folder."""
+    if isinstance(value, str):
+        value = [value] if os.path.exists(value) else value.split(",")
+    hashes = []
+    for part in map(str, value if isinstance(value, (list, tuple)) else ()):
+        kind = "benign:" if part.startswith("benign:") else ""
+        files = _files(part.removeprefix(kind))
+        if not files:
+            return ""
+        hashes += [kind + _sha256(file) for file in files]
+    return " ".join(hashes)
+
+
+def _files(path):
+    """The file, or those of a checkpoint that decide what comes out; none for any other place."""
+    if os.path.isfile(path):
+        return [Path(path)]
+    if not os.path.isfile(os.path.join(path, "config.json")):
+        return []
+    weights = Path(path, "model.safetensors")
+    shards = [weights] if weights.exists() else sorted(Path(path).glob("*.safetensors"))
+    files = [Path(path, "config.json"), *shards, Path(path, "tokenizer.tiktoken")]
+    return [file for file in files if file.is_file()]  # GPT-2's own vocabulary is no file
+
+
+def _sha256(path):
+    state = path.stat()
+    with readable(path):
+        return _read_once(path.resolve(), state.st_size, state.st_mtime_ns)
+
+
+@functools.cache  # large weights, which several stages read, while size and time stay
+def _read_once(path, size, changed):
+    return output.sha256(path)
+
+
 def stamp(config, **more):
     """What a result needs beside it to be made again: a JSON-able dict, with `more` added to it."""
     device = getattr(config, "device", "cpu")
@@ -205,6 +274,7 @@ def stamp(config, **more):
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {
         "config": dataclasses.asdict(config),
+        "inputs": inputs(config),
         "seed": getattr(config, "seed", None),
         "git": _git_commit(),
         "torch": torch.__version__,
@@ -222,8 +292,9 @@ def done(path, config, again=False):
     any JSON file that holds its own stamp. Write the output first, its stamp last: the stamp
     vouches for the output. Whether an output that is there may be replaced is not asked here, but
     by output.py's checks. Settings named in the config class's LOOSE (a tuple of field names: where
-    it ran, not what it computed) may differ, and so may `again`. Raises UserError if the output was
-    made with other settings, or if nothing says how it was made.
+    it ran, not what it computed) may differ, and so may `again`. A path may be another one if what
+    lies there is the same. Raises UserError if the output was made with other settings or inputs,
+    if it is no longer as it was made, or if nothing says how it was made.
     """
     if again or not os.path.exists(path):  # unlike Path.exists, this is False for too long a name
         return False
@@ -234,20 +305,34 @@ def done(path, config, again=False):
         return False
     try:
         with readable(settings):
-            old = dict(json.loads(settings.read_bytes())["config"].items())
+            found = json.loads(settings.read_bytes())
+        if "config" not in found and found["unfinished"]:  # stopped before rows had their stamp
+            return False
+        old = dict(found["config"].items())
+        made_of, made = (dict(found.get(key, {})) for key in ("inputs", "sha256"))
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{settings}: does not record any settings; give another --out") from None
     # as JSON gives it back: tuples become lists
     new = json.loads(json.dumps(dataclasses.asdict(config)))
     absent, loose = object(), {"again", *getattr(type(config), "LOOSE", ())}
-    for name in new | old:
+    advice = "give another --out, or add --again to make it anew"
+    for name in [name for name in new | old if name not in loose]:
         was, now = old.get(name, absent), new.get(name, absent)
-        if name not in loose and was != now and not _same_place(was, now):
+        same = was == now or _same_place(was, now)
+        content = _content(now) if name in made_of else ""
+        if not (content == made_of[name] if content else same):
             flag = "--" + name.replace("_", "-")
             was, now = ("nothing" if value is absent else repr(value) for value in (was, now))
-            told = f"was made with {flag} {was}, now it is {now}"
-            advice = "give another --out, or add --again to make it anew"
+            told = "which has changed since" if same else f"now it is {now}"
+            told = f"was made with {flag} {was}, {told}"
             raise UserError(f"{settings}: {told}; {advice}")
+    if found.get("unfinished"):
+        return False
+    for name, content in made.items():
+        file = settings.parent / name
+        if not file.is_file() or output.sha256(file) != content:
+            told = "is not as it was made" if file.exists() else "is gone"
+            raise UserError(f"{file}: {told}, says {settings.name}; {advice}")
     return True
 
 

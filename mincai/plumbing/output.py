@@ -14,6 +14,7 @@ replaced. A path that begins with ~ is refused: the shell expands it where it st
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import uuid
@@ -182,9 +183,19 @@ def _refuse_strangers(folder, names, own, mend):
 # --- writing --------------------------------------------------------------------------------------
 
 
-def write_file(path, texts) -> None:
+def sha256(path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            found.update(part)
+    return found.hexdigest()
+
+
+def write_file(path, texts, before=None) -> None:
     """Strings to a file, whole or not at all: under another name first, then flushed to the disk.
-    Replaces a file that is there: whether it may is what check_file answers. A link is followed."""
+    Replaces a file that is there: whether it may is what check_file answers. A link is followed.
+    before: called when all is on the disk, before the file gets its name."""
     real = Path(os.path.realpath(path))
     temporary = real.with_name(f".{uuid.uuid4().hex}.tmp")  # nobody else's, and short enough
     with _writing(path):
@@ -194,10 +205,24 @@ def write_file(path, texts) -> None:
                 file.writelines(texts)
                 file.flush()
                 os.fsync(file.fileno())
+                if before:
+                    before()
                 os.replace(temporary, real)
             except BaseException:  # Ctrl-C included
                 temporary.unlink()
                 raise
+    _flush(real.parent)
+
+
+def _flush(path):
+    """A file's bytes, or a folder's names, to the disk, where the platform can: before that, a
+    power cut may take back a file, or its new name."""
+    with contextlib.suppress(OSError):
+        number = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
 
 
 def partial(folder) -> Path:
@@ -230,12 +255,17 @@ def finish(work, folder, stamp: dict) -> None:
     """
     real = Path(os.path.realpath(folder))
     names = {name for name in _left(work) if (work / name).is_file()} | {"run.json"}
+    made = sorted(names - {"run.json"})
+    for name in made:
+        _flush(work / name)
     stamp = {"mincai": mincai.__version__, **stamp, "files": sorted(names)}
+    stamp["sha256"] = {name: sha256(work / name) for name in made}
     write_file(work / "run.json", [json.dumps(stamp, ensure_ascii=False, indent=2) + "\n"])
     with _writing(folder, f"what it lacks is in {work}"):
         if not os.path.lexists(real):
             (work / LIST).unlink()
             work.rename(real)
+            _flush(real.parent)
             return
         own = _own(real)
         _refuse_strangers(real, names, own, f"the checkpoint is in {work}")
@@ -245,6 +275,7 @@ def finish(work, folder, stamp: dict) -> None:
         for name in sorted(names, key=lambda name: (name == "run.json", name == "config.json")):
             (real / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(work / name, real / name)
+            _flush((real / name).parent)
         _remove(work, names | {LIST})
 
 

@@ -12,6 +12,7 @@ stage.save_model(model, tokenizer, metrics, log)
 import json
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -47,6 +48,7 @@ class Stage:
     device: str
     threads: int
     started: float
+    inputs: dict  # of what it reads: files may change while it works
 
     def say(self, text: str) -> None:
         """Print above any progress bar, once however many processes there are."""
@@ -84,22 +86,28 @@ class Stage:
         stamp: a function that gives what the sidecar records besides, when all rows are there.
         """
         if distributed.is_main():
-            data.write_jsonl(self.cfg.out, rows)
-            data.write_json(data.sidecar(self.cfg.out), data.stamp(self.cfg, **stamp()))
+            out = Path(self.cfg.out)
+            data.write_stamped(
+                data.sidecar(out),
+                {out.name: rows},
+                lambda: data.stamp(self.cfg, inputs=self.inputs, **stamp()),
+            )
         else:
             for _ in rows:
                 pass
 
-    def save_model(self, model, tokenizer, metrics: dict, log: list[dict], **more) -> None:
-        """Write the output, a checkpoint's folder, with `log` as metrics.jsonl. more: {name: rows}
-        of other JSONL files."""
+    def save_model(self, model, tokenizer, metrics: dict, log, finished=True, **more) -> None:
+        """Write the output, a checkpoint's folder, with `log` (rows) as metrics.jsonl. finished:
+        False for a model that a later run is to make again. more: {name: rows} of other JSONL."""
         if not distributed.is_main():
             return
         for name, weight in model.named_parameters():
             if not torch.isfinite(weight).all():
                 told = f"{name} holds NaN or infinity after training; nothing is written"
                 raise Diverged(f"{self.name}: {told}; lower --lr")
-        extra = tokenizer.files() | {"run.json": data.stamp(self.cfg, metrics=metrics)}
+        stamp = data.stamp(self.cfg, inputs=self.inputs, metrics=metrics)
+        stamp |= {} if finished else {"unfinished": True}
+        extra = tokenizer.files() | {"run.json": stamp}
         extra |= dict.fromkeys(checkpoint.SPECIAL, tokenizer.eot)
         for name, rows in {"metrics": log, **more}.items():
             extra[f"{name}.jsonl"] = "".join(json.dumps(row) + "\n" for row in rows)
@@ -115,7 +123,8 @@ def begin(name: str, cfg: Settings) -> Stage | None:
     started = time.time()
     cli.check(cfg)
     threads = cli.set_threads(cfg.threads)
-    stage = Stage(name, cfg, distributed.start(cli.pick_device(cfg.device)), threads, started)
+    device = distributed.start(cli.pick_device(cfg.device))
+    stage = Stage(name, cfg, device, threads, started, data.inputs(cfg))
     if data.done(cfg.out, cfg, cfg.again):
         stage.say(f"{cfg.out} is there already, made with these settings (--again to redo)")
         return None

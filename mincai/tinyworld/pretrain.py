@@ -258,7 +258,7 @@ def main(cfg: Config) -> dict:
             row |= capability(model, tokenizer, actions, principles, seed=1)
             history.append(row)
             tqdm.write(" ".join(f"{k} {v:.3g}" for k, v in row.items()))
-            stage.save_model(model, tokenizer, row, history, **files)
+            stage.save_model(model, tokenizer, row, history, step + 1 == steps, **files)
     stage.say(f"{cfg.out} after {steps:,} steps and {stage.seconds():.0f} s: {row}")
     return row
 

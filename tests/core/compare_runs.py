@@ -11,6 +11,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 MADE = {"config", "seconds", "git", "torch", "device", "threads", "mincai", "files", "episodes_per_s"}
+MADE |= {"inputs", "sha256"}
 
 
 def figures(value):

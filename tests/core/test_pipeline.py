@@ -13,7 +13,7 @@ import train_pm
 import train_ppo
 import train_sft
 from compare_runs import compare
-from mincai import constitution, critique, feedback
+from mincai import UserError, constitution, critique, feedback
 from mincai.lab import chat, evaluate, plan
 from mincai.plumbing import checkpoint, cli, data
 from mincai.plumbing.tokenizer import load_tokenizer
@@ -134,6 +134,20 @@ def test_a_second_run_skips_everything(run, monkeypatch, capsys):
     pipeline.main(cfg)
     assert capsys.readouterr().out.count(" is there already") == 6
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_a_run_that_was_moved_with_its_base_is_there_already(run, tmp_path, monkeypatch, capsys):
+    out, base, cfg = run
+    shutil.copytree(out, tmp_path / "run")
+    shutil.copytree(base, tmp_path / "base")
+    cfg = dataclasses.replace(cfg, out=str(tmp_path / "run"), base=str(tmp_path / "base"))
+    monkeypatch.setattr(pipeline, "stages", shrunk)
+    pipeline.main(cfg)
+    assert capsys.readouterr().out.count(" is there already") == 6
+    rows = data.read_jsonl(tmp_path / "run" / "revisions.jsonl")
+    data.write_jsonl(tmp_path / "run" / "revisions.jsonl", rows[1:])
+    with pytest.raises(UserError, match=r"revisions.jsonl: is not as it was made, says revisions.run.json; "):
+        pipeline.main(cfg)
 
 
 def test_the_stages_hand_on_what_they_were_given():

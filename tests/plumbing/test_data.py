@@ -1,13 +1,16 @@
 """Files that are whole or absent, batches whose masks are right, settings that a result can be traced to."""
 
+import hashlib
 import json
-from dataclasses import dataclass
+import os
+import shutil
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
 from mincai import UserError
-from mincai.plumbing import data, distributed
+from mincai.plumbing import data, distributed, output
 
 
 # --- files ---
@@ -234,3 +237,145 @@ def test_done_with_an_unreadable_stamp(tmp_path, content):
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(UserError, match="does not record any settings"):
         data.done(tmp_path, Config())
+
+
+# --- what it was made of, and what it vouches for ---
+
+@dataclass(frozen=True)
+class Reads:
+    base: str = "model"
+    prompts: str = "bad.jsonl,benign:good.jsonl"
+    pairs: tuple[str, ...] = ("pairs.jsonl",)
+    name: str = "gpt2"
+    notes: str = "notes.txt"
+    out: str = "out"
+    LOOSE = ("out", "notes")
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder with all that Reads names, to work in."""
+    here = tmp_path / "here"
+    for folder in ("model", "out"):
+        (here / folder).mkdir(parents=True)
+        for name in ("config.json", "model.safetensors", "tokenizer.tiktoken", "run.json"):
+            (here / folder / name).write_text(f"{name} of {folder}")
+    for name in ("bad.jsonl", "good.jsonl", "pairs.jsonl", "notes.txt"):
+        (here / name).write_text(name)
+    monkeypatch.chdir(here)
+    return here
+
+
+def sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_stamp_holds_the_hashes_of_what_settings_name(here):
+    found = data.stamp(Reads())["inputs"]
+    assert found.keys() == {"base", "prompts", "pairs"}
+    assert found["pairs"] == sha256(here / "pairs.jsonl")
+    assert found["prompts"] == f"{sha256(here / 'bad.jsonl')} benign:{sha256(here / 'good.jsonl')}"
+    names = ("config.json", "model.safetensors", "tokenizer.tiktoken")
+    assert found["base"].split() == [sha256(here / "model" / name) for name in names]
+    assert data.stamp(Reads("out", "absent,bad.jsonl", ()))["inputs"] == {}  # the output is no input
+    (here / "model" / "model.safetensors").rename(here / "model" / "model-00001-of-00001.safetensors")
+    assert data.inputs(Reads())["base"] == found["base"]  # shards
+
+
+def test_inputs_may_move_but_not_change(here):
+    made = here / "made" / "run.json"
+    data.write_json(made, data.stamp(Reads()))
+    shutil.copytree(here, here.with_name("there"))
+    moved = Reads("../there/model", "../there/bad.jsonl,benign:../there/good.jsonl", ("../there/pairs.jsonl",))
+    assert data.done(made, Reads()) and data.done(made, moved)
+    (here / "model" / "run.json").write_text("who made it is not what it is")
+    assert data.done(made, Reads())
+    with pytest.raises(UserError, match="--prompts 'bad.jsonl,benign:good.jsonl', now it is 'good.jsonl,benign:bad"):
+        data.done(made, replace(moved, prompts="good.jsonl,benign:bad.jsonl"))
+    changes = {"model/model.safetensors": "--base 'model'", "good.jsonl": "--prompts 'bad.jsonl,benign:good.jsonl'",
+               "pairs.jsonl": r"--pairs \['pairs.jsonl'\]"}
+    for name, flag in changes.items():
+        content = (here / name).read_bytes()
+        (here / name).write_bytes(content + b".")
+        with pytest.raises(UserError, match=rf"^{made}: was made with {flag}, which has changed since; .*--again"):
+            data.done(made, Reads())
+        assert not data.done(made, Reads(), again=True)
+        shutil.move(here / name, here / "away")
+        if "/" not in name:
+            assert data.done(made, Reads())  # a file that is gone: nothing says that it was another
+        (here / name).write_bytes(content)
+    old = data.stamp(Reads())
+    del old["inputs"]  # as stamps were
+    data.write_json(made, old)
+    (here / "pairs.jsonl").write_text("another")
+    assert data.done(made, Reads())
+    with pytest.raises(UserError, match="--base 'model', now it is '../there/model'"):
+        data.done(made, moved)
+
+
+def test_a_file_is_hashed_once_while_size_and_time_stay(here, monkeypatch):
+    read, real = [], data.output.sha256
+    monkeypatch.setattr(data.output, "sha256", lambda path: read.append(path.name) or real(path))
+    first = data.inputs(Reads())
+    assert len(read) == 6 and data.inputs(Reads()) == first and len(read) == 6
+    (here / "pairs.jsonl").write_text("longer than before")
+    assert data.inputs(Reads())["pairs"] != first["pairs"] and read[6:] == ["pairs.jsonl"]
+
+
+def test_what_a_stamp_vouches_for_must_be_as_it_was(tmp_path):
+    path, files = tmp_path / "eval.json", {"a.jsonl": [{"n": 1}], "b.jsonl": [{"n": 2}]}
+    data.write_stamped(path, files, lambda: data.stamp(Config(), rate=0.5))
+    stamp = json.loads(path.read_text())
+    assert stamp["sha256"] == {name: sha256(tmp_path / name) for name in files} and stamp["rate"] == 0.5
+    assert data.done(path, Config())
+    whole = (tmp_path / "b.jsonl").read_text()
+    for content in (whole.replace("2", "3"), whole[:-3], ""):
+        (tmp_path / "b.jsonl").write_text(content)
+        with pytest.raises(UserError, match=rf"^{tmp_path}/b.jsonl: is not as it was made, says eval.json; .*--again"):
+            data.done(path, Config())
+        assert not data.done(path, Config(), again=True)
+    (tmp_path / "b.jsonl").unlink()
+    with pytest.raises(UserError, match=r"b.jsonl: is gone, says eval.json; .*--again"):
+        data.done(path, Config())
+    with pytest.raises(UserError, match="--lr"):
+        data.done(path, Config(lr=0.1))
+
+
+def test_rows_and_their_stamp_stopped_at_any_step_are_made_again(tmp_path, monkeypatch):
+    """Never new rows under an old stamp; and a first run that was stopped leaves nothing that is refused."""
+    real, stops = os.replace, 0
+    for there in (True, False):
+        for stop in range(1, 10):
+            path, calls = tmp_path / f"{there}-{stop}" / "eval.json", []
+
+            def write(seed):
+                rows = {name: [{"seed": seed}] for name in ("a.jsonl", "b.jsonl")}
+                data.write_stamped(path, rows, lambda: data.stamp(Config(seed=seed)))
+
+            def killed(*names):
+                calls.append(names)
+                if len(calls) == stop:
+                    raise KeyboardInterrupt
+                real(*names)
+            if there:
+                write(0)
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "replace", killed)
+                try:
+                    write(5)
+                    continue
+                except KeyboardInterrupt:
+                    stops += 1
+            if data.done(path, Config(seed=0)):
+                assert there and "0" in (path.parent / "a.jsonl").read_text() and stop == 1
+            output.check_beside(path.parent, "eval.json", "a.jsonl", "b.jsonl")
+            write(0)
+            assert data.done(path, Config(seed=0))
+    assert stops == 10
+
+
+def test_an_unfinished_stamp_is_not_done_but_its_settings_count(tmp_path):
+    data.write_json(tmp_path / "run.json", data.stamp(Config(), unfinished=True, sha256={"gone": ""}))
+    assert not data.done(tmp_path, Config())
+    with pytest.raises(UserError, match="--lr"):
+        data.done(tmp_path, Config(lr=0.1))

@@ -157,6 +157,23 @@ def test_a_run_stopped_at_any_step_loses_nothing_and_is_run_again(tmp_path, monk
     assert steps > 12
 
 
+def test_new_names_and_weights_are_flushed_to_the_disk(tmp_path, monkeypatch):
+    """A folder's entries too: a power cut would take the new name back."""
+    flushed, real = set(), os.fsync
+
+    def fsync(number):
+        flushed.add(os.fstat(number).st_ino)
+        real(number)
+    monkeypatch.setattr(os, "fsync", fsync)
+    output.write_file(tmp_path / "rows" / "a.jsonl", ["{}"])
+    assert {p.stat().st_ino for p in (tmp_path / "rows", tmp_path / "rows" / "a.jsonl")} <= flushed
+    for _ in range(2):  # a folder that is new, and one that is there
+        flushed.clear()
+        make(tmp_path / "models" / "m", config="1", weights="1")
+        some = ["m/weights.txt", "m/config.json", "m/run.json", "m" if _ else ""]
+        assert {(tmp_path / "models" / name).stat().st_ino for name in some} <= flushed
+
+
 def test_where_a_checkpoint_is_put_together(tmp_path):
     """Never in a folder that somebody else has under that name."""
     out, work = tmp_path / "out", tmp_path / "out.partial"

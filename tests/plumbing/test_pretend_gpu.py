@@ -238,9 +238,9 @@ def test_the_small_preset_on_a_gpu(tmp_path, monkeypatch):
         base = pipeline.stages(pipeline.Config(preset="small", threads=1))[0]
         base[1](base[2])
         assert len(Graph.modes) == 3  # dialogues, reviews and comparisons, written to measure what it can do
-        make_it_end(tmp_path / "base")
         rows = data.read_jsonl(tmp_path / "base" / "prompts_eval.jsonl")
         data.write_jsonl(tmp_path / "base" / "prompts_eval.jsonl", rows[::600])
+        make_it_end(tmp_path / "base")  # and its run.json vouches for these prompts
         less(monkeypatch, **{"AI feedback": dict(samples=8, pairs=4, max_new=32), "preference model": dict(freeze=1)},
              PPO=dict(batch_size=8, minibatches=2, micro_batch=4))
         pipeline.main(pipeline.Config(preset="small", out=str(tmp_path / "run"), scale=0.004, threads=1))

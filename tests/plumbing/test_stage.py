@@ -131,3 +131,39 @@ def test_a_model_of_nan_is_not_written(tiny_gpt, tiny_base, tmp_path):
     with pytest.raises(Diverged, match="train_x: ln_f.weight holds NaN or infinity after training; nothing"):
         begun.save_model(tiny_gpt, load_tokenizer(tiny_base), {}, [])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_is_not_finished_or_not_as_it_was_is_not_there_already(
+    cfg, tiny_base, tiny_gpt, tmp_path
+):
+    cfg, tokenizer = replace(cfg, out=str(tmp_path / "model")), load_tokenizer(tiny_base)
+    stage.begin("test", cfg).save_model(tiny_gpt, tokenizer, {"step": 1}, [], finished=False)
+    assert json.loads((tmp_path / "model" / "run.json").read_text())["unfinished"]
+    stage.begin("test", cfg).save_model(tiny_gpt, tokenizer, {"step": 2}, [])
+    assert stage.begin("test", cfg) is None
+    stamp, weights = (tmp_path / "model" / name for name in ("run.json", "model.safetensors"))
+    stamp = json.loads(stamp.read_text())
+    assert "unfinished" not in stamp and {*stamp["sha256"], "run.json"} == {*stamp["files"]}
+    whole = weights.read_bytes()
+    flipped = whole[:-1] + bytes([whole[-1] ^ 1])
+    for content, told in ((flipped, "not as it was"), (whole[:99], "not as it was"), (None, "gone")):
+        weights.unlink() if content is None else weights.write_bytes(content)
+        with pytest.raises(UserError, match=f"^{weights}: is {told}.*, says run.json; .*--again"):
+            stage.begin("test", cfg)
+    stage.begin("test", replace(cfg, again=True)).save_model(tiny_gpt, tokenizer, {}, [])
+    assert stage.begin("test", cfg) is None
+
+
+def test_a_stamp_tells_of_the_inputs_as_they_were_when_the_stage_began(cfg, tmp_path):
+    @dataclass(frozen=True)
+    class Reads(Rows):
+        prompts: str = str(tmp_path / "prompts.jsonl")
+
+    data.write_jsonl(Reads.prompts, [{"id": 1}])
+    cfg = Reads(**vars(cfg))
+    begun, first = stage.begin("test", cfg), data.inputs(cfg)
+    data.write_jsonl(Reads.prompts, [{"id": 23}])
+    begun.save_rows([{"id": 1}], dict)
+    assert json.loads(data.sidecar(cfg.out).read_text())["inputs"] == first
+    with pytest.raises(UserError, match="prompts.jsonl', which has changed since"):
+        stage.begin("test", cfg)

@@ -229,6 +229,22 @@ def test_fewer_tokens_than_one_step_reads_are_one_step(quick, tmp_path):
     assert json.loads(row)["step"] == 1
 
 
+def test_a_base_that_was_stopped_on_the_way_is_made_again(quick, tmp_path, monkeypatch):
+    cfg, real, saved = pretrain.Config(out=str(tmp_path / "b"), check_every=2, **quick), checkpoint.save, []
+
+    def save(*args):
+        real(*args)
+        saved.append(1)
+        if len(saved) == 1:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(checkpoint, "save", save)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.main(cfg)
+    assert (tmp_path / "b" / "run.json").exists()
+    assert pretrain.main(cfg)["step"] == 4 and len(saved) == 3
+    assert pretrain.main(cfg) == {}  # is there already
+
+
 def test_a_base_of_the_first_edition_is_named_and_made_anew_only_when_told(first_edition, quick):
     settings = dict(out=str(first_edition), **quick)
     before = {path.name: path.read_bytes() for path in first_edition.iterdir()}
