@@ -16,8 +16,10 @@ one token each in both vocabularies.
 """
 
 import json
+import math
 import random
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from mincai import DATA, UserError
@@ -49,19 +51,55 @@ class Principle:
         return f"{self.text} {getattr(self, use)}" if full else self.tiny
 
 
+OWN = {  # what a principle is that says no more of itself than its text
+    "source": "own",
+    "target": "conduct",
+    "topic": "",
+    "polarity": "avoid",
+    "scope": "content",
+    "split": "train",
+    "weight": 1.0,
+    "critique": "Say where the assistant's last answer falls short of this, and quote the words.",
+    "revision": "Rewrite it to keep to this principle while still being of use to the person.",
+    "compare": "Choose the answer that keeps better to this principle.",
+    "about": "",
+}
+
+
+def principle(row, n: int) -> Principle:
+    """A principle from a sentence or an object, the n-th of its file. ValueError says its fault."""
+    row = {"text": row} if isinstance(row, str) else dict(row)
+    if not isinstance(row.get("text"), str) or not row["text"].strip():
+        raise ValueError(f"principle {n} lacks a text")
+    found = Principle(**{"id": f"own-{n}", **OWN, "tiny": row["text"], **row})
+    for field in fields(Principle):
+        value = getattr(found, field.name)
+        if not isinstance(value, str) if field.type is str else not 0 <= value < math.inf:
+            raise ValueError(f"principle {n}: {field.name} is {value!r}")
+    if found.split not in ("train", "held"):
+        raise ValueError(f"principle {n}: split is {found.split!r}; give train or held")
+    return found
+
+
 def load_constitution(path=PATH) -> list[Principle]:
+    """The principles of a JSON list of sentences or objects, or of {"principles": that list}.
+    Fields that an object does not have are as in OWN. UserError for any other file."""
     path = Path(path)
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["principles"]
-        principles = [Principle(**row) for row in rows]
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        rows = rows if isinstance(rows, list) else rows["principles"]
+        principles = [principle(row, n) for n, row in enumerate(rows, 1)]
     except FileNotFoundError:
         raise UserError(f"{path}: no such constitution") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{path}: not a constitution ({error}); see data/constitution.json for the form"
         ) from None
     if not principles:
         raise UserError(f"{path}: a constitution without principles")
+    twice = [id for id, count in Counter(p.id for p in principles).items() if count > 1]
+    if twice:
+        raise UserError(f"{path}: two principles are called {twice[0]}; give each its own id")
     return principles
 
 
@@ -81,6 +119,12 @@ def select(principles, without: str = "", split: str = "train") -> list[Principl
     if not kept:
         raise UserError("no principle is left of the constitution; loosen --without")
     return kept
+
+
+def held(principles) -> list[Principle]:
+    """The principles that only measure; the shipped ones where a constitution holds none back."""
+    some = [p for p in principles if p.split == "held"]
+    return some or select(load_constitution(), split="held")
 
 
 def draw(principles, targets: tuple[str, ...], aim: float, rng: random.Random) -> Principle:

@@ -1,9 +1,9 @@
-"""Other people's prompts and pairs: plain text, tables, Anthropic's HH-RLHF, TRL's; and back to TRL.
+"""Other people's prompts and pairs: plain text, tables, HH-RLHF's, TRL's; and back to TRL.
 
     python -m mincai.plumbing.formats --source runs/tiny/comparisons.jsonl --out pairs.jsonl
     python -m mincai.plumbing.formats --source runs/tiny/revisions.jsonl --out completions.jsonl
 
-What is read, one format a file, as JSONL, a JSON list, CSV, TSV or parquet, packed with gzip or not:
+What is read, one format a file: JSONL, a JSON list, CSV, TSV or parquet, packed by gzip or not:
 
     read_prompts   {"id", "prompt", "kind", ...}                     mincai's own, given as they are
                    one prompt a line                                 plain text
@@ -135,7 +135,7 @@ FILES = {  # kind of file -> (whether its suffix or its first bytes say so, how 
 
 
 def file_rows(path):
-    """("<path> line <n>", row, or an Unusable) of each row of a file of FILES. It is opened once."""
+    """("<path> line <n>", row, or an Unusable) of each row of a file of FILES."""
     suffix = Path(str(path).removesuffix(".gz")).suffix.lower()
     with data.opened(path) as file:
         head = file.peek(4096)[:4096].removeprefix(b"\xef\xbb\xbf")

@@ -64,8 +64,8 @@ def _turn(message):
 
 
 def transcript(prompt, side, system="") -> list[tuple[str, str]]:
-    """All turns of a conversation: those of `side` (an answer alone, or whole), with the prompt's in
-    front as far as it does not repeat them. system: what another column says of the setting."""
+    """All turns of a conversation: those of `side` (an answer alone, or whole), in front of them the
+    prompt's that it does not repeat. system: what another column says of the setting."""
     turns = [] if side is None else _side(side, prompt is not None)
     if prompt is not None:
         turns = _joined(turns_of(prompt), turns)

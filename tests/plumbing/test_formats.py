@@ -340,6 +340,10 @@ def test_a_table_is_read_by_its_header(write, capsys, name, mark, pack):
     assert {row["kind"] for row in formats.loop_prompts(f"benign:{path}")} == {"benign"}  # who says it, is believed
 
 
+def test_a_field_may_be_long(write):
+    assert len(formats.read_prompts(write(f"prompt\n{'x' * 200_000}\n", "a.csv"))[0]["prompt"]) == 200_000
+
+
 @pytest.mark.parametrize("name, value, kind", [
     ("label", "Unsafe", "harmful"), ("type", "benign", "benign"), ("is_harmful", 0, "benign"), ("harmful", "1", "harmful"),
     ("is_safe", True, "benign"), ("safe", "false", "harmful"), ("toxic", 1.0, "harmful"), ("prompt_label", "harmless", "benign"),
@@ -415,6 +419,7 @@ PARTS = said("user", [{"type": "text", "text": "second"}])
     ({"system": "be brief", "prompt": TALK, "chosen": "good", "rejected": "bad"}, "be brief"),
     ({"system": "be brief", "prompt": [SYSTEM, USER, REPLY, SECOND], "chosen": GOOD, "rejected": BAD}, "be brief"),
     ({"system": "", "prompt": "first", "chosen": f"{TALK[2:]} good", "rejected": f"{TALK} bad"}, None),
+    ({"prompt": "", "chosen": f"{TALK} good", "rejected": f"{TALK} bad"}, None),
     ({"prompt": TALK.removesuffix("\n\nAssistant:"), "chosen": "\n\nAssistant: good", "rejected": "Assistant: bad"}, None),
 ])
 def test_no_turn_and_no_setting_of_a_pair_is_lost(write, row, setting):
