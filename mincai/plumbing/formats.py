@@ -94,6 +94,9 @@ def table_rows(path, file):
                 continue
             if not names:
                 names = list(map(str.strip, fields))
+                twice = [name for name in names if name and names.count(name) > 1]
+                if twice:
+                    raise UserError(f"{where}: two columns are called {twice[0]}; rename one")
             elif len(fields) != len(names):
                 yield where, Unusable(f"{len(fields)} fields under a header of {len(names)}")
             else:
@@ -140,6 +143,8 @@ def file_rows(path):
     with data.opened(path) as file:
         head = file.peek(4096)[:4096].removeprefix(b"\xef\xbb\xbf")
         kind = next(kind for kind, (fits, _) in FILES.items() if fits(suffix, head))
+        if suffix in (".yaml", ".yml", ".xml", ".html", ".htm"):
+            raise UserError(f"{path}: {suffix} is not read; give JSONL, CSV or plain text")
         if kind != "parquet":
             for what, begins in NO_ROWS.items():
                 if re.match(begins, head):

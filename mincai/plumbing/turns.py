@@ -56,16 +56,18 @@ def _turn(message):
     if isinstance(text, list) and all(isinstance(part, dict) for part in text):
         parts = [part.get("text") for part in text]
         if not all(isinstance(part, str) for part in parts):
-            raise Unusable("a message has a part that is no text")
+            raise Unusable("a message with a part that is no text")
         text = "\n".join(parts)
-    if role not in ROLES or not isinstance(text, (str, type(None))):
-        raise Unusable(f"a message needs a role ({', '.join(ROLES)}) and its content as text")
+    if role not in ROLES:
+        raise Unusable(f"a message of role {role:.20}, which is not known")
+    if not isinstance(text, (str, type(None))):
+        raise Unusable("a message that is no text")
     return ROLES[role], text or ""
 
 
 def transcript(prompt, side, system="") -> list[tuple[str, str]]:
-    """All turns of a conversation: those of `side` (an answer alone, or whole), in front of them the
-    prompt's that it does not repeat. system: what another column says of the setting."""
+    """All turns of a conversation: those of `side` (an answer alone, or whole), in front of them
+    those of the prompt that it does not repeat. system: what another column says of the setting."""
     turns = [] if side is None else _side(side, prompt is not None)
     if prompt is not None:
         turns = _joined(turns_of(prompt), turns)

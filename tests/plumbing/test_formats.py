@@ -364,6 +364,7 @@ def test_the_columns_that_hold_a_prompt(write, row, prompt):
 
 @pytest.mark.parametrize("name, content, words", [
     ("a.csv", "a,b\nx,y\n", "line 2: keys a, b"), ("a.csv", "prompt\nx, y\n", "line 2: 2 fields under a header of 1"),
+    ("a.csv", "prompt, prompt\na,b\n", "line 1: two columns are called prompt"), ("a.yml", "- prompt: x\n", ".yml is not read"),
     ("a.csv", 'prompt\n"x\n', "not CSV"), ("a.csv", "prompt\n", "no prompt"), ("a.csv", b"prompt\nx\n\xff\n", "line 3: not UTF-8"),
     ("a.txt", b"PAR1\x00\x00", "pyarrow"), ("a.txt", b"\x7fELF\x00", "no text"), ("a", "prompt".encode("utf-16"), "UTF-16"),
     ("a", "\n<!doctype html>\n<p>", "HTML"), ("a.md", "---\ntitle: x\n---\n", "YAML"), ("a.md", "| a | b |\n|---|:-:|\n| x | y |\n", "Markdown"),
@@ -447,7 +448,9 @@ def test_a_question_keeps_its_system_column_and_a_talk_its_last_turn(write):
     ({"prompt": "q", "chosen": "x", "rejected": "y", "score_chosen": "5", "score_rejected": 5}, "no preference"),
     ({"prompt": [USER, REPLY], "chosen": [SECOND, said("assistant", None)], "rejected": [SECOND, BAD]}, "empty answer"),
     ({"prompt": "other", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "a side neither repeats the prompt nor answers it"),
-    ({"prompt": [{"role": "user", "content": [{"type": "image_url"}]}], "chosen": [GOOD], "rejected": [BAD]}, "a message has a part that is no text"),
+    ({"prompt": [{"role": "user", "content": [{"type": "image_url"}]}], "chosen": [GOOD], "rejected": [BAD]}, "a message with a part that is no text"),
+    ({"prompt": [USER, said("tool", "4")], "chosen": [GOOD], "rejected": [BAD]}, "a message of role tool, which is not known"),
+    ({"prompt": [said("user", 4)], "chosen": [GOOD], "rejected": [BAD]}, "a message that is no text"),
     ({"system": "x", "prompt": [SYSTEM, USER], "chosen": [GOOD], "rejected": [BAD]}, "two system messages that differ"),
     ({"chosen": "good", "rejected": "bad"}, "text stands before the first turn; begin with Human: and the question"),
 ])
