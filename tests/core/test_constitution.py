@@ -120,7 +120,7 @@ def test_a_constitution_of_ones_own_needs_no_more_than_sentences(tmp_path):
             one.about) == ("own-1", "Be kind.", "Be kind.", "own", "conduct", "", "avoid", "content", "train", 1.0, "")
     assert (two.id, two.text, two.tiny, two.weight, two.target) == ("calm", "Be calm.", "calm .", 2, "help")
     for use in ("critique", "compare"):
-        assert one.asks(use, full=True) == f"Be kind. {getattr(one, use)}" and getattr(one, use) == constitution.OWN[use]
+        assert one.asks(use, full=True) == f"Be kind. {getattr(one, use)}" and getattr(one, use).endswith(".")
     assert load(tmp_path, {"principles": said}) == [one, two] == constitution.select([one, two])
     assert targets("theft", 1, [one, two])["help"] > 200  # a category of the harmful prompts draws from all, by weight
 
@@ -135,9 +135,9 @@ def test_a_constitution_of_ones_own_goes_with_the_shipped_examples_and_measures(
 
 
 @pytest.mark.parametrize("content, words", [
-    ([""], "principle 1 lacks a text"), (["a", {"id": "x"}], "principle 2 lacks"), ([3], "c.json: not a const"), (["a", {"id": "own-1", "text": "b"}], "two principles are called own-1"),
+    ([""], "principle 1 needs a text"), (["a", {"id": "x"}], "principle 2 needs a text"), ([3], "c.json: not a const"), (["a", {"id": "own-1", "text": "b"}], "two principles have one id"),
     ([{"text": "a", "weight": -1}], "weight is -1"), ([{"text": "a", "weight": float("nan")}], "weight is nan"), ([{"text": "a", "weight": "1"}], "c.json: not a const"),
-    ([{"text": "a", "split": "test"}], "split is 'test'; give train or held"), ([{"text": "a", "id": 3}], "id is 3"), ([{"text": "a", "txt": "b"}], "txt"),
+    ([{"text": "a", "split": "test"}], "principle 1 needs a text, and a split that is train"), ([{"text": "a", "id": 3}], "id is 3"), ([{"text": "a", "txt": "b"}], "txt"),
 ])
 def test_what_is_wrong_with_a_principle_is_said(tmp_path, content, words):
     with pytest.raises(UserError, match=words):
