@@ -16,8 +16,9 @@ one token each in both vocabularies.
 """
 
 import json
+import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from mincai import DATA, UserError
@@ -28,20 +29,23 @@ KEEP = "keep the answer ."  # a revision that says: the answer stands. Copying i
 
 @dataclass(frozen=True)
 class Principle:
+    """Whoever writes a constitution needs no more than the texts."""
+
     id: str
-    source: str  # the kind of document that people find such a principle in
-    target: str  # what it is about: a harm category, harm, help, truth, reasons, conduct
-    topic: str
-    polarity: str  # avoid | promote
-    scope: str  # content | manner | honesty | helpfulness
-    split: str  # train | held: held principles occur in no demonstration that the base model reads
-    weight: float
     text: str  # for a reader and for a model with room
-    critique: str  # what to ask of a critique
-    revision: str  # what to ask of a revision
-    compare: str  # what to ask of a choice between two answers
     tiny: str  # for a model with a million parameters
-    about: str  # the one word of `tiny` that says what it is about
+    source: str = "own"  # the kind of document that people find such a principle in
+    target: str = "conduct"  # about: a harm category, harm, help, truth, reasons, conduct
+    topic: str = ""
+    polarity: str = "avoid"  # avoid | promote
+    scope: str = "content"  # content | manner | honesty | helpfulness
+    split: str = "train"  # train | held: held ones are in no demonstration that the base reads
+    weight: float = 1.0
+    # what to ask of a critique, of a revision, and of a choice between two answers
+    critique: str = "Say where the assistant's last answer falls short of it, and quote the words."
+    revision: str = "Rewrite it to keep to this principle while still being of use to the person."
+    compare: str = "Choose the answer that keeps better to this principle."
+    about: str = ""  # the one word of `tiny` that says what it is about
 
     def asks(self, use: str, full: bool) -> str:
         """What a prompt says of it: the short text whatever the use, or in full the text with what
@@ -49,19 +53,37 @@ class Principle:
         return f"{self.text} {getattr(self, use)}" if full else self.tiny
 
 
+def _principle(row, n: int) -> Principle:
+    """The n-th principle of a file, from a sentence or an object. ValueError says its fault."""
+    row = {"text": row} if isinstance(row, str) else dict(row)
+    made = Principle(**{"id": f"own-{n}", "text": "", "tiny": row.get("text", ""), **row})
+    for field in fields(Principle):
+        value = getattr(made, field.name)
+        if not isinstance(value, str) if field.type is str else not 0 <= value < math.inf:
+            raise ValueError(f"principle {n}: {field.name} is {value!r}")
+    if not made.text.strip() or made.split not in ("train", "held"):
+        raise ValueError(f"principle {n} needs a text, and a split that is train or held")
+    return made
+
+
 def load_constitution(path=PATH) -> list[Principle]:
+    """The principles of a JSON list of sentences or objects, or of {"principles": that list}.
+    An object needs a text only. UserError for any other file."""
     path = Path(path)
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["principles"]
-        principles = [Principle(**row) for row in rows]
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        rows = rows if isinstance(rows, list) else rows["principles"]
+        principles = [_principle(row, n) for n, row in enumerate(rows, 1)]
     except FileNotFoundError:
         raise UserError(f"{path}: no such constitution") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{path}: not a constitution ({error}); see data/constitution.json for the form"
         ) from None
     if not principles:
         raise UserError(f"{path}: a constitution without principles")
+    if len({p.id for p in principles}) < len(principles):
+        raise UserError(f"{path}: two principles have one id; give each its own")
     return principles
 
 
@@ -81,6 +103,12 @@ def select(principles, without: str = "", split: str = "train") -> list[Principl
     if not kept:
         raise UserError("no principle is left of the constitution; loosen --without")
     return kept
+
+
+def held(principles) -> list[Principle]:
+    """The principles that only measure; the shipped ones where a constitution holds none back."""
+    some = [p for p in principles if p.split == "held"]
+    return some or select(load_constitution(), split="held")
 
 
 def draw(principles, targets: tuple[str, ...], aim: float, rng: random.Random) -> Principle:

@@ -199,7 +199,7 @@ def main(cfg: Config) -> dict:
         advice = "see data/english/prompts_eval.jsonl"
         raise UserError(f"{cfg.prompts}: no row has split 'eval' or 'eval-twin'; {advice}")
     every = constitution.load_constitution(cfg.constitution)
-    held = constitution.select(every, split="held")
+    held = constitution.held(every)
     missing = [name for name in ("sft", "pm", "ppo") if not (out / name).is_dir()]
     made = {name: str(out / name) for name in ("sft", "pm", "ppo") if name not in missing}
     (folder, *_), tokenizer, (config, *_) = begun.open(cfg.base, *made.values())

@@ -11,13 +11,15 @@ Masks are bool and named after what True means. Shapes: B rows of the batch, T t
 import dataclasses
 import errno
 import functools
+import gzip
 import json
 import math
 import os
 import random
 import subprocess
+import zlib
 from array import array
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -44,23 +46,35 @@ def readable(path, advice="check the path, or run the stage that writes it"):
         raise UserError(f"{path}: cannot be read ({reason}); {advice}") from None
 
 
-def each_line(path):
-    """("<path> line <n>", line) of each line of a text file that is not blank, read as they are
-    asked for. UserError for a file that is missing, or not UTF-8."""
-    with readable(path), open(path, "rb") as file:
-        for n, line in enumerate(file, 1):
-            if n == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")  # some editors begin with this mark
-            if line.strip():
-                where = f"{path} line {n}"
-                try:
-                    yield where, line.decode("utf-8")
-                except UnicodeError as error:
-                    told = f"not UTF-8 text ({error.reason}); save the file as UTF-8"
-                    raise UserError(f"{where}: {told}") from None
+@contextmanager
+def opened(path):
+    """A file's bytes, unpacked where they begin as gzip's do. UserError if they cannot be read."""
+    try:
+        with readable(path), open(path, "rb") as file:
+            yield gzip.open(file) if file.peek(2)[:2] == b"\x1f\x8b" else file
+    except (EOFError, zlib.error) as error:
+        raise UserError(f"{path}: gzip that is cut short or broken ({error})") from None
 
 
-def _row(line, where, need):
+def decoded(file, path):
+    """(line number, line) of an open file of text; UserError where it is not UTF-8."""
+    for n, line in enumerate(file, 1):
+        try:
+            # some editors begin with a mark
+            yield n, (line.removeprefix(b"\xef\xbb\xbf") if n == 1 else line).decode("utf-8")
+        except UnicodeError as error:
+            told = f"not UTF-8 text ({error.reason}); save the file as UTF-8"
+            raise UserError(f"{path} line {n}: {told}") from None
+
+
+def each_line(path, file=None):
+    """("<path> line <n>", line) of each line of a text file (opened already, or not) that is not
+    blank, read as they are asked for. UserError for a file that is missing, or not UTF-8."""
+    with nullcontext(file) if file else opened(path) as lines:
+        yield from ((f"{path} line {n}", line) for n, line in decoded(lines, path) if line.strip())
+
+
+def parse_row(line, where, need=()):
     """One line to a dict that has all the keys of `need`."""
     try:
         row = json.loads(line)
@@ -83,7 +97,7 @@ def _row(line, where, need):
     return row
 
 
-def each_row(path, need=()):
+def each_row(path, need=(), file=None):
     """("<path> line <n>", row) of each row of a JSONL file, read as they are asked for.
 
     A row is a dict with the keys of `need`. Blank lines are no rows, but count as lines. Raises
@@ -91,8 +105,8 @@ def each_row(path, need=()):
     UTF-8; and for a file that is missing or holds no row.
     """
     row = None
-    for where, line in each_line(path):
-        row = _row(line, where, need)
+    for where, line in each_line(path, file):
+        row = parse_row(line, where, need)
         yield where, row
     if row is None:
         advice = "write some, or remove it and run the stage that makes it"

@@ -1,13 +1,13 @@
-"""Other people's prompts and pairs: plain text, Anthropic's HH-RLHF, TRL's; and back to TRL.
+"""Other people's prompts and pairs: plain text, tables, HH-RLHF's, TRL's; and back to TRL.
 
     python -m mincai.plumbing.formats --source runs/tiny/comparisons.jsonl --out pairs.jsonl
     python -m mincai.plumbing.formats --source runs/tiny/revisions.jsonl --out completions.jsonl
 
-What is read, JSONL but for plain text, one format a file:
+What is read, one format a file: JSONL, a JSON list, CSV, TSV or parquet, packed by gzip or not:
 
     read_prompts   {"id", "prompt", "kind", ...}                     mincai's own, given as they are
                    one prompt a line                                 plain text
-                   {"prompt"}                                        a question, or a conversation
+                   {"prompt"} or another of QUESTION                 a question, or a conversation
                    {"chosen", "rejected"}                            HH-RLHF, TRL: before the answer
     read_pairs     {"prompt", "a_ids", "b_ids", "p_a", ...}          mincai's own, checked
                    {"chosen", "rejected"} as text                    HH-RLHF: two whole transcripts
@@ -15,18 +15,23 @@ What is read, JSONL but for plain text, one format a file:
                    the same as [{"role", "content"}, ...]            TRL; "prompt" may be absent
 
 A format of rows is an entry in PROMPTS, PAIRS or EXPORTS: its name in messages -> (whether a row is
-of it, what to make of the row). The first that fits is taken.
+of it, what to make of the row). The first that fits is taken; so for files, by FILES. A fault in
+mincai's own rows, or in a file, stops the job; somebody else's row that cannot be used is counted.
 
 A conversation of several turns becomes one prompt, such that constitution.dialogue(prompt) is
 "Human: first\\nAssistant: reply\\nHuman: second\\nAssistant:". Turns keep their newlines but no
 blank line. A system message becomes the setting, on one line. Other people's labels are hard.
 """
 
+import csv
+import json
 import os
 import random
+import re
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from mincai import UserError
@@ -34,7 +39,7 @@ from mincai.constitution import dialogue
 from mincai.plumbing import data, distributed, output
 from mincai.plumbing.cli import arg, run
 from mincai.plumbing.tokenizer import WORDS
-from mincai.plumbing.turns import asked, transcript, turns_of
+from mincai.plumbing.turns import QUOTED, Unusable, asked, quote, transcript
 
 
 @dataclass(frozen=True)
@@ -48,23 +53,165 @@ class Config:
         output.check_rows(self.out)
 
 
+# --- files ----------------------------------------------------------------------------------------
+
+NO_ROWS = {  # how files begin that hold neither rows nor a prompt a line
+    "a git-lfs pointer; fetch the file itself (git lfs pull)": rb"version https://git-lfs",
+    "UTF-16 text; save it as UTF-8": rb"\xff\xfe|\xfe\xff",
+    "no text; give JSONL, CSV or plain text": rb"(?s).*\x00",
+    "HTML; download the data itself": rb"(?i)\s*<(!doctype|html|head|\?xml)",
+    "YAML, or text behind a header of YAML; give one prompt a line": rb"---[ \t]*\r?\n",
+    "a Markdown table; save it as CSV": rb"\s*\|.*\|\s*\n\s*\|[\s:|-]+\|",
+}
+
+
+def parquet_rows(path, file):
+    """("<path> row <n>", row) of a parquet file."""
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        told = "is parquet, which only pyarrow reads; install it, or save the rows as JSONL"
+        raise UserError(f"{path}: {told}") from None
+    try:
+        batches = pyarrow.parquet.ParquetFile(file).iter_batches()
+        rows = (row for batch in batches for row in batch.to_pylist())
+        yield from ((f"{path} row {n}", row) for n, row in enumerate(rows, 1))
+    except ValueError as error:  # pyarrow's errors
+        raise UserError(f"{path}: broken parquet ({str(error).splitlines()[0]})") from None
+
+
+def table_rows(path, file):
+    """The same of CSV or TSV, by its first line's names, each with the line that it begins on."""
+    lines = (line for _, line in data.decoded(file, path))
+    first = next(lines, "")
+    csv.field_size_limit(1 << 30)  # a field may hold a whole conversation
+    reader = csv.reader(chain([first], lines), delimiter=max(",\t;", key=first.count), strict=True)
+    names, end = None, 0
+    try:
+        for fields in reader:
+            where, end = f"{path} line {end + 1}", reader.line_num
+            if not any(map(str.strip, fields)):
+                continue
+            if not names:
+                names = list(map(str.strip, fields))
+                twice = [name for name in names if name and names.count(name) > 1]
+                if twice:
+                    raise UserError(f"{where}: two columns are called {twice[0]}; rename one")
+            elif len(fields) != len(names):
+                yield where, Unusable(f"{len(fields)} fields under a header of {len(names)}")
+            else:
+                yield where, dict(zip(names, fields))
+    except csv.Error as error:
+        told = f"line {reader.line_num}: not CSV ({error}); check the quotes"
+        raise UserError(f"{path} {told}") from None
+
+
+def list_rows(path, file):
+    """The same of one JSON list; a text in it is a prompt."""
+    try:
+        rows = json.loads(file.read())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a JSON list ({error})") from None
+    for n, row in enumerate(rows, 1):
+        row = {"prompt": row} if isinstance(row, str) else row
+        yield f"{path} row {n}", data.parse_row(json.dumps(row), f"{path} row {n}")
+
+
+def text_rows(path, file):
+    """Each line that is not blank is a question, whatever it says."""
+    for where, line in data.each_line(path, file):
+        if line.strip():
+            yield where, {"line": line.strip()}
+
+
+FILES = {  # kind of file -> (whether its suffix or its first bytes say so, how its rows are read)
+    "parquet": (lambda suffix, head: head.startswith(b"PAR1"), parquet_rows),
+    "table": (lambda suffix, _: suffix in (".csv", ".tsv"), table_rows),
+    "text": (lambda suffix, _: suffix == ".txt", text_rows),
+    "list": (lambda _, head: re.match(rb'\s*\[\s*[{"]', head), list_rows),
+    "rows": (
+        lambda suffix, head: suffix in (".json", ".jsonl") or head.lstrip().startswith(b"{"),
+        lambda path, file: data.each_row(path, file=file),
+    ),
+    "any text": (lambda *_: True, text_rows),
+}
+
+
+def file_rows(path):
+    """("<path> line <n>", row, or an Unusable) of each row of a file of FILES."""
+    suffix = Path(str(path).removesuffix(".gz")).suffix.lower()
+    with data.opened(path) as file:
+        head = file.peek(4096)[:4096].removeprefix(b"\xef\xbb\xbf")
+        kind = next(kind for kind, (fits, _) in FILES.items() if fits(suffix, head))
+        if suffix in (".yaml", ".yml", ".xml", ".html", ".htm"):
+            raise UserError(f"{path}: {suffix} is not read; give JSONL, CSV or plain text")
+        if kind != "parquet":
+            for what, begins in NO_ROWS.items():
+                if re.match(begins, head):
+                    raise UserError(f"{path}: is {what}")
+        yield from FILES[kind][1](path, file)
+
+
 # --- rows -----------------------------------------------------------------------------------------
 
+TIED = "no preference"  # a row that is left out without a fault
 
-def read_rows(path, formats: dict, known: str):
-    """("<path> line <n>", the format's name, what it makes of the row) of each row; UserError if a
-    row is of no format, or not of the first one's. known: the formats in words."""
-    first = None
-    for where, row in data.each_row(path):
-        name = next((name for name, (fits, _) in formats.items() if fits(row)), None)
-        first = first or name
-        if name is None:
-            keys = ", ".join(row) or "none"
-            raise UserError(f"{where}: keys {keys} make no row that is known here; give {known}")
-        if name != first:
-            told = f"a row of {name}, but the file began with {first}; keep to one format a file"
-            raise UserError(f"{where}: {told}")
-        yield where, name, formats[name][1](row, where)
+
+def read_rows(path, formats: dict, known: str, dropped: Counter):
+    """("<path> line <n>", the format's name, what it makes of the row) of each row; None for a row
+    that cannot be used, which `dropped` counts by reason. known: the formats in words. UserError if
+    a row is of no format, or not of the first one's; at the end, if fewer than half are left."""
+    first, count, left = None, 0, defaultdict(list)
+    for count, (where, row) in enumerate(file_rows(path), 1):
+        name = found = None
+        try:
+            if isinstance(row, Unusable):
+                raise row
+            name = next((name for name, (fits, _) in formats.items() if fits(row)), None)
+            first = first or name
+            if name is None:
+                keys = ", ".join(row) or "none"
+                raise UserError(
+                    f"{where}: keys {keys} make no row that is known here; give {known}"
+                )
+            if name != first:
+                told = f"a row of {name}, but the file began with {first}"
+                raise UserError(f"{where}: {told}; keep to one format a file")
+            found = formats[name][1](row, where)
+        except Unusable as why:
+            left[str(why)].append(where)
+        yield where, name, found
+    tell_left(path, count, left)
+    dropped.update({why: len(places) for why, places in left.items()})
+
+
+def tell_left(path, count, left) -> None:
+    """One line of a file's rows that are left out; UserError if none or fewer than half remain."""
+    if not left:
+        return
+    kept = count - sum(map(len, left.values()))
+    told = []
+    for why, places in left.items():
+        named = ", ".join(place.removeprefix(f"{path} ") for place in places[:3])
+        told.append(f"{len(places)} {why} ({named}{', ...' * (len(places) > 3)})")
+    told = f"{count - kept} of {count} rows left out: {'; '.join(told)}"
+    if not kept or 2 * kept < count - len(left.get(TIED, ())):
+        why, places = next(iter(left.items()))
+        raise UserError(f"{places[0]}: {why}; too few rows are left: {told}")
+    say(f"warning: {path}: {told}")
+
+
+def say(text) -> None:
+    """A line on stderr, once however many processes there are."""
+    if distributed.is_main():
+        print(text, file=sys.stderr)
+
+
+def column(row, names) -> str | None:
+    """The row's key that is one of these names, in any case; rather one that holds something."""
+    keys = {key.lower(): key for key in row}
+    found = [keys[name] for name in names if name in keys]
+    return next((key for key in found if row[key] not in (None, "")), (found or [None])[0])
 
 
 def need(row, keys, where, text=()) -> None:
@@ -79,29 +226,74 @@ def need(row, keys, where, text=()) -> None:
 
 # --- prompts --------------------------------------------------------------------------------------
 
-
-def is_text(path) -> bool:
-    """Plain text by its name, or, if that does not tell, for it begins as no JSON object does."""
-    suffix = Path(path).suffix.lower()
-    if suffix in (".txt", ".json", ".jsonl"):
-        return suffix == ".txt"
-    _, first = next(data.each_line(path), ("", ""))
-    return not first.lstrip().startswith("{")
-
-
-def text_rows(path):
-    """As read_rows, of a plain text: each line that is not blank is a question, whatever it says."""
-    for where, line in data.each_line(path):
-        if line.strip():
-            yield where, "lines", {"prompt": line.strip()}
+QUESTION = ("prompt", "messages", "conversations", "conversation", "goal", "question")
+QUESTION += ("instruction", "text", "request", "input", "behavior", "query")
+SYSTEM = ("system", "system_prompt", "setting")
+CATEGORY = ("category", "semanticcategory", "harm_category", "risk_category", "topic")
+LABEL = ("kind", "label", "type", "class", "safety", "prompt_label", "prompt_harm_label")
+LABEL += ("harmful", "is_harmful", "unsafe", "is_unsafe", "toxic", "is_toxic", "safe", "is_safe")
+LABEL += ("benign", "is_benign")
+KINDS = {
+    **dict.fromkeys(("harmful", "unsafe", "toxic", "malicious"), "harmful"),
+    **dict.fromkeys(("benign", "safe", "harmless", "unharmful"), "benign"),
+}
 
 
-def before_the_answer(row, where):
-    """{"prompt"[, "setting"]} of a pair, by the conversation that `chosen` answers."""
-    turns = transcript(row, "chosen", where)
-    while turns and turns[-1][0] != "Assistant":
-        turns = turns[:-1]
-    return asked(turns[:-1], where)
+def kind_of(name: str, value) -> str | None:
+    """What the column `name` says of a prompt: harmful, benign or nothing. A yes or no counts where
+    the column's name says what of."""
+    value, said = str(value).strip().lower(), KINDS.get(name.lower().removeprefix("is_"))
+    if said and value in ("0", "0.0", "false", "no"):
+        return "benign" if said == "harmful" else "harmful"
+    return said if said and value in ("1", "1.0", "true", "yes") else KINDS.get(value)
+
+
+def conversation(row, side=None):
+    """(turns of what a row asks and of one side of it, the columns they were read from)."""
+    asks, system = column(row, QUESTION), column(row, SYSTEM)
+    prompt, used = row.get(asks), [name for name in (asks, system) if name]
+    more = column(row, ("input",)) if asks and asks.lower() == "instruction" else None
+    if more and isinstance(row[more], str) and isinstance(prompt, str):  # Alpaca's rows
+        prompt, used = f"{prompt}\n{row[more]}".strip(), [*used, more]
+    setting = row.get(system) or ""
+    if not isinstance(setting, str):
+        raise Unusable(f"{system} is a {type(setting).__name__}; write text")
+    return transcript(prompt, side, setting), used
+
+
+def before_the_answer(turns):
+    """{"prompt"[, "setting"]} of a conversation, without the answer that it may end with."""
+    found = asked(turns[:-1] if turns[-1][0] == "Assistant" else turns)
+    if not found["prompt"]:
+        raise Unusable("empty prompt")
+    return found
+
+
+def pairs_prompt(row, where):
+    """The prompt of a pair, by the conversation that its better side answers."""
+    return before_the_answer(conversation(row, need_sides(row)[0])[0])
+
+
+def question(row, where):
+    """The prompt of a question or a conversation; its kind and category, if columns say so; and
+    `read`, which columns were taken for what."""
+    turns, used = conversation(row)
+    if not turns:
+        raise Unusable("empty prompt")
+    found, category = before_the_answer(turns), column(row, CATEGORY)
+    kinds = {key: kind_of(key, row[key]) for key in row if key.lower() in LABEL}
+    label = next((key for key, kind in kinds.items() if kind), None)
+    told = [f"prompt from {' and '.join(used)}"]
+    if label:
+        found["kind"] = kinds[label]
+        told.append(f"kind from {label}")
+    if category and isinstance(row[category], str):
+        found["category"] = row[category]
+        told.append(f"category from {category}")
+        used.append(category)
+    unread = [key for key in row if key and key not in (*used, label)]
+    found["read"] = ", ".join(told) + (f"; not read: {', '.join(unread)}" if unread else "")
+    return found
 
 
 def own_prompt(row, where):
@@ -113,51 +305,61 @@ def own_prompt(row, where):
     return row
 
 
-def question(row, where):
-    """{"prompt"[, "setting"]} of a conversation, without the answer that it may end with."""
-    turns = turns_of(row["prompt"], where)
-    return asked(turns[:-1] if turns[-1][0] == "Assistant" else turns, where)
-
-
 OWN = "mincai's prompts"
 PROMPTS = {
-    "pairs": (lambda row: "chosen" in row, before_the_answer),
-    OWN: (lambda row: "id" in row or "kind" in row, own_prompt),
-    "conversations": (lambda row: "prompt" in row, question),
+    "pairs": (lambda row: any(sides(row)), pairs_prompt),
+    OWN: (lambda row: {"id", "prompt", "kind"} <= row.keys(), own_prompt),
+    "lines": (lambda row: row.keys() == {"line"}, lambda row, where: {"prompt": row["line"]}),
+    "questions": (lambda row: column(row, QUESTION), question),
 }
 
 
-def read_prompts(path, kind: str = "harmful") -> list[dict]:
+def read_prompts(path, kind: str = "") -> list[dict]:
     """Rows {id, prompt, kind, category, attack, split, ...} of any file of prompts listed above.
 
-    mincai's rows are given as they are. The others get the id "<stem>-<line number>", this kind, no
-    category or attack, and the split "loop"; equal prompts are kept once, empty ones not at all.
-    Raises UserError, with path and line number, for a row that cannot be read or is of another
-    format than the first.
+    mincai's rows are given as they are. The others get the id "<stem>-<line number>", this kind or
+    else their label's or else harmful, their category, no attack, and the split "loop"; equal
+    prompts are kept once. What was made of them is told in a line. Raises UserError, with path and
+    line number, for a file that cannot be read.
     """
-    known = "id, prompt and kind; or prompt; or chosen and rejected"
-    found = list(text_rows(path) if is_text(path) else read_rows(path, PROMPTS, known))
+    known = "id, prompt and kind; or a prompt; or chosen and rejected"
+    found = [each for each in read_rows(path, PROMPTS, known, Counter()) if each[2]]
     if any(name == OWN for _, name, _ in found):
         return [row for _, _, row in found]
-    common, kept = {"kind": kind, "category": "", "attack": "", "split": "loop"}, {}
+    common, kept, told = {"category": "", "attack": "", "split": "loop"}, {}, Counter()
     for where, _, row in found:
-        if row["prompt"]:
-            name, same = where.rpartition(" ")[2], (row["prompt"], row.get("setting"))
-            kept.setdefault(same, {"id": f"{Path(path).stem}-{name}", **row, **common})
+        if (read := row.pop("read", "prompt from prompt")) != "prompt from prompt":
+            told[read] += 1
+        row["kind"] = kind or row.get("kind", "harmful")
+        name, same = where.rpartition(" ")[2], (row["prompt"], row.get("setting"))
+        kept.setdefault(same, {"id": f"{Path(path).stem}-{name}", **common, **row})
     if not kept:
         raise UserError(f"{path}: holds no prompt; write some")
+    kinds = Counter(row["kind"] for row in kept.values())
+    if told:
+        told = " | ".join(f"{count} rows: {read}" for read, count in told.most_common(3))
+        counts = " and ".join(f"{count} {name}" for name, count in kinds.items())
+        say(f"{path}: {counts} prompts, {len(found) - len(kept)} repeated; {told}")
+    tell_quoted(path, [row["prompt"] for row in kept.values()])
     return list(kept.values())
+
+
+def tell_quoted(path, texts) -> None:
+    """One line if some of these texts have lines that were quoted."""
+    count = sum(bool(QUOTED.search(text)) for text in texts)
+    if count:
+        say(f"{path}: {count} texts had a line like a turn of its own, now quoted with '> '")
 
 
 def loop_prompts(path) -> list[dict]:
     """The prompts that training may use: split "loop", or no split named. UserError without any.
 
-    path: one file, or several with commas between. Prompts of a file that names no kind are
-    harmful, or benign where "benign:" stands before its path.
+    path: one file, or several with commas between. Other people's prompts are benign where
+    "benign:" stands before a path, else what a label says, else harmful.
     """
     rows = []
     for file in [str(path)] if os.path.exists(path) else str(path).split(","):
-        kind = "benign" if file.startswith("benign:") else "harmful"
+        kind = "benign" if file.startswith("benign:") else ""
         file = file.removeprefix("benign:")
         data.refuse_first_edition(Path(file).parent)
         rows += [row for row in read_prompts(file, kind) if row.get("split", "loop") == "loop"]
@@ -202,29 +404,71 @@ def need_ids(row, where, n_vocab) -> None:
             raise UserError(f"{where}: {key} is {told}")
 
 
+SIDES = ("chosen", "rejected"), ("response_chosen", "response_rejected")
+SIDES += (("chosen_response", "rejected_response"),)
+SCORES = ("score_chosen", "score_rejected"), ("chosen_score", "rejected_score")
+SCORES += (("chosen_rating", "rejected_rating"),)
+
+
+def sides(row) -> list:
+    """The columns of the better and the worse answer, None for one that is not there."""
+    found = [[column(row, (name,)) for name in names] for names in SIDES]
+    return next((some for some in found if any(some)), [None, None])
+
+
+def need_sides(row) -> list:
+    """What these columns hold."""
+    found = [row.get(key) for key in sides(row)]
+    for name, side in zip(("chosen", "rejected"), found):
+        if side is None:
+            raise Unusable(f"no {name} side")
+    return found
+
+
+def is_tied(row) -> bool:
+    """Whether a margin, or two scores, say that neither side is better."""
+    try:
+        gaps = [float(row["margin"])] if row.get("margin") not in (None, "") else []
+        gaps += [float(row[a]) - float(row[b]) for a, b in SCORES if a in row and b in row]
+    except (TypeError, ValueError):  # no number, no word on it
+        return False
+    return 0 in gaps
+
+
 def both_sides(row, where):
-    """[(question, answer)] of chosen and rejected: {"prompt"[, "setting"]}, and stripped text."""
-    need(row, ("chosen", "rejected"), where)
-    sides = []
-    for key in ("chosen", "rejected"):
-        *turns, (role, answer) = transcript(row, key, where)
-        if role != "Assistant" or "\n\nHuman:" in answer:
-            told = f"{key} does not end with an answer; end it with one Assistant: turn"
-            raise UserError(f"{where}: {told}")
-        sides.append((asked(turns, where), answer.strip()))
-    return sides
+    """({"prompt"[, "setting"]}, the better answer, the worse one), stripped; Unusable for flaws."""
+    found = []
+    for name, side in zip(("chosen", "rejected"), need_sides(row)):
+        *turns, (role, answer) = conversation(row, side)[0]
+        if role != "Assistant":
+            raise Unusable(f"{name} ends with the {'human' if role == 'Human' else 'setting'}")
+        found.append((asked(turns), quote(answer.strip())))
+    (prompt, chosen), (other, rejected) = found
+    flaws = {
+        "conversations differ": prompt != other,
+        "empty prompt": not prompt["prompt"],
+        "empty answer": not chosen or not rejected,
+        "equal answers": chosen == rejected,
+        TIED: is_tied(row),
+    }
+    for flaw, is_there in flaws.items():
+        if is_there:
+            raise Unusable(flaw)
+    return prompt, chosen, rejected
 
 
 def either(row):
-    """The sides that a row of somebody else's has."""
-    return [row[key] for key in ("chosen", "rejected") if key in row]
+    """What the sides hold that a row of somebody else's has."""
+    return [row[key] for key in sides(row) if key]
 
 
-HH = "HH-RLHF's pairs"
 PAIRS = {
-    "TRL's conversations": (lambda row: any(isinstance(x, list) for x in either(row)), both_sides),
-    "TRL's pairs": (lambda row: either(row) and "prompt" in row, both_sides),
-    HH: (either, both_sides),
+    "TRL's conversations": (
+        lambda row: any(isinstance(side, (list, dict)) for side in either(row)),
+        both_sides,
+    ),
+    "TRL's pairs": (lambda row: either(row) and column(row, QUESTION), both_sides),
+    "HH-RLHF's pairs": (either, both_sides),
     "mincai's comparisons": (lambda row: "a_ids" in row or "p_a" in row, own_pair),
 }
 
@@ -234,33 +478,27 @@ def read_pairs(path, tokenizer, dropped: Counter):
 
     Rows have prompt, a_ids, b_ids (" " + answer and the end-of-text id), p_a, `from` (path and
     line), and setting if there is one; mincai's own also keep what else they hold. The sides of the
-    others are drawn by lot, seeded by the file's name. Dropped are pairs with an empty prompt or
-    answer and, of HH-RLHF, those whose conversations part before the last turn. Raises UserError,
-    with path and line number, for all other faults.
+    others are drawn by lot, seeded by the file's name. Raises UserError, with path and line number,
+    for a fault in mincai's own rows, and as read_rows does.
     """
-    lot = random.Random(Path(path).name)
+    lot, texts = random.Random(Path(path).name), []
     known = "chosen and rejected; or prompt, a_ids, b_ids and p_a"
-    for where, name, found in read_rows(path, PAIRS, known):
+    for where, _, found in read_rows(path, PAIRS, known, dropped):
         if isinstance(found, dict):  # mincai's own
             need_ids(found, where, tokenizer.n_vocab)
             yield {**found, "from": where}
             continue
-        (asked_of, chosen), (other, rejected) = found
         first = lot.random() < 0.5  # else the better answer would always be (A)
-        if asked_of != other and name != HH:
-            told = "chosen and rejected differ before the last turn; make them one conversation"
-            raise UserError(f"{where}: {told}")
-        flaws = {
-            "conversations differ": asked_of != other,
-            "empty prompt": not asked_of["prompt"],
-            "empty answer": not chosen or not rejected,
-        }
-        if any(flaws.values()):
-            dropped[next(flaw for flaw, is_there in flaws.items() if is_there)] += 1
+        if not found:
             continue
-        answers = (chosen, rejected) if first else (rejected, chosen)
-        a, b = ([*tokenizer.encode(f" {answer}"), tokenizer.eot] for answer in answers)
-        yield {**asked_of, "a_ids": a, "b_ids": b, "p_a": float(first), "from": where}
+        prompt, *answers = found
+        texts += [text for text in (prompt["prompt"], *answers) if QUOTED.search(text)]
+        a, b = (
+            [*tokenizer.encode(f" {answer}"), tokenizer.eot]
+            for answer in (answers if first else answers[::-1])
+        )
+        yield {**prompt, "a_ids": a, "b_ids": b, "p_a": float(first), "from": where}
+    tell_quoted(path, texts)
 
 
 # --- export ---------------------------------------------------------------------------------------
@@ -298,7 +536,7 @@ def main(cfg: Config) -> dict:
         told = "is there already; give another --out, or add --again if it is not the source"
         raise UserError(f"{cfg.out}: {told}")
     known = "the rows of comparisons.jsonl or revisions.jsonl"
-    found = list(read_rows(cfg.source, EXPORTS, known))
+    found = list(read_rows(cfg.source, EXPORTS, known, Counter()))
     form = found[0][1]
     written = [row for _, _, (row, why) in found if not why]
     left = Counter(why for _, _, (_, why) in found if why)

@@ -67,11 +67,11 @@ def load_shots(path: str, principles, reasons: bool = True) -> dict[str, list[st
     The file holds {"answer": [{human, assistant}],
     "review": [{human, answer, principle_id, critique, revision}],
     "compare": [{human, a, b, principle_id, reasons, choice}]}. reasons=False leaves the judge's
-    reasons out.
+    reasons out. An id may also be of the shipped constitution: examples only show a form.
     """
     if not path:
         return {}
-    by_id = {p.id: p for p in principles}
+    by_id = {p.id: p for p in (*constitution.load_constitution(), *principles)}
     try:
         with data.readable(path, "give another --fewshot, or none"):
             file = json.loads(Path(path).read_text(encoding="utf-8"))

@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from mincai import UserError, constitution
+from mincai import DATA, UserError, constitution
 from mincai.plumbing import data
+from mincai.plumbing.planner import load_shots
 from mincai.plumbing.tokenizer import load_tokenizer
 
 PRINCIPLES = constitution.load_constitution()
@@ -105,3 +106,39 @@ def test_a_broken_constitution_is_refused(tmp_path, content):
         constitution.load_constitution(tmp_path / "c.json")
     with pytest.raises(UserError, match="no such"):
         constitution.load_constitution(tmp_path / "other.json")
+
+
+def load(tmp_path, content):
+    (tmp_path / "c.json").write_text(json.dumps(content))
+    return constitution.load_constitution(tmp_path / "c.json")
+
+
+def test_a_constitution_of_ones_own_needs_no_more_than_sentences(tmp_path):
+    said = ["Be kind.", {"id": "calm", "text": "Be calm.", "weight": 2, "target": "help", "tiny": "calm ."}]
+    one, two = load(tmp_path, said)
+    assert (one.id, one.text, one.tiny, one.source, one.target, one.topic, one.polarity, one.scope, one.split, one.weight,
+            one.about) == ("own-1", "Be kind.", "Be kind.", "own", "conduct", "", "avoid", "content", "train", 1.0, "")
+    assert (two.id, two.text, two.tiny, two.weight, two.target) == ("calm", "Be calm.", "calm .", 2, "help")
+    for use in ("critique", "compare"):
+        assert one.asks(use, full=True) == f"Be kind. {getattr(one, use)}" and getattr(one, use).endswith(".")
+    assert load(tmp_path, {"principles": said}) == [one, two] == constitution.select([one, two])
+    assert targets("theft", 1, [one, two])["help"] > 200  # a category of the harmful prompts draws from all, by weight
+
+
+def test_a_constitution_of_ones_own_goes_with_the_shipped_examples_and_measures(tmp_path):
+    """Guards against a loop that stops before its first stage, or before its last."""
+    own = load(tmp_path, ["Be kind.", {"id": "far", "text": "Be far.", "split": "held"}])
+    path = DATA / "english" / "fewshot.json"
+    assert load_shots(path, own[:1]) == load_shots(path, PRINCIPLES)
+    assert constitution.held(own) == own[1:]
+    assert {p.id for p in constitution.held(own[:1])} == ids(split="held") != set()
+
+
+@pytest.mark.parametrize("content, words", [
+    ([""], "principle 1 needs a text"), (["a", {"id": "x"}], "principle 2 needs a text"), ([3], "c.json: not a const"), (["a", {"id": "own-1", "text": "b"}], "two principles have one id"),
+    ([{"text": "a", "weight": -1}], "weight is -1"), ([{"text": "a", "weight": float("nan")}], "weight is nan"), ([{"text": "a", "weight": "1"}], "c.json: not a const"),
+    ([{"text": "a", "split": "test"}], "principle 1 needs a text, and a split that is train"), ([{"text": "a", "id": 3}], "id is 3"), ([{"text": "a", "txt": "b"}], "txt"),
+])
+def test_what_is_wrong_with_a_principle_is_said(tmp_path, content, words):
+    with pytest.raises(UserError, match=words):
+        load(tmp_path, content)

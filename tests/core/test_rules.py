@@ -81,7 +81,8 @@ def import_faults(trees):
 def call_faults(name, tree):
     """Foreign libraries, and every way to unpickle or to import behind this test's back."""
     allowed = LIBRARIES | sys.stdlib_module_names | {"mincai"}
-    allowed |= {"plumbing.weights": {"huggingface_hub"}}.get(name, set())  # used where installed
+    optional = {"plumbing.weights": {"huggingface_hub"}, "plumbing.formats": {"pyarrow"}}  # used where installed
+    allowed |= optional.get(name, set())
     for module in imports_of(tree):
         top = module.split(".")[0]
         if top in UNPICKLERS:
