@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from mincai import UserError
 from mincai.model import GPT, GPTConfig, ScalarModel
 from mincai.plumbing import data, output, workers
+from mincai.plumbing.tokenizer import tokens_in
 
 # A model on disk; GPT-2's own vocabulary needs no file, and words.txt is there for a small one only
 MODEL = ("config.json", "model.safetensors", "tokenizer.tiktoken", "words.txt")
@@ -115,6 +116,9 @@ def load(folder, device="cpu", scalar=False, new_head=False) -> GPT | ScalarMode
     new_head: a language model's folder may be given for the latter; its head is drawn from torch's
     global random numbers. UserError for anything that is not exactly a GPT-2 of the shape in its
     config.json, and for weights that are no finite numbers.
+
+    Rows of the embedding beyond the folder's vocabulary (some models round their number up, some
+    have added tokens that nothing names) are kept, but get no logits: nobody could read their ids.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -137,6 +141,7 @@ def load(folder, device="cpu", scalar=False, new_head=False) -> GPT | ScalarMode
     with torch.device("meta"):
         model = GPT(config)
     _fill(model, tensors, folder)
+    model.tokens = min(config.vocab_size, tokens_in(folder))
     if scalar:
         model = ScalarModel(model)
         if head:
@@ -161,7 +166,9 @@ def _fill(model, tensors, folder):
             raise UserError(f"{folder}: {told}; {BOTH}")
         if not torch.isfinite(tensors[name]).all():
             told = f"weight {name} holds NaN or infinity"
-            raise UserError(f"{folder}: {told}; get the file again, or look at the run that made it")
+            raise UserError(
+                f"{folder}: {told}; get the file again, or look at the run that made it"
+            )
     # Copies: what is read stays mapped to the file, which somebody may write over
     copies = {k: v.float().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
     model.load_state_dict(copies, assign=True)

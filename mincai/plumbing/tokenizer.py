@@ -18,6 +18,7 @@ FILE = "tokenizer.tiktoken"
 WORDS = "words.txt"  # beside it: what a model of few words has read in pretraining, one word a line
 # GPT-2's way of cutting text into chunks before merging bytes (Radford et al. 2019, encoder.py)
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT2_TOKENS = 50257
 END = "<|endoftext|>"
 
 
@@ -98,6 +99,12 @@ def load_tokenizer(folder) -> Tokenizer:
     listed = path.with_name(WORDS)
     words = set(listed.read_text("utf-8", errors="replace").split()) if listed.exists() else None
     return from_ranks(ranks, words)
+
+
+def tokens_in(folder) -> int:
+    """How many ids have a token in the vocabulary that `load_tokenizer` finds; GPT-2's is not
+    fetched for it."""
+    return load_tokenizer(folder).n_vocab if Path(folder, FILE).exists() else GPT2_TOKENS
 
 
 def train_bpe(texts, n_ranks: int) -> dict[bytes, int]:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mincai import UserError
-from mincai.model import ScalarModel
+from mincai.model import GPT, GPTConfig, ScalarModel
 from mincai.plumbing import checkpoint, output
 from mincai.plumbing.tokenizer import from_ranks
 
@@ -184,6 +184,29 @@ def test_half_precision_weights_become_float32(tiny_gpt, folder):
     loaded = checkpoint.load(folder)
     assert loaded.wte.weight.dtype == torch.float32
     assert same_bits(loaded, tiny_gpt.bfloat16().float())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_without_a_token_are_kept_and_get_no_logits(tmp_path, tied):
+    """A vocabulary of 257 tokens under 300 rows, as where their number was rounded up."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=300, block_size=16, n_layer=1, n_head=2, n_embd=8, tied=tied))
+    checkpoint.save(model, tmp_path / "m", from_ranks({bytes([b]): b for b in range(256)}).files())
+    loaded = checkpoint.load(tmp_path / "m")
+    logits = loaded.unembed(loaded(IDS))
+    assert logits.shape == (1, 8, 257)
+    assert torch.equal(logits, model.unembed(model(IDS))[..., :257])
+    checkpoint.save(loaded, tmp_path / "again")
+    assert same_bits(checkpoint.load(tmp_path / "again"), model)
+    assert checkpoint.load(tmp_path / "m", scalar=True, new_head=True).gpt.tokens == 257
+
+
+@pytest.mark.parametrize("rows, tokens", [(50304, 50257), (50257, 50257), (50, 50)])
+def test_without_a_vocabulary_the_tokens_are_gpt2s(tmp_path, rows, tokens):
+    model = GPT(GPTConfig(vocab_size=rows, block_size=4, n_layer=1, n_head=1, n_embd=2))
+    checkpoint.save(model, tmp_path / "m")
+    loaded = checkpoint.load(tmp_path / "m")
+    assert loaded.unembed(torch.zeros(1, 2)).shape == (1, tokens) and loaded.config.vocab_size == rows
 
 
 # --- broken folders: one line, which names the file and the fault -------------------------------------------
