@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 
 from mincai import UserError
 from mincai.model import GPT, GPTConfig, ScalarModel
-from mincai.plumbing import data, output, workers
-from mincai.plumbing.tokenizer import tokens_in
+from mincai.plumbing import data, output, tokenizer, workers
 
-# A model on disk; GPT-2's own vocabulary needs no file, and words.txt is there for a small one only
-MODEL = ("config.json", "model.safetensors", "tokenizer.tiktoken", "words.txt")
+# A model on disk, with its vocabulary for us and for other libraries; words.txt is there for a
+# small one only
+MODEL = ("config.json", "model.safetensors", *tokenizer.FILES)
 FILES = (*MODEL, "run.json", "metrics.jsonl")  # what every training stage may write into its folder
 # In these weights, [in, out] in the file
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -141,7 +141,7 @@ def load(folder, device="cpu", scalar=False, new_head=False) -> GPT | ScalarMode
     with torch.device("meta"):
         model = GPT(config)
     _fill(model, tensors, folder)
-    model.tokens = min(config.vocab_size, tokens_in(folder))
+    model.tokens = min(config.vocab_size, tokenizer.tokens_in(folder))
     if scalar:
         model = ScalarModel(model)
         if head:
@@ -174,21 +174,11 @@ def _fill(model, tensors, folder):
     model.load_state_dict(copies, assign=True)
 
 
-def _read_json(path):
-    try:
-        with data.readable(path, "a checkpoint folder holds config.json and model.safetensors"):
-            content = json.loads(path.read_bytes())
-    except ValueError:  # JSON's and UTF-8's errors
-        content = None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not JSON of one object; get the file again")
-    return content
-
-
 def read_config(folder) -> GPTConfig:
     """config.json of a checkpoint folder; UserError for any other architecture than GPT-2's."""
     path = Path(folder) / "config.json"
-    c = {"tie_word_embeddings": True, "layer_norm_epsilon": 1e-5, **_read_json(path)}
+    content = data.read_object(path, "a checkpoint folder holds config.json and model.safetensors")
+    c = {"tie_word_embeddings": True, "layer_norm_epsilon": 1e-5, **content}
 
     def need(key, right, wanted):
         if not right:
@@ -215,7 +205,7 @@ def _read_weights(folder):
     model.safetensors.index.json names."""
     index, shards = folder / "model.safetensors.index.json", ["model.safetensors"]
     if index.exists() and not (folder / "model.safetensors").exists():
-        names = _read_json(index).get("weight_map")
+        names = data.read_object(index).get("weight_map")
         shards = [*names.values()] if isinstance(names, dict) and names else [names]
         for shard in shards:
             if not re.fullmatch(r"[^/\\]+\.safetensors", str(shard)):  # stays inside the folder

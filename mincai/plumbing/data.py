@@ -43,6 +43,19 @@ def readable(path, advice="check the path, or run the stage that writes it"):
         raise UserError(f"{path}: cannot be read ({reason}); {advice}") from None
 
 
+def read_object(path, advice="get the file again") -> dict:
+    """The one object in a JSON file; UserError for any other content, and for a file that is
+    missing (with this advice)."""
+    try:
+        with readable(path, advice):
+            content = json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError):  # JSON's and UTF-8's errors
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not JSON of one object; get the file again")
+    return content
+
+
 def each_line(path):
     """("<path> line <n>", line) of each line of a text file that is not blank, read as they are
     asked for. UserError for a file that is missing, or not UTF-8."""

@@ -122,7 +122,8 @@ def test_the_words_of_a_small_vocabulary_are_among_what_a_stage_writes(tiny_gpt,
         output.check_folder(tmp_path / "ppo", checkpoint.FILES)
         checkpoint.save(tiny_gpt, tmp_path / "ppo", extra)
         there = sorted(p.name for p in (tmp_path / "ppo").iterdir())
-        assert there == ["config.json", "model.safetensors", "run.json", "tokenizer.tiktoken", "words.txt"]
+        assert there == ["config.json", "generation_config.json", "merges.txt", "model.safetensors", "run.json",
+                         "tokenizer.tiktoken", "tokenizer_config.json", "vocab.json", "words.txt"]
         assert json.loads((tmp_path / "ppo/run.json").read_text())["files"] == there
 
 
