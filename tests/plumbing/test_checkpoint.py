@@ -163,6 +163,19 @@ def test_names_without_prefix_and_buffers_and_tied_head_are_read(tiny_gpt, folde
     assert same_bits(checkpoint.load(folder), tiny_gpt)
 
 
+def test_the_head_alone_is_the_embedding_too(tiny_gpt, folder):
+    """As safetensors' save_model leaves it: of two names of one tensor it keeps one."""
+    edit_weights(folder, lambda t: t.update({"lm_head.weight": t.pop("transformer.wte.weight")}))
+    assert same_bits(checkpoint.load(folder), tiny_gpt)
+    edit_config(folder, tie_word_embeddings=False)
+    refuse(folder, "wte.weight is missing")
+
+
+def test_both_names_of_the_tanh_gelu_are_read(tiny_gpt, folder):
+    edit_config(folder, activation_function="gelu_pytorch_tanh")
+    assert same_bits(checkpoint.load(folder), tiny_gpt)
+
+
 def test_sharded_weights_are_read(tiny_gpt, folder):
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
@@ -279,6 +292,25 @@ def test_untied_head_and_foreign_weights(folder):
     edit_weights(folder, lambda t: t.update({"lm_head.weight": t["transformer.wte.weight"].clone(),
                                              "extra.weight": torch.zeros(1)}))
     refuse(folder, "extra.weight")
+
+
+@pytest.mark.parametrize("prefix, inner", [("_orig_mod.", "_orig_mod"), ("module.", "module"),
+                                           ("pretrained_model.", "pretrained_model")])
+def test_a_wrapped_model_is_told(folder, prefix, inner):
+    edit_weights(folder, lambda t: [t.update({prefix + name: t.pop(name)}) for name in list(t)])
+    refuse(folder, f"weights are named {prefix}*", f"save the model inside it, its .{inner}")
+
+
+def test_a_value_head_beside_a_model_is_told(folder):
+    edit_weights(folder, lambda t: t.update({"v_head.summary.weight": torch.zeros(1, 32)}))
+    refuse(folder, "weights are named v_head.*", "its .pretrained_model")
+
+
+def test_another_librarys_reward_model_is_told(folder):
+    edit_weights(folder, lambda t: t.update({"score.weight": torch.zeros(1, 32)}))
+    refuse(folder, "is another library's reward model", "give a language model")
+    with pytest.raises(UserError, match="another library's reward model.*give what train_pm.py has made"):
+        checkpoint.load(folder, scalar=True)
 
 
 def test_scalar_head_with_a_part_missing(tiny_gpt, tmp_path):
