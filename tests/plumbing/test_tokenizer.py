@@ -230,10 +230,10 @@ def test_added_tokens_and_the_end_that_config_names(foreign, tmp_path):
     """Older versions of transformers write added_tokens.json, newer ones tokenizer_config.json."""
     files = foreign.files()
     del files["tokenizer_config.json"]
-    folder = write(tmp_path / "m", files | {"added_tokens.json": b'{"<|end|>": 302}',
+    folder = write(tmp_path / "m", files | {"added_tokens.json": b'{"end of turn": 302}',
                                             "config.json": b'{"eos_token_id": 302}'})
     found = load_tokenizer(folder)
-    assert (found.eot, found.n_vocab, found.control) == (302, 303, foreign.control | {"<|end|>": 302})
+    assert (found.eot, found.n_vocab, found.control) == (302, 303, foreign.control | {"end of turn": 302})
     assert found.decode([*found.encode("été"), 302]) == "été"
     assert same(load_tokenizer(write(tmp_path / "again", found.files() | {
         "config.json": b'{"eos_token_id": 302}'})), found)
