@@ -109,6 +109,7 @@ class GPT(nn.Module):
         super().__init__()
         assert config.n_embd % config.n_head == 0, (config.n_embd, config.n_head)
         self.config = config
+        self.tokens = config.vocab_size  # ids that stand for something; rows after them do not
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -161,14 +162,13 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def unembed(self, hidden):
-        """Hidden states (..., C) to logits (..., V), by the token embedding, or by the second
-        matrix of an untied model.
+        """Hidden states (..., C) to logits (..., tokens), by wte, or by an untied model's lm_head.
 
         In float32 whatever the trunk computes in: GPT-2's logits lie between -130 and -35, where
         neighbours in bfloat16 are a quarter to one apart, and a log-prob is a difference of them.
         """
         with torch.autocast(hidden.device.type, enabled=False):
-            return hidden.float() @ (self.lm_head or self.wte).weight.float().T
+            return hidden.float() @ (self.lm_head or self.wte).weight[: self.tokens].float().T
 
 
 class ScalarModel(nn.Module):

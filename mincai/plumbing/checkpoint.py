@@ -18,10 +18,11 @@ from safetensors.torch import load_file, save_file
 
 from mincai import UserError
 from mincai.model import GPT, GPTConfig, ScalarModel
-from mincai.plumbing import data, output, workers
+from mincai.plumbing import data, output, tokenizer, workers
 
-# A model on disk; GPT-2's own vocabulary needs no file, and words.txt is there for a small one only
-MODEL = ("config.json", "model.safetensors", "tokenizer.tiktoken", "words.txt")
+# A model on disk, with its vocabulary for us and for other libraries; words.txt is there for a
+# small one only
+MODEL = ("config.json", "model.safetensors", *tokenizer.FILES)
 FILES = (*MODEL, "run.json", "metrics.jsonl")  # what every training stage may write into its folder
 # In these weights, [in, out] in the file
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -35,13 +36,21 @@ SPECIAL = ("bos_token_id", "eos_token_id")  # in config.json for other libraries
 SIZES = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
 KEYS = (*SIZES, "layer_norm_epsilon", "tie_word_embeddings")
 BOTH = "get the model.safetensors and config.json of one model"
-# What model.py is; a file that leaves one out means this value
+# What model.py is; a file that leaves one out means the first value. Both names of the tanh GELU
+# mean one formula
 FIXED = {
-    "activation_function": "gelu_new",
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "reorder_and_upcast_attn": False,
-    "add_cross_attention": False,
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "reorder_and_upcast_attn": (False,),
+    "add_cross_attention": (False,),
+}
+# How names of weights begin where a wrapper was saved: which attribute of it is the model
+WRAPPED = {
+    "_orig_mod.": "_orig_mod",  # torch.compile
+    "module.": "module",  # DataParallel and DistributedDataParallel
+    "pretrained_model.": "pretrained_model",  # a value head over it
+    "v_head.": "pretrained_model",  # the same, as TRL saves it
 }
 
 
@@ -115,13 +124,24 @@ def load(folder, device="cpu", scalar=False, new_head=False) -> GPT | ScalarMode
     new_head: a language model's folder may be given for the latter; its head is drawn from torch's
     global random numbers. UserError for anything that is not exactly a GPT-2 of the shape in its
     config.json, and for weights that are no finite numbers.
+
+    Rows of the embedding beyond the folder's vocabulary (some models round their number up, some
+    have added tokens that nothing names) are kept, but get no logits: nobody could read their ids.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; check the path, or run the stage that makes it")
     config = read_config(folder)
     tensors = _read_weights(folder)
+    for prefix, inner in WRAPPED.items():
+        if any(name.startswith(prefix) for name in tensors):
+            told = f"weights are named {prefix}*, as a wrapper around a model is saved"
+            raise UserError(f"{folder}: {told}; save the model inside it, its .{inner}")
     head = {HEAD[name]: tensors.pop(name) for name in HEAD if name in tensors}
+    if head.keys() == {"score.weight"}:
+        told = "is another library's reward model (score.weight, but no bias, gain and shift)"
+        wanted = "what train_pm.py has made" if scalar and not new_head else "a language model"
+        raise UserError(f"{folder}: {told}; give {wanted}")
     if head and not scalar:
         raise UserError(f"{folder}: is a preference model (it has a head); give a language model")
     if scalar and not head and not new_head:
@@ -130,13 +150,15 @@ def load(folder, device="cpu", scalar=False, new_head=False) -> GPT | ScalarMode
     tensors = {k.removeprefix("transformer."): v for k, v in tensors.items()}
     tensors = {k: _turn(k, v) for k, v in tensors.items() if not k.endswith(BUFFERS)}
     lm_head = tensors.pop(UNTIED, None) if config.tied else None
-    if lm_head is not None and not torch.equal(lm_head, tensors.get("wte.weight", lm_head)):
+    # Of the two names of one matrix safetensors' save_model keeps only one
+    if lm_head is not None and not torch.equal(lm_head, tensors.setdefault("wte.weight", lm_head)):
         told = f'{UNTIED} differs from wte.weight, but "tie_word_embeddings" is not false'
         raise UserError(f"{folder / 'config.json'}: {told}; {BOTH}")
     # shapes only: no memory, and no random numbers drawn to be overwritten
     with torch.device("meta"):
         model = GPT(config)
     _fill(model, tensors, folder)
+    model.tokens = min(config.vocab_size, tokenizer.tokens_in(folder))
     if scalar:
         model = ScalarModel(model)
         if head:
@@ -169,21 +191,11 @@ def _fill(model, tensors, folder):
     model.load_state_dict(copies, assign=True)
 
 
-def _read_json(path):
-    try:
-        with data.readable(path, "a checkpoint folder holds config.json and model.safetensors"):
-            content = json.loads(path.read_bytes())
-    except ValueError:  # JSON's and UTF-8's errors
-        content = None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not JSON of one object; get the file again")
-    return content
-
-
 def read_config(folder) -> GPTConfig:
     """config.json of a checkpoint folder; UserError for any other architecture than GPT-2's."""
     path = Path(folder) / "config.json"
-    c = {"tie_word_embeddings": True, "layer_norm_epsilon": 1e-5, **_read_json(path)}
+    content = data.read_object(path, "a checkpoint folder holds config.json and model.safetensors")
+    c = {"tie_word_embeddings": True, "layer_norm_epsilon": 1e-5, **content}
 
     def need(key, right, wanted):
         if not right:
@@ -194,8 +206,8 @@ def read_config(folder) -> GPTConfig:
     for key in SIZES:
         whole = type(c.get(key)) is int and c[key] > 0
         need(key, whole, "it must be a whole number above 0")
-    for key, value in FIXED.items():
-        need(key, c.get(key, value) == value, f"only {value!r} can be loaded")
+    for key, values in FIXED.items():
+        need(key, c.get(key, values[0]) in values, f"only {values[0]!r} can be loaded")
     need("n_inner", c.get("n_inner") in (None, 4 * c["n_embd"]), "only 4 * n_embd can be loaded")
     need("n_embd", c["n_embd"] % c["n_head"] == 0, f"it must be a multiple of n_head {c['n_head']}")
     need("tie_word_embeddings", type(c["tie_word_embeddings"]) is bool, "it must be true or false")
@@ -210,7 +222,7 @@ def _read_weights(folder):
     model.safetensors.index.json names."""
     index, shards = folder / "model.safetensors.index.json", ["model.safetensors"]
     if index.exists() and not (folder / "model.safetensors").exists():
-        names = _read_json(index).get("weight_map")
+        names = data.read_object(index).get("weight_map")
         shards = [*names.values()] if isinstance(names, dict) and names else [names]
         for shard in shards:
             if not re.fullmatch(r"[^/\\]+\.safetensors", str(shard)):  # stays inside the folder

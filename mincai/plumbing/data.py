@@ -56,6 +56,19 @@ def opened(path):
         raise UserError(f"{path}: gzip that is cut short or broken ({error})") from None
 
 
+def read_object(path, advice="get the file again") -> dict:
+    """The one object in a JSON file; UserError for any other content, and for a file that is
+    missing (with this advice)."""
+    try:
+        with readable(path, advice):
+            content = json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError):  # JSON's and UTF-8's errors
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not JSON of one object; get the file again")
+    return content
+
+
 def decoded(file, path):
     """(line number, line) of an open file of text; UserError where it is not UTF-8."""
     for n, line in enumerate(file, 1):

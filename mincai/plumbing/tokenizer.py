@@ -13,33 +13,39 @@ import regex
 import tiktoken
 
 from mincai import UserError
+from mincai.plumbing import bpe_files, data
 
 FILE = "tokenizer.tiktoken"
 WORDS = "words.txt"  # beside it: what a model of few words has read in pretraining, one word a line
+FILES = (FILE, WORDS, *bpe_files.WRITTEN)
 # GPT-2's way of cutting text into chunks before merging bytes (Radford et al. 2019, encoder.py)
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT2_TOKENS = 50257
 END = "<|endoftext|>"
 
 
 class Tokenizer:
     """`encode`, `decode`, and two ids that end something: `eot` (an answer), `newline` (a line).
 
-    ranks: {bytes: id} of its own vocabulary; None for GPT-2's. words: all that its model has read
-    in pretraining, a set, where they are few enough to be listed.
+    ranks: {bytes: id}, what text is made of. control: {name: id} of all other tokens, `eot` among
+    them. words: all that its model has read in pretraining, a set, where they are few enough to be
+    listed.
     """
 
-    def __init__(self, encoding: tiktoken.Encoding, ranks=None, words=None):
-        self.encoding, self.ranks, self.words = encoding, ranks, words
-        self.eot = encoding.eot_token
-        self.n_vocab = encoding.n_vocab
-        self.newline = encoding.encode_ordinary("\n")[-1]
+    def __init__(self, ranks: dict[bytes, int], control: dict[str, int], eot: int, words=None):
+        self.ranks, self.control, self.eot, self.words = ranks, control, eot, words
+        how = dict(pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=control)
+        self.encoding = tiktoken.Encoding("mincai", **how)
+        self.n_vocab = self.encoding.n_vocab
+        self.newline = self.encode("\n")[-1]
 
     def encode(self, text: str) -> list[int]:
         return self.encoding.encode_ordinary(text)
 
     def decode(self, ids) -> str:
-        """Text of these ids; end-of-text is left out."""
-        return self.encoding.decode([i for i in ids if i != self.eot])
+        """Text of these ids; control tokens, end-of-text among them, are left out."""
+        silent = set(self.control.values())
+        return self.encoding.decode([i for i in ids if i not in silent])
 
     def unread(self, text: str) -> list[str]:
         """Words of the text that are not in `words`, each once; none where none are listed."""
@@ -49,10 +55,12 @@ class Tokenizer:
 
     def files(self) -> dict[str, bytes]:
         """What to write beside a checkpoint so that `load_tokenizer` finds the vocabulary again."""
-        if self.ranks is None:
-            return {}
-        lines = (base64.b64encode(token) + b" %d\n" % rank for token, rank in self.ranks.items())
-        files = {FILE: b"".join(lines)}
+        files = bpe_files.write(self.ranks, self.control, self.eot)
+        if self.control == {END: len(self.ranks)}:
+            lines = (
+                base64.b64encode(token) + b" %d\n" % rank for token, rank in self.ranks.items()
+            )
+            files[FILE] = b"".join(lines)
         if self.words is not None:
             files[WORDS] = "".join(f"{word}\n" for word in sorted(self.words)).encode()
         return files
@@ -65,24 +73,19 @@ def words_of(text: str) -> list[str]:
 
 def from_ranks(ranks: dict[bytes, int], words: set[str] | None = None) -> Tokenizer:
     """The end-of-text id is the first one after the ranks."""
-    special = {END: len(ranks)}
-    how = dict(pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
-    return Tokenizer(tiktoken.Encoding("mincai", **how), ranks, words)
+    return Tokenizer(ranks, {END: len(ranks)}, len(ranks), words)
 
 
 def load_tokenizer(folder) -> Tokenizer:
-    """The vocabulary in `folder`/tokenizer.tiktoken (each line: base64 of the bytes, a space, the
-    rank) with the words of `folder`/words.txt, if it is there; or GPT-2's vocabulary."""
+    """The vocabulary in `folder`: tokenizer.tiktoken (each line: base64 of the bytes, a space, the
+    rank) with the words of words.txt, if it is there; else Hugging Face's files (bpe_files.py); or,
+    where there are none, GPT-2's vocabulary."""
     path = Path(folder, FILE)
     if not path.parent.is_dir():  # a mistyped path must not fetch a vocabulary
         raise UserError(f"{folder}: no such folder; check the path, or run the stage that makes it")
     if not path.exists():
-        try:
-            return Tokenizer(tiktoken.get_encoding("gpt2"))
-        except Exception as error:  # tiktoken lets its HTTP library's errors through
-            told = f"is not there and GPT-2's vocabulary could not be fetched ({error})"
-            advice = "set TIKTOKEN_CACHE_DIR to a folder that holds it"
-            raise UserError(f"{path} {told}; {advice}") from None
+        ranks, control = bpe_files.read(folder) or _gpt2(path)
+        return Tokenizer(ranks, control, _end(folder, control))
     ranks = {}
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
@@ -98,6 +101,38 @@ def load_tokenizer(folder) -> Tokenizer:
     listed = path.with_name(WORDS)
     words = set(listed.read_text("utf-8", errors="replace").split()) if listed.exists() else None
     return from_ranks(ranks, words)
+
+
+def _gpt2(path):
+    """GPT-2's vocabulary, as bpe_files.read gives others."""
+    try:
+        encoding = tiktoken.get_encoding("gpt2")
+    except Exception as error:  # tiktoken lets its HTTP library's errors through
+        told = f"is not there and GPT-2's vocabulary could not be fetched ({error})"
+        advice = "set TIKTOKEN_CACHE_DIR to a folder that holds it"
+        raise UserError(f"{path} {told}; {advice}") from None
+    eot = encoding.eot_token
+    return {encoding.decode_single_token_bytes(i): i for i in range(eot)}, {END: eot}
+
+
+def _end(folder, control):
+    """The id that config.json says ends a text, or END's. UserError unless it is a control token:
+    what can be typed must not end anything."""
+    path = Path(folder, "config.json")
+    content = data.read_object(path) if path.exists() else {}
+    eot = content.get("eos_token_id")
+    eot = control.get(END) if eot is None else eot
+    if type(eot) is not int or eot not in control.values():
+        told = f"eos_token_id is {eot}, which is no control token of the vocabulary"
+        raise UserError(f"{path}: {told}; write the id of the token that ends a text")
+    return eot
+
+
+def tokens_in(folder) -> int:
+    """How many ids have a token in the vocabulary that `load_tokenizer` finds; GPT-2's is not
+    fetched for it."""
+    own = Path(folder, FILE).exists() or bpe_files.there(folder)
+    return load_tokenizer(folder).n_vocab if own else GPT2_TOKENS
 
 
 def train_bpe(texts, n_ranks: int) -> dict[bytes, int]:

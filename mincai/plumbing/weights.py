@@ -172,7 +172,7 @@ def check_vocabulary(model_config: GPTConfig, tokenizer, folder) -> None:
     tokens, rows = tokenizer.n_vocab, model_config.vocab_size
     if tokens > rows:
         told = f"the vocabulary has {tokens} tokens, the embedding only {rows} rows"
-        advice = "put the model's own tokenizer.tiktoken beside its weights"
+        advice = "put the model's own vocabulary (tokenizer.json) beside its weights"
         raise UserError(f"{folder}: {told}; {advice}")
 
 
@@ -180,7 +180,8 @@ def common_tokenizer(*folders):
     """The vocabulary that the models in these folders share and have rows for, else UserError."""
     first = load_tokenizer(folders[0])
     for folder in folders:
-        if load_tokenizer(folder).ranks != first.ranks:
+        other = load_tokenizer(folder)
+        if (other.ranks, other.control, other.eot) != (first.ranks, first.control, first.eot):
             told = f"has another vocabulary than {folders[0]}; take models made from the same base"
             raise UserError(f"{folder} {told}")
         check_vocabulary(read_config(folder), first, folder)

@@ -3,6 +3,7 @@
 import base64
 import copy
 import json
+import math
 import re
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import train_sft
 from mincai import UserError, critique, feedback, model
 from mincai.plumbing import checkpoint, cli, data, health, optim, stage
 from mincai.constitution import dialogue
-from mincai.plumbing.logprobs import answer_scores, pair_scores
+from mincai.plumbing.logprobs import answer_scores, next_logp, pair_scores
 from mincai.model import GPT, GPTConfig, ScalarModel
 from mincai.sample import generate_batched
 from mincai.plumbing.tokenizer import from_ranks, load_tokenizer
@@ -622,3 +623,27 @@ def test_a_revision_that_is_none_is_told(base, revisions, tmp_path, change, told
     data.write_jsonl(revisions, [rows[0], rows[1] | change, *rows[2:]])
     with pytest.raises(UserError, match=told):
         train_sft.main(sft(base, revisions, tmp_path / "sft"))
+
+
+def test_ids_without_a_token_are_never_drawn_or_scored(revisions, prompts, tmp_path):
+    """300 rows under 257 tokens; the rows that nothing names would be drawn nearly always."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=300, block_size=64, n_layer=2, n_head=2, n_embd=32))
+    model.ln_f.bias.data.fill_(1.0)
+    model.wte.weight.data[257:] = 3.0
+    tokenizer = from_ranks({bytes([b]): b for b in range(256)})
+    base = str(tmp_path / "base")
+    checkpoint.save(model, base, tokenizer.files())
+    whole = model.unembed(model(torch.tensor([[104, 105]])))[0, -1].softmax(-1)
+    assert whole[257:].sum() > 0.99
+    loaded = checkpoint.load(base)
+    drawn = generate_batched(loaded, [[104, 105]], 20, {EOT}, n=20)
+    assert max(map(max, drawn)) <= EOT
+    logp = next_logp(loaded, [[104, 105]], list(range(257)))
+    torch.testing.assert_close(logp.exp().sum(), torch.tensor(1.0))
+    train_sft.main(sft(base, revisions, tmp_path / "sft"))
+    ppo_out = tmp_path / "ppo"
+    train_ppo.main(ppo(str(tmp_path / "sft"), planted_pm(tmp_path / "start", base), prompts, ppo_out))
+    assert checkpoint.read_config(ppo_out).vocab_size == 300
+    first, *_ = rows_of(ppo_out / "metrics.jsonl")
+    assert first["entropy"] <= math.log(257)  # nats a token, over what can be drawn

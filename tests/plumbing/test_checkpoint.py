@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mincai import UserError
-from mincai.model import ScalarModel
+from mincai.model import GPT, GPTConfig, ScalarModel
 from mincai.plumbing import checkpoint, output
 from mincai.plumbing.tokenizer import from_ranks
 
@@ -122,7 +122,8 @@ def test_the_words_of_a_small_vocabulary_are_among_what_a_stage_writes(tiny_gpt,
         output.check_folder(tmp_path / "ppo", checkpoint.FILES)
         checkpoint.save(tiny_gpt, tmp_path / "ppo", extra)
         there = sorted(p.name for p in (tmp_path / "ppo").iterdir())
-        assert there == ["config.json", "model.safetensors", "run.json", "tokenizer.tiktoken", "words.txt"]
+        assert there == ["config.json", "generation_config.json", "merges.txt", "model.safetensors", "run.json",
+                         "tokenizer.tiktoken", "tokenizer_config.json", "vocab.json", "words.txt"]
         assert json.loads((tmp_path / "ppo/run.json").read_text())["files"] == there
 
 
@@ -162,6 +163,19 @@ def test_names_without_prefix_and_buffers_and_tied_head_are_read(tiny_gpt, folde
     assert same_bits(checkpoint.load(folder), tiny_gpt)
 
 
+def test_the_head_alone_is_the_embedding_too(tiny_gpt, folder):
+    """As safetensors' save_model leaves it: of two names of one tensor it keeps one."""
+    edit_weights(folder, lambda t: t.update({"lm_head.weight": t.pop("transformer.wte.weight")}))
+    assert same_bits(checkpoint.load(folder), tiny_gpt)
+    edit_config(folder, tie_word_embeddings=False)
+    refuse(folder, "wte.weight is missing")
+
+
+def test_both_names_of_the_tanh_gelu_are_read(tiny_gpt, folder):
+    edit_config(folder, activation_function="gelu_pytorch_tanh")
+    assert same_bits(checkpoint.load(folder), tiny_gpt)
+
+
 def test_sharded_weights_are_read(tiny_gpt, folder):
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
@@ -184,6 +198,29 @@ def test_half_precision_weights_become_float32(tiny_gpt, folder):
     loaded = checkpoint.load(folder)
     assert loaded.wte.weight.dtype == torch.float32
     assert same_bits(loaded, tiny_gpt.bfloat16().float())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_without_a_token_are_kept_and_get_no_logits(tmp_path, tied):
+    """A vocabulary of 257 tokens under 300 rows, as where their number was rounded up."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=300, block_size=16, n_layer=1, n_head=2, n_embd=8, tied=tied))
+    checkpoint.save(model, tmp_path / "m", from_ranks({bytes([b]): b for b in range(256)}).files())
+    loaded = checkpoint.load(tmp_path / "m")
+    logits = loaded.unembed(loaded(IDS))
+    assert logits.shape == (1, 8, 257)
+    assert torch.equal(logits, model.unembed(model(IDS))[..., :257])
+    checkpoint.save(loaded, tmp_path / "again")
+    assert same_bits(checkpoint.load(tmp_path / "again"), model)
+    assert checkpoint.load(tmp_path / "m", scalar=True, new_head=True).gpt.tokens == 257
+
+
+@pytest.mark.parametrize("rows, tokens", [(50304, 50257), (50257, 50257), (50, 50)])
+def test_without_a_vocabulary_the_tokens_are_gpt2s(tmp_path, rows, tokens):
+    model = GPT(GPTConfig(vocab_size=rows, block_size=4, n_layer=1, n_head=1, n_embd=2))
+    checkpoint.save(model, tmp_path / "m")
+    loaded = checkpoint.load(tmp_path / "m")
+    assert loaded.unembed(torch.zeros(1, 2)).shape == (1, tokens) and loaded.config.vocab_size == rows
 
 
 # --- broken folders: one line, which names the file and the fault -------------------------------------------
@@ -255,6 +292,25 @@ def test_untied_head_and_foreign_weights(folder):
     edit_weights(folder, lambda t: t.update({"lm_head.weight": t["transformer.wte.weight"].clone(),
                                              "extra.weight": torch.zeros(1)}))
     refuse(folder, "extra.weight")
+
+
+@pytest.mark.parametrize("prefix, inner", [("_orig_mod.", "_orig_mod"), ("module.", "module"),
+                                           ("pretrained_model.", "pretrained_model")])
+def test_a_wrapped_model_is_told(folder, prefix, inner):
+    edit_weights(folder, lambda t: [t.update({prefix + name: t.pop(name)}) for name in list(t)])
+    refuse(folder, f"weights are named {prefix}*", f"save the model inside it, its .{inner}")
+
+
+def test_a_value_head_beside_a_model_is_told(folder):
+    edit_weights(folder, lambda t: t.update({"v_head.summary.weight": torch.zeros(1, 32)}))
+    refuse(folder, "weights are named v_head.*", "its .pretrained_model")
+
+
+def test_another_librarys_reward_model_is_told(folder):
+    edit_weights(folder, lambda t: t.update({"score.weight": torch.zeros(1, 32)}))
+    refuse(folder, "is another library's reward model", "give a language model")
+    with pytest.raises(UserError, match="another library's reward model.*give what train_pm.py has made"):
+        checkpoint.load(folder, scalar=True)
 
 
 def test_scalar_head_with_a_part_missing(tiny_gpt, tmp_path):
