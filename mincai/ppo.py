@@ -34,9 +34,9 @@ import torch
 import torch.nn.functional as F
 
 from mincai import Diverged, losses
-from mincai.plumbing import distributed, workers
 from mincai.losses import masked_mean
 from mincai.model import attention_mask, positions_of
+from mincai.plumbing import distributed, workers
 from mincai.sample import generate, left_pad
 
 # Of a minibatch's tokens: one in a hundred is no rare event, and nothing useful is learnt

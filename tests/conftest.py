@@ -40,7 +40,9 @@ def seeded():
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory):
     """A folder like data/tiny, for reading only: vocabulary, prompts, and a model that has learnt nothing."""
-    from mincai.tinyworld import pretrain  # here, so that a fault in one module does not stop the tests of the others
+    from mincai.tinyworld import (
+        pretrain,  # here, so that a fault in one module does not stop the tests of the others
+    )
     folder = tmp_path_factory.mktemp("tiny") / "base"
     pretrain.main(pretrain.Config(out=str(folder), tokens=4 * 2 * 256, batch_size=2, n_layer=1, n_head=2,
                                   n_embd=32, device="cpu", threads=1))

@@ -5,15 +5,14 @@ import math
 
 import pytest
 import torch
+from test_train import QUIET, base, pairs, revisions, sft, weights  # noqa: F401
 
 import train_pm
 import train_sft
 from mincai import Diverged, constitution, feedback, losses, ppo
-from mincai.plumbing import data
 from mincai.plumbing.planner import Planner
 from mincai.plumbing.tokenizer import load_tokenizer
 from mincai.sample import generate, generate_batched
-from test_train import QUIET, base, pairs, revisions, sft, weights  # noqa: F401
 
 NAN, INF = math.nan, math.inf
 

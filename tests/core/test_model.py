@@ -5,8 +5,8 @@ import torch
 from torch.testing import assert_close
 
 from mincai import UserError
-from mincai.plumbing import checkpoint
 from mincai.model import GPT, GPTConfig, KVCache, ScalarModel, attention_mask, freeze, positions_of
+from mincai.plumbing import checkpoint
 from mincai.sample import generate, left_pad
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5, 35], [2, 7, 1, 8, 2, 8, 1, 8, 28, 45]])

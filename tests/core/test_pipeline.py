@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from compare_runs import compare
 
 import mincai.__main__ as pipeline
 import train_pm
 import train_ppo
 import train_sft
-from compare_runs import compare
 from mincai import UserError, constitution, critique, feedback
 from mincai.lab import chat, evaluate, plan
 from mincai.plumbing import checkpoint, cli, data

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mincai import critique, feedback
-from mincai.plumbing import checkpoint, data, distributed
 from mincai.model import GPT, GPTConfig
+from mincai.plumbing import checkpoint, data, distributed
 
 
 @pytest.fixture

@@ -8,6 +8,18 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from test_train import (  # noqa: F401
+    QUIET,
+    base,
+    pairs,
+    planted_pm,
+    ppo,
+    prompts,
+    revisions,
+    rows_of,
+    seen_by_update,
+    sft,
+)
 
 import train_pm
 import train_ppo
@@ -16,8 +28,6 @@ from mincai import UserError
 from mincai.plumbing import checkpoint, data, health, optim
 from mincai.plumbing.logprobs import answer_scores, pair_scores
 from mincai.plumbing.tokenizer import load_tokenizer
-from test_train import (QUIET, base, pairs, planted_pm, ppo, prompts, revisions, rows_of,  # noqa: F401
-                        seen_by_update, sft)
 
 
 @pytest.fixture(autouse=True)

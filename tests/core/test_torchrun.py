@@ -18,8 +18,8 @@ import train_pm
 import train_ppo
 import train_sft
 from mincai import critique
-from mincai.plumbing import checkpoint, data, distributed
 from mincai.model import GPT, GPTConfig, ScalarModel
+from mincai.plumbing import checkpoint, data, distributed
 
 ROOT = Path(__file__).resolve().parents[2]
 EOT = 256

@@ -16,12 +16,12 @@ import train_pm
 import train_ppo
 import train_sft
 from mincai import UserError, critique, feedback, model
-from mincai.plumbing import checkpoint, cli, data, health, optim, stage
 from mincai.constitution import dialogue
-from mincai.plumbing.logprobs import answer_scores, next_logp, pair_scores
 from mincai.model import GPT, GPTConfig, ScalarModel
-from mincai.sample import generate_batched
+from mincai.plumbing import checkpoint, cli, data, health, optim
+from mincai.plumbing.logprobs import answer_scores, next_logp, pair_scores
 from mincai.plumbing.tokenizer import from_ranks, load_tokenizer
+from mincai.sample import generate_batched
 
 ROOT = Path(__file__).resolve().parents[2]
 EOT = 256

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from mincai import UserError, constitution
-from mincai.lab import assess
-from mincai.plumbing import checkpoint, data
 from mincai.feedback import Verdicts
+from mincai.lab import assess
 from mincai.model import ScalarModel
+from mincai.plumbing import checkpoint, data
 from mincai.plumbing.planner import Planner
 from mincai.plumbing.tokenizer import load_tokenizer
 

@@ -13,11 +13,11 @@ import train_ppo
 import train_sft
 from mincai import UserError, constitution, critique, feedback
 from mincai.lab import assess, bench, evaluate, plan
-from mincai.plumbing import data, memory
-from mincai.tinyworld import pretrain
 from mincai.model import GPTConfig
+from mincai.plumbing import data, memory
 from mincai.plumbing.presets import PRESETS
 from mincai.plumbing.weights import SHAPES
+from mincai.tinyworld import pretrain
 
 SHAPE = GPTConfig(vocab_size=50, block_size=64, n_layer=2, n_head=2, n_embd=8)
 # "Human: " and "\nAssistant:" are 18 letters, so these dialogues have 40 letters: 10 tokens

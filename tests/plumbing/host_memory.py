@@ -21,8 +21,8 @@ import mincai.__main__ as pipeline  # noqa: E402
 import train_pm  # noqa: E402
 from mincai import feedback  # noqa: E402
 from mincai.lab import english  # noqa: E402
-from mincai.plumbing import checkpoint, data, health  # noqa: E402
 from mincai.model import GPT, GPTConfig  # noqa: E402
+from mincai.plumbing import checkpoint, data, health  # noqa: E402
 from mincai.plumbing.presets import PRESETS  # noqa: E402
 
 EOT = 50256

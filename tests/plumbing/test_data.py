@@ -12,7 +12,6 @@ import torch
 from mincai import UserError
 from mincai.plumbing import data, distributed, output
 
-
 # --- files ---
 
 def test_jsonl_round_trip_keeps_every_character(tmp_path):

@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from mincai import UserError
-from mincai.plumbing import checkpoint, memory, weights
 from mincai.model import GPTConfig
-from mincai.sample import generate
+from mincai.plumbing import checkpoint, memory, weights
 from mincai.plumbing.tokenizer import load_tokenizer
+from mincai.sample import generate
 
 transformers = pytest.importorskip("transformers")
 # vocabulary, positions, layers, heads, channels, LayerNorm epsilon; the last has the heads of gpt2-xl, 25 of 64

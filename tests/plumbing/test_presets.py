@@ -14,11 +14,11 @@ from pretend_gpu import pretend
 import mincai.__main__ as pipeline
 from mincai import UserError, critique
 from mincai.lab import assess, english, evaluate
-from mincai.plumbing import checkpoint, data, memory
-from mincai.tinyworld import pretrain
 from mincai.model import GPT, GPTConfig
+from mincai.plumbing import checkpoint, data, memory
 from mincai.plumbing.presets import PRESETS
 from mincai.plumbing.weights import SHAPES
+from mincai.tinyworld import pretrain
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "gpt2-tokenizer"
 

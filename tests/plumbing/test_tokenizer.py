@@ -13,8 +13,16 @@ import torch
 from mincai import UserError
 from mincai.model import GPT, GPTConfig
 from mincai.plumbing import bpe_files, checkpoint
-from mincai.plumbing.tokenizer import (END, FILE, GPT2_TOKENS, Tokenizer, from_ranks, load_tokenizer,
-                                       tokens_in, train_bpe)
+from mincai.plumbing.tokenizer import (
+    END,
+    FILE,
+    GPT2_TOKENS,
+    Tokenizer,
+    from_ranks,
+    load_tokenizer,
+    tokens_in,
+    train_bpe,
+)
 from mincai.plumbing.weights import common_tokenizer
 from mincai.sample import generate
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from mincai import UserError, constitution
-from mincai.plumbing import checkpoint
-from mincai.tinyworld import attacks, corpus, pretrain, world
 from mincai.model import GPT, GPTConfig
+from mincai.plumbing import checkpoint
 from mincai.plumbing.tokenizer import from_ranks, load_tokenizer, words_of
+from mincai.tinyworld import attacks, corpus, pretrain, world
 
 BYTES = from_ranks({bytes([b]): b for b in range(256)})  # one token a byte, 256 ends a document
 ACTIONS, PRINCIPLES = world.build(), constitution.load_constitution()
