@@ -1,4 +1,5 @@
-"""What every test may use: a tiny random GPT, and one thread, so that results depend less on the machine."""
+"""What every test may use: a tiny random GPT, and one thread, so that results depend less on the
+machine."""
 
 import json
 import shutil
@@ -18,7 +19,8 @@ def tiny_config():
 
 @pytest.fixture
 def tiny_gpt(tiny_config):
-    """Fresh for each test, always the same weights, of a size that makes attention and logits uneven."""
+    """Fresh for each test, always the same weights, of a size that makes attention and logits
+    uneven."""
     with torch.random.fork_rng():
         torch.manual_seed(1234)
         model = GPT(tiny_config)
@@ -27,7 +29,9 @@ def tiny_gpt(tiny_config):
                 if parameter.dim() == 2:
                     parameter.normal_(std=0.3)  # at 0.02 a wrong mask would hardly move the logits
                 else:
-                    parameter.add_(0.1 * torch.randn_like(parameter))  # biases 0 and gains 1 hide mistakes
+                    parameter.add_(
+                        0.1 * torch.randn_like(parameter)
+                    )  # biases 0 and gains 1 hide mistakes
     return model
 
 
@@ -39,13 +43,25 @@ def seeded():
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory):
-    """A folder like data/tiny, for reading only: vocabulary, prompts, and a model that has learnt nothing."""
+    """A folder like data/tiny, for reading only: vocabulary, prompts, and a model that has learnt
+    nothing."""
     from mincai.tinyworld import (
         pretrain,  # here, so that a fault in one module does not stop the tests of the others
     )
+
     folder = tmp_path_factory.mktemp("tiny") / "base"
-    pretrain.main(pretrain.Config(out=str(folder), tokens=4 * 2 * 256, batch_size=2, n_layer=1, n_head=2,
-                                  n_embd=32, device="cpu", threads=1))
+    pretrain.main(
+        pretrain.Config(
+            out=str(folder),
+            tokens=4 * 2 * 256,
+            batch_size=2,
+            n_layer=1,
+            n_head=2,
+            n_embd=32,
+            device="cpu",
+            threads=1,
+        )
+    )
     return folder
 
 
@@ -61,8 +77,9 @@ def first_edition(tiny_base, tmp_path):
 
 @pytest.fixture
 def fake_judge(monkeypatch):
-    """fake_judge(tokenizer, write, choose): the judge's texts and letters come from here. write(prompts) -> token lists
-    of reasons with their stop token; choose(texts) -> log-probs (N, 2) of "A" and "B" after all that was read."""
+    """fake_judge(tokenizer, write, choose): the judge's texts and letters come from here.
+    write(prompts) -> token lists of reasons with their stop token; choose(texts) -> log-probs (N,
+    2) of "A" and "B" after all that was read."""
     from mincai import feedback
 
     def start(tokenizer, write, choose):
@@ -71,11 +88,15 @@ def fake_judge(monkeypatch):
         def generate_then(model, prompts, max_new, stop, batch_size, then, of, desc=None):
             assert of == letters
             written = write(prompts)
-            return written, choose([tokenizer.decode([*p, *w[:-1], *then]) for p, w in zip(prompts, written)])
+            return written, choose(
+                [tokenizer.decode([*p, *w[:-1], *then]) for p, w in zip(prompts, written)]
+            )
 
         def next_logp(model, prompts, ids, batch_size):
             assert ids == letters
             return choose([tokenizer.decode(prompt) for prompt in prompts])
+
         monkeypatch.setattr(feedback, "generate_then", generate_then)
         monkeypatch.setattr(feedback, "next_logp", next_logp)
+
     return start

@@ -2,9 +2,10 @@
 
     python -m mincai.lab.evaluate runs/tiny,runs/seed1,runs/seed2 --claims
 
-Only files of finished runs are read, never a model. A claim is a figure and the line that it has to reach: the claim's
-own number or, marked *, one of mincai's. Runs share their held-out prompts, so their counts are not summed: given are
-mean and range over the runs, and the 95% interval of the first one alone, where there is one.
+Only files of finished runs are read, never a model. A claim is a figure and the line that it has to
+reach: the claim's own number or, marked *, one of mincai's. Runs share their held-out prompts, so
+their counts are not summed: given are mean and range over the runs, and the 95% interval of the
+first one alone, where there is one.
 """
 
 from collections.abc import Callable
@@ -22,7 +23,8 @@ VERDICTS = (
 
 
 class Claim(NamedTuple):
-    """sign: 1 for at least the line, -1 for at most; 0: shown beside the claim above, decides nothing."""
+    """sign: 1 for at least the line, -1 for at most; 0: shown beside the claim above, decides
+    nothing."""
 
     text: str
     figure: str | Callable  # "file:keys" in a run folder, or a function of a run folder
@@ -33,8 +35,9 @@ class Claim(NamedTuple):
 
 
 def at(run: Path, place: str):
-    """What stands at "file:key/key" of a run: a number, or a dict with rate (or value), low, high. Of a list, a key is
-    the name of a row. LookupError for a run without it: without phase 2, or with a control that could not be made."""
+    """What stands at "file:key/key" of a run: a number, or a dict with rate (or value), low, high.
+    Of a list, a key is the name of a row. LookupError for a run without it: without phase 2, or
+    with a control that could not be made."""
     file, _, keys = place.partition(":")
     found = read_object(run / file) or {}
     for key in keys.split("/"):
@@ -43,7 +46,8 @@ def at(run: Path, place: str):
 
 
 def people(run: Path) -> dict:
-    """Attack success under human labels over that under AI labels, beside the strongest of the human labellers."""
+    """Attack success under human labels over that under AI labels, beside the strongest of the
+    human labellers."""
     rows = [row for row in at(run, "controls.json:rows") if "attack_success" in row]
     theirs = [row["attack_success"] for row in rows if row["name"].startswith("human")]
     if not theirs:
@@ -53,7 +57,8 @@ def people(run: Path) -> dict:
 
 
 def near(run: Path) -> float:
-    """How sure the preference model is of dual-use requests, whose setting decides, as a share of its sureness else."""
+    """How sure the preference model is of dual-use requests, whose setting decides, as a share of
+    its sureness else."""
     pairs = at(run, "eval_deep.json:doubt/pairs")
     return pairs["near"]["margin"] / pairs["far"]["margin"]
 
@@ -90,7 +95,8 @@ CLAIMS = (
 
 
 def measured(claim: Claim, runs: list[Path]) -> dict:
-    """{claim, want, values, low, high, unit, verdict}; low, high: of the first run's interval, None where there is none."""
+    """{claim, want, values, low, high, unit, verdict}; low, high: of the first run's interval, None
+    where there is none."""
     figures = {}
     for run in runs:
         try:

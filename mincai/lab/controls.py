@@ -1,15 +1,17 @@
-"""What the run would be without its causes: the loop again with one of them taken away, on the same held-out prompts.
+"""What the run would be without its causes: the loop again with one of them taken away, on the same
+held-out prompts.
 
     python -m mincai.lab.evaluate runs/tiny --controls
 
-Each control is made from RUN's own files with RUN's own settings in RUN/controls/<name>/, and skipped if it is there.
-Where a gain is due to what the loop says it is due to, it goes when that is taken away. `kept` is the part of PPO's
-gain over phase 1 that is left, the mean over needless refusals, true reasons and help: 1 is all of it, 0 none.
+Each control is made from RUN's own files with RUN's own settings in RUN/controls/<name>/, and
+skipped if it is there. Where a gain is due to what the loop says it is due to, it goes when that is
+taken away. `kept` is the part of PPO's gain over phase 1 that is left, the mean over needless
+refusals, true reasons and help: 1 is all of it, 0 none.
 
-`controls` lists them. "human, no phase 1" is how reinforcement learning from human feedback began, from a model that
-helps with everything. "beta 0, long" shows what PPO does to answers while their score rises: reward over-optimisation
-(Gao et al. 2023, 2210.10760).
-One sample a prompt, and one seed: intervals tell how well a rate is known on these prompts, not what a seed changes.
+`controls` lists them. "human, no phase 1" is how reinforcement learning from human feedback began,
+from a model that helps with everything. "beta 0, long" shows what PPO does to answers while their
+score rises: reward over-optimisation (Gao et al. 2023, 2210.10760). One sample a prompt, and one
+seed: intervals tell how well a rate is known on these prompts, not what a seed changes.
 """
 
 import hashlib
@@ -52,7 +54,8 @@ WITHOUT = {"without": f"{LEFT_OUT},harm,conduct,reasons"}
 
 @dataclass(frozen=True)
 class Control:
-    """A run in which some stages are made anew with other settings, in their order; what is not made is RUN's."""
+    """A run in which some stages are made anew with other settings, in their order; what is not
+    made is RUN's."""
 
     name: str
     what: str
@@ -63,7 +66,8 @@ class Control:
 
 
 def recorded(opened: measure.Run) -> dict:
-    """Stage -> the Config that RUN's output was made with, for this machine and the places its files have now."""
+    """Stage -> the Config that RUN's output was made with, for this machine and the places its
+    files have now."""
     found = {}
     for stage, (module, name, _) in STAGES.items():
         place = opened.out / name
@@ -182,8 +186,8 @@ def stands_on(opened: measure.Run, cfgs: dict) -> dict:
 
 
 def finished(opened: measure.Run, cfgs: dict, control: Control) -> dict:
-    """A control's row of controls.json; it is made if it is not there. One that cannot be made (no revision stands, all
-    answers score the same) is a result as well: why it failed."""
+    """A control's row of controls.json; it is made if it is not there. One that cannot be made (no
+    revision stands, all answers score the same) is a result as well: why it failed."""
     folder, started, answers = opened.out / "controls" / control.name, time.time(), []
     if not (folder / "made.json").exists():
         try:
@@ -208,7 +212,8 @@ def rates(answers: list[dict]) -> dict:
 
 
 def gain_kept(row: dict, start: dict, full: dict) -> float | None:
-    """The mean part of full's gain over start that this row has; a gain of less than 2 points is not asked for."""
+    """The mean part of full's gain over start that this row has; a gain of less than 2 points is
+    not asked for."""
     parts = []
     for key in ("over_refusal", "explained", "helpful"):
         mine, first, last = (r[key]["rate"] for r in (row, start, full))
@@ -218,8 +223,8 @@ def gain_kept(row: dict, start: dict, full: dict) -> float | None:
 
 
 def main(opened: measure.Run) -> dict:
-    """Makes and measures what is not there yet; the content of RUN/controls.json, written after every control.
-    cfg.again makes all of them anew."""
+    """Makes and measures what is not there yet; the content of RUN/controls.json, written after
+    every control. cfg.again makes all of them anew."""
     root, cfgs = opened.out / "controls", recorded(opened)
     todo, settings, known = controls(opened, cfgs), stands_on(opened, cfgs), root / "run.json"
     if opened.cfg.again and known.exists():
@@ -242,7 +247,8 @@ def main(opened: measure.Run) -> dict:
 
 
 def tables(found: dict) -> list[Table]:
-    """controls.json: the controls, PPO at other prices of KL, and what could not be made; those that have rows."""
+    """controls.json: the controls, PPO at other prices of KL, and what could not be made; those
+    that have rows."""
     rows, curves, failed = [], [], []
     for row in found["rows"]:
         if "failed" in row:

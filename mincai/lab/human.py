@@ -1,11 +1,13 @@
-"""Simulated human labellers, for the RLHF baseline alone. Constitutional AI never sees a label of theirs.
+"""Simulated human labellers, for the RLHF baseline alone. Constitutional AI never sees a label of
+theirs.
 
-What Constitutional AI is compared with is reinforcement learning from *human* feedback (Bai et al. 2022, 2204.05862):
-the controls named "human" of mincai.lab.evaluate --controls. There are no people here, so the world's oracle plays
-them, through a noisy annotator with a budget: of two answers to a harmful request it prefers the refusal; to any other
-the right recipe to a wrong one, and that to a refusal. Then a share of its labels is flipped: people agree with each
-other on such pairs in two cases of three or so. This is the one place where the oracle labels anything that trains,
-and no stage of the loop imports this file: a test sees to it.
+What Constitutional AI is compared with is reinforcement learning from *human* feedback (Bai et al.
+2022, 2204.05862): the controls named "human" of mincai.lab.evaluate --controls. There are no people
+here, so the world's oracle plays them, through a noisy annotator with a budget: of two answers to a
+harmful request it prefers the refusal; to any other the right recipe to a wrong one, and that to a
+refusal. Then a share of its labels is flipped: people agree with each other on such pairs in two
+cases of three or so. This is the one place where the oracle labels anything that trains, and no
+stage of the loop imports this file: a test sees to it.
 """
 
 import random
@@ -20,10 +22,12 @@ JUDGED = ("principle", "p_ab", "p_ba", "reasons", "votes")  # what the AI judge 
 
 
 def merit(action: world.Action, setting: str | None, answer: str) -> float:
-    """How good an honest person finds an answer; only the order of two answers to one request means anything.
+    """How good an honest person finds an answer; only the order of two answers to one request means
+    anything.
 
-    A refusal of a harmful request is worth 1, whatever it says, anything else 0: garbled answers and refusals with
-    steps in them too. So people teach to refuse, and not to explain: nobody asked them to.
+    A refusal of a harmful request is worth 1, whatever it says, anything else 0: garbled answers
+    and refusals with steps in them too. So people teach to refuse, and not to explain: nobody asked
+    them to.
     """
     grade = world.grade(action, answer)
     if action.harmful(setting):
@@ -34,18 +38,20 @@ def merit(action: world.Action, setting: str | None, answer: str) -> float:
 
 
 def label(a: float, b: float, noise: float, rng: random.Random) -> tuple[float, bool]:
-    """(p_a, whether it was flipped) of two merits. Equal ones are even, and noise does not touch them."""
+    """(p_a, whether it was flipped) of two merits. Equal ones are even, and noise does not touch
+    them."""
     flipped = a != b and rng.random() < noise
     return (0.5 if a == b else float((a > b) != flipped)), flipped
 
 
 def annotate(rows: list[dict], actions: dict, seed: int, noise: float, budget: int) -> list[dict]:
-    """Comparisons as mincai.feedback writes them to those that people labelled, in their order: `p_a` is 1 or 0, or 0.5
-    where the two are as good as each other (train_pm.py leaves those out); what the AI judge said is dropped. `oracle`
-    and `flipped` tell what they would have said without noise; nothing that trains reads them.
+    """Comparisons as mincai.feedback writes them to those that people labelled, in their order:
+    `p_a` is 1 or 0, or 0.5 where the two are as good as each other (train_pm.py leaves those out);
+    what the AI judge said is dropped. `oracle` and `flipped` tell what they would have said without
+    noise; nothing that trains reads them.
 
-    actions: by their text; noise: share of the decided labels that is flipped; budget: how many comparisons are
-    labelled, drawn at random, 0 for all.
+    actions: by their text; noise: share of the decided labels that is flipped; budget: how many
+    comparisons are labelled, drawn at random, 0 for all.
     """
     rng = random.Random(seed)
     wanted = sorted(rng.sample(range(len(rows)), min(budget or len(rows), len(rows))))

@@ -1,7 +1,9 @@
-"""What every measurement of a run stands on: its models, the held-out prompts, the world that grades, the instruments.
+"""What every measurement of a run stands on: its models, the held-out prompts, the world that
+grades, the instruments.
 
-`Run` opens a run folder once. The functions grade a policy's answers, and put judge, critic and preference model to
-held-out pairs of which one answer is better by the world's oracle. Nothing here trains.
+`Run` opens a run folder once. The functions grade a policy's answers, and put judge, critic and
+preference model to held-out pairs of which one answer is better by the world's oracle. Nothing here
+trains.
 """
 
 import json
@@ -43,8 +45,8 @@ def conversation(row: dict) -> str:
 
 @dataclass
 class Run:
-    """A run folder, opened. cfg: any of the measuring commands' configs (out, base, prompts, constitution, world, size,
-    seed, batch_size, max_new, judged are read)."""
+    """A run folder, opened. cfg: any of the measuring commands' configs (out, base, prompts,
+    constitution, world, size, seed, batch_size, max_new, judged are read)."""
 
     cfg: object
     rows: list[dict]  # held-out prompts
@@ -68,7 +70,8 @@ class Run:
         return [s for s in STAGES if s not in self.missing]
 
     def model(self, stage: str):
-        """A stage's policy, or "pm", the preference model; loaded when first asked for. None if it is not there."""
+        """A stage's policy, or "pm", the preference model; loaded when first asked for. None if it
+        is not there."""
         if stage not in self.models and stage not in self.missing:
             folder = self.cfg.base if stage == "base" else self.out / stage
             self.models[stage] = load(folder, self.device, scalar=stage == "pm")
@@ -84,13 +87,15 @@ class Run:
         return [ids + [self.tokenizer.eot] for ids in ends]
 
     def split(self, *names) -> list[dict]:
-        """Prompts of these splits: eval (harmful), eval-twin (ordinary), unseen-category, setting (excused by the
-        conversation's setting), setting-harmful (in a setting that excuses nothing)."""
+        """Prompts of these splits: eval (harmful), eval-twin (ordinary), unseen-category, setting
+        (excused by the conversation's setting), setting-harmful (in a setting that excuses
+        nothing)."""
         return [r for r in self.rows if r["split"] in names]
 
 
 def gradable(path, cfg) -> tuple[list[dict], dict[str, world.Action]]:
-    """(prompts of a file, actions by their text). UserError for one that the world of cfg cannot grade."""
+    """(prompts of a file, actions by their text). UserError for one that the world of cfg cannot
+    grade."""
     actions = {a.text: a for a in world.build(cfg.world, cfg.size)}
     need = ("id", "prompt", "kind", "category", "attack", "action", "split")
     rows = data.read_jsonl(path, need)
@@ -136,7 +141,8 @@ def read_object(path: Path) -> dict | None:
 
 
 def graded(row: dict, answer: str, actions) -> dict:
-    """The row with its answer and what the oracle says of it: the fields of world.Grade, and complied."""
+    """The row with its answer and what the oracle says of it: the fields of world.Grade, and
+    complied."""
     grade = world.grade(actions[row["action"]], answer, row.get("setting"))
     return {**row, "answer": answer, **vars(grade), "complied": grade.complied}
 
@@ -162,8 +168,9 @@ def rates_by(samples: list[dict], key: str, field: str) -> dict[str, dict]:
 def summarise(samples: list[dict]) -> dict:
     """Rates of one stage's graded answers: table.ROWS, and table.PARTS of them.
 
-    quality is one number for how well a policy answers, 0 to 1: half of it the share of harmful requests that are
-    refused for the true reason and without a step, half the share of ordinary ones that get the whole right recipe.
+    quality is one number for how well a policy answers, 0 to 1: half of it the share of harmful
+    requests that are refused for the true reason and without a step, half the share of ordinary
+    ones that get the whole right recipe.
     """
 
     sets = defaultdict(list)  # splits, and parts of them
@@ -183,8 +190,9 @@ def summarise(samples: list[dict]) -> dict:
 
 
 def watcher(cfg):
-    """What train_ppo.main takes as `watch`: the policy's answers to some development requests, graded. None where
-    there is no prompts_dev.jsonl beside cfg.prompts. Nothing is learnt from what it says."""
+    """What train_ppo.main takes as `watch`: the policy's answers to some development requests,
+    graded. None where there is no prompts_dev.jsonl beside cfg.prompts. Nothing is learnt from what
+    it says."""
     path = Path(cfg.prompts).with_name("prompts_dev.jsonl")
     if not path.exists():
         return None
@@ -206,16 +214,16 @@ def watcher(cfg):
 
 
 def written(opened: Run, row: dict, style: str, rng=None) -> str:
-    """An answer to the row as the world writes it, in one of its styles or "false", whole help with a wrong step.
-    rng: of what is false."""
+    """An answer to the row as the world writes it, in one of its styles or "false", whole help with
+    a wrong step. rng: of what is false."""
     true, style = style != "false", "whole" if style == "false" else style
     action = opened.actions[row["action"]]
     return corpus.answer(action, style, true, row.get("setting"), row["prompt"], rng)
 
 
 def compliance(opened: Run, model, rows) -> dict:
-    """How likely the base model's complying answer to a harmful request is, whole: mean log-prob a token, and the
-    mean of its probability."""
+    """How likely the base model's complying answer to a harmful request is, whole: mean log-prob a
+    token, and the mean of its probability."""
     answers = [written(opened, row, "whole") for row in rows]
     found = answer_logp(model, opened.prompts(rows), opened.ends(answers), opened.cfg.batch_size)
     return {
@@ -228,7 +236,8 @@ def compliance(opened: Run, model, rows) -> dict:
 
 
 def judged_pairs(opened: Run, rows, principles, rng) -> list[dict]:
-    """cfg.judged pairs of answers to these requests under a principle that one of them keeps better, by the oracle."""
+    """cfg.judged pairs of answers to these requests under a principle that one of them keeps
+    better, by the oracle."""
     out = []
     while len(out) < opened.cfg.judged:
         row = rng.choice(rows)
@@ -248,8 +257,8 @@ def judged_pairs(opened: Run, rows, principles, rng) -> list[dict]:
 
 
 def preferred(opened: Run, rows, a, b, principles, desc) -> tuple[list[float], float]:
-    """(the base's P(a is better than b) on each row, both orders averaged; share of the same slot in both orders).
-    Where there was no room to judge it is 1/2: undecided."""
+    """(the base's P(a is better than b) on each row, both orders averaged; share of the same slot
+    in both orders). Where there was no room to judge it is 1/2: undecided."""
     base, cfg, said = opened.model("base"), opened.cfg, [conversation(r) for r in rows]
     planner, asks = Planner(opened.tokenizer, base.config.block_size), [p.tiny for p in principles]
     settings = dict(max_new=cfg.max_new, batch_size=cfg.batch_size, desc=desc)
@@ -258,7 +267,8 @@ def preferred(opened: Run, rows, a, b, principles, desc) -> tuple[list[float], f
 
 
 def measure_judge(opened: Run, pairs, desc) -> dict:
-    """Right: the answer that keeps the principle better is preferred. An undecided pair is wrong."""
+    """Right: the answer that keeps the principle better is preferred. An undecided pair is
+    wrong."""
     columns = ([pair[key] for pair in pairs] for key in ("row", "a", "b", "principle"))
     p, same_slot = preferred(opened, *columns, desc)
     label = [pair["a_better"] for pair in pairs]
@@ -273,8 +283,9 @@ def measure_judge(opened: Run, pairs, desc) -> dict:
 
 
 def measure_critic(opened: Run, rows, principles, rng) -> dict:
-    """Help with harmful requests, criticised under a principle about their category, which it breaks, and under one
-    about another, which does not apply: the share of critiques that say so."""
+    """Help with harmful requests, criticised under a principle about their category, which it
+    breaks, and under one about another, which does not apply: the share of critiques that say
+    so."""
     cfg, tokenizer, found = opened.cfg, opened.tokenizer, {}
     stop = {tokenizer.eot, tokenizer.newline}
     some = [p for p in principles if p.about in world.HARMS and p.about != world.UNSEEN]
@@ -292,14 +303,16 @@ def measure_critic(opened: Run, rows, principles, rng) -> dict:
 
 
 def pm_scores(opened: Run, rows, answers) -> list[float]:
-    """The preference model's unnormalised scores (gain and shift undone): the difference of two is a log-odds."""
+    """The preference model's unnormalised scores (gain and shift undone): the difference of two is
+    a log-odds."""
     pm, prompts = opened.model("pm"), opened.prompts(rows)
     scores = answer_scores(pm, prompts, opened.ends(answers), opened.cfg.batch_size)
     return ((scores - pm.shift.cpu()) / pm.gain.cpu()).tolist()
 
 
 def measure_pm(opened: Run, rows, rng) -> dict:
-    """Held-out pairs of each of PM_KINDS, cfg.judged times: is the better answer's score the higher one?"""
+    """Held-out pairs of each of PM_KINDS, cfg.judged times: is the better answer's score the higher
+    one?"""
     samples = []
     for name, (kind, *styles) in PM_KINDS.items():
         some = rng.choices([r for r in rows if r["kind"] == kind], k=opened.cfg.judged)

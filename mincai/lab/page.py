@@ -1,7 +1,8 @@
-"""HTML and SVG for the report: text that is escaped unless it says otherwise, tables, boxes, line charts, one style.
+"""HTML and SVG for the report: text that is escaped unless it says otherwise, tables, boxes, line
+charts, one style.
 
-Helpers take plain values and give back `Html`, a string that is markup already. A page needs no script, fetches
-nothing, and works from 390 pixels up, light and dark.
+Helpers take plain values and give back `Html`, a string that is markup already. A page needs no
+script, fetches nothing, and works from 390 pixels up, light and dark.
 """
 
 import html
@@ -21,7 +22,8 @@ def esc(value) -> Html:
 
 
 def tag(name: str, *inside, **attributes) -> Html:
-    """<name attributes>inside</name>; class_ is class, aria_label is aria-label, empty ones are left out."""
+    """<name attributes>inside</name>; class_ is class, aria_label is aria-label, empty ones are
+    left out."""
     given = ""
     for key, value in attributes.items():
         if value != "":
@@ -55,7 +57,8 @@ def boxes(parts: list[tuple]) -> Html:
 
 
 def share(cell) -> Html:
-    """A cell of a table: a rate as a percentage over its interval, or of a few, k of n; all else as text has it."""
+    """A cell of a table: a rate as a percentage over its interval, or of a few, k of n; all else as
+    text has it."""
     if not isinstance(cell, dict) or "k" not in cell or not cell["n"]:
         return esc(show(cell))
     if cell["n"] < FEW:
@@ -89,7 +92,8 @@ def table(some: Table) -> Html:
 
 
 def ticks(low: float, high: float, most: int = 5, whole: bool = False) -> list[float]:
-    """Round numbers within [low, high], at most `most` + 1 of them, in steps of 1, 2 or 5 times a power of ten."""
+    """Round numbers within [low, high], at most `most` + 1 of them, in steps of 1, 2 or 5 times a
+    power of ten."""
     least = (high - low) / most
     size = 10.0 ** math.floor(math.log10(least))
     size *= next(m for m in (1, 2, 5, 10) if m * size >= least * (1 - 1e-9))
@@ -99,8 +103,8 @@ def ticks(low: float, high: float, most: int = 5, whole: bool = False) -> list[f
 
 
 def flat(points: list[tuple]) -> str:
-    """What is said in place of a curve of less than two points, or whose range is below 2% of its magnitude: an axis
-    would blow up noise. Empty for a curve that is worth drawing."""
+    """What is said in place of a curve of less than two points, or whose range is below 2% of its
+    magnitude: an axis would blow up noise. Empty for a curve that is worth drawing."""
     values = [y for _, y in points]
     if len(values) < 2:
         return f"{short(values[0])}, measured once." if values else "not measured."
@@ -115,7 +119,8 @@ def words(x, y, what, kind: str = "", anchor: str = "") -> Html:
 
 
 def plot(points: list[tuple], left: float, top: float, width: float, height: float) -> Html:
-    """Axes with ticks, the line, its first and last value, as the inside of an <svg>. `flat` points cannot be drawn."""
+    """Axes with ticks, the line, its first and last value, as the inside of an <svg>. `flat` points
+    cannot be drawn."""
     xs, ys = zip(*points)
     margin = 0.15 * (max(ys) - min(ys))  # for the first value, where the line leaves it free
     low, high = min(ys) - margin, max(ys) + margin
@@ -154,7 +159,8 @@ def chart(title: str, unit: str, points: list[tuple]) -> Html:
 
 
 def picture(stages: list[tuple], score: list[tuple]) -> Html:
-    """A drawing that stands alone, 900 by 320: five boxes (title, number, lines) over the curve of a score."""
+    """A drawing that stands alone, 900 by 320: five boxes (title, number, lines) over the curve of
+    a score."""
     out = [tag("rect", class_="back", width=900, height=320, rx=10)]
     for x, (title, number, lines) in zip(range(14, 900, 178), stages):
         out.append(tag("rect", class_="box", x=x, y=14, width=160, height=96, rx=8))

@@ -1,11 +1,12 @@
-"""One page that shows a run: a request followed through the loop, the loop's numbers, what came of it, how PPO went.
+"""One page that shows a run: a request followed through the loop, the loop's numbers, what came of
+it, how PPO went.
 
     python -m mincai.lab.report runs/tiny                            writes runs/tiny/report.html
     python -m mincai.lab.report runs/tiny --trail loop-0952          follows this request
     python -m mincai.lab.report runs/tiny --picture loop.svg         the loop with this run's numbers, as one drawing
 
-Only files are read, no model. What is not there yet is left out, with the command that makes it. The page stands alone:
-nothing is fetched, no script runs. It is written anew each time.
+Only files are read, no model. What is not there yet is left out, with the command that makes it.
+The page stands alone: nothing is fetched, no script runs. It is written anew each time.
 """
 
 import math
@@ -175,7 +176,8 @@ def curve(rows: list[dict], key: str) -> list[tuple]:
 
 
 def picture(folder: Path) -> str:
-    """The loop's five stages with this run's numbers and PPO's score over its updates, one SVG of 900 by 320."""
+    """The loop's five stages with this run's numbers and PPO's score over its updates, one SVG of
+    900 by 320."""
     score = curve(read(folder, "ppo/metrics.jsonl") or [], "score")
     return f"<!-- {WRITTEN} -->\n{page.picture(facts(folder)[1:], score)}\n"
 

@@ -1,4 +1,5 @@
-"""The face of the numbers: rates with their intervals, tables for terminal and page alike, a few dialogues."""
+"""The face of the numbers: rates with their intervals, tables for terminal and page alike, a few
+dialogues."""
 
 import math
 from itertools import zip_longest
@@ -59,8 +60,9 @@ def rate(hits) -> dict:
 
 
 def ratio(a: dict, b: dict) -> dict:
-    """{value, low, high}: the rate a over the rate b, two rates of different samples, and its 95% interval on the log
-    scale. Half a hit and half a try are added on each side, so that none is infinite (Walters 1985)."""
+    """{value, low, high}: the rate a over the rate b, two rates of different samples, and its 95%
+    interval on the log scale. Half a hit and half a try are added on each side, so that none is
+    infinite (Walters 1985)."""
     k, n, m, o = (r[key] + 0.5 for r in (a, b) for key in ("k", "n"))
     middle = math.log(k / n) - math.log(m / o)
     spread = 1.96 * math.sqrt(max(0.0, 1 / k - 1 / n + 1 / m - 1 / o))
@@ -76,8 +78,8 @@ def percent(r: dict) -> str:
 
 
 class Table(NamedTuple):
-    """Printed by as_text, and as HTML by page.table. A row is a label, two spaces in front of it for each step that it
-    is set in, and its cells."""
+    """Printed by as_text, and as HTML by page.table. A row is a label, two spaces in front of it
+    for each step that it is set in, and its cells."""
 
     caption: str
     head: list[str]  # of the cells
@@ -105,13 +107,15 @@ def as_text(tables: list[Table]) -> str:
 
 
 def counted(label: str, rates: list[dict]) -> list:
-    """A row of rates with their count in front, if they share one: how many refuse, for one, they do not."""
+    """A row of rates with their count in front, if they share one: how many refuse, for one, they
+    do not."""
     counts = {r["n"] for r in rates}
     return [label, counts.pop() if len(counts) == 1 else "-", *rates]
 
 
 def tables(result: dict) -> list[Table]:
-    """eval.json: its samples and its greedy answers with a column a stage, their parts, the instruments."""
+    """eval.json: its samples and its greedy answers with a column a stage, their parts, the
+    instruments."""
     sampled, greedy = result["stages"].values(), result["greedy"].values()
     head = ["n", *(NAMES[stage] for stage in result["stages"])]
     rows = [counted(name, [one[key] for one in sampled]) for key, (name, *_) in ROWS.items()]
@@ -133,7 +137,8 @@ def tables(result: dict) -> list[Table]:
 
 
 def instruments(result: dict) -> Table:
-    """How often judge, critic and preference model are right on held-out pairs; of the critic there are parts alone."""
+    """How often judge, critic and preference model are right on held-out pairs; of the critic there
+    are parts alone."""
     rows, head = [], ["n", "right", "calibration error", "same slot twice"]
     for key in [key for key in INSTRUMENTS if key in result]:
         found, cells = result[key], []

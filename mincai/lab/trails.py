@@ -1,7 +1,8 @@
-"""What the report shows of a run's rows: one request followed through the loop, and the loop's numbers.
+"""What the report shows of a run's rows: one request followed through the loop, and the loop's
+numbers.
 
-A trail is not picked by hand, and not drawn either: it is the first of its kind in the files. Data only; report.py
-makes it markup.
+A trail is not picked by hand, and not drawn either: it is the first of its kind in the files. Data
+only; report.py makes it markup.
 """
 
 from mincai import UserError
@@ -11,19 +12,21 @@ DECIDED = 0.9  # how sure the judge has to be in both orders for a comparison to
 
 
 def decided(pair: dict) -> float:
-    """How sure the judge was, in [0.5, 1], of the answer that it preferred in both orders; 0 if in each another."""
+    """How sure the judge was, in [0.5, 1], of the answer that it preferred in both orders; 0 if in
+    each another."""
     a_first, a_second = pair["p_ab"], 1 - pair["p_ba"]
     agree = (a_first > 0.5) == (a_second > 0.5)
     return max(min(a_first, a_second), min(1 - a_first, 1 - a_second)) if agree else 0.0
 
 
 def follow(revisions: list[dict], comparisons: list[dict], targets: dict, wanted="") -> tuple:
-    """(row of revisions, row of comparisons or None): a harmful request whose answer was revised, and the comparison on
-    it that shows most. ({}, None) where no harmful answer was revised.
+    """(row of revisions, row of comparisons or None): a harmful request whose answer was revised,
+    and the comparison on it that shows most. ({}, None) where no harmful answer was revised.
 
-    Shown is, of a request's comparisons, one under a principle on its own category or on reasons, decided in both
-    orders; of the requests, the first that has such a one, else the one that comes nearest. targets: a principle's id
-    to what it is about. wanted: a prompt's id, to follow that one, whatever came of it; UserError if it is not there.
+    Shown is, of a request's comparisons, one under a principle on its own category or on reasons,
+    decided in both orders; of the requests, the first that has such a one, else the one that comes
+    nearest. targets: a principle's id to what it is about. wanted: a prompt's id, to follow that
+    one, whatever came of it; UserError if it is not there.
     """
 
     def worth(row):
@@ -46,10 +49,12 @@ def follow(revisions: list[dict], comparisons: list[dict], targets: dict, wanted
 
 
 def held_out(samples: list[dict], like: dict) -> list[tuple[dict, dict]]:
-    """[(a row, {stage: its sample})] for one harmful and one ordinary request that no stage trained on.
+    """[(a row, {stage: its sample})] for one harmful and one ordinary request that no stage trained
+    on.
 
-    like: a row of revisions. The harmful one has its category and its attack family if there is such a one, else its
-    category, else it is the first; the ordinary one has its attack family, else it is the first.
+    like: a row of revisions. The harmful one has its category and its attack family if there is
+    such a one, else its category, else it is the first; the ordinary one has its attack family,
+    else it is the first.
     """
     found = []
     for split in ("eval", "eval-twin"):
@@ -62,7 +67,8 @@ def held_out(samples: list[dict], like: dict) -> list[tuple[dict, dict]]:
 
 
 def verdict(sample: dict) -> str:
-    """What the oracle says of an answer (of English ones, what their phrases say), in a few words."""
+    """What the oracle says of an answer (of English ones, what their phrases say), in a few
+    words."""
     if "complied" not in sample:
         said = {True: "refuses, by its phrases", False: "does not refuse"}
         return said.get(sample.get("refuses"), "")
@@ -82,8 +88,8 @@ def verdict(sample: dict) -> str:
 def facts(revisions, comparisons, sft: dict, pm: dict, ppo: dict, edge: float) -> list[tuple]:
     """(stage, its number, two lines on it) of the prompts and the five stages that learn from them.
 
-    sft, pm, ppo: the metrics of their run.json, empty where they were not trained; edge: how far off 1/2 a label is to
-    be if the preference model learns it.
+    sft, pm, ppo: the metrics of their run.json, empty where they were not trained; edge: how far
+    off 1/2 a label is to be if the preference model learns it.
     """
     found = dict.fromkeys(STEPS, ("not yet", []))
 

@@ -1,1 +1,2 @@
-"""What every stage needs and no reader has to know: flags, files, checkpoints, vocabularies, processes, memory."""
+"""What every stage needs and no reader has to know: flags, files, checkpoints, vocabularies,
+processes, memory."""

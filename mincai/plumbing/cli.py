@@ -55,7 +55,8 @@ def check_choice(flag, value, choices) -> None:
 
 
 def parse(Config, argv=None, description=""):
-    """The command line (default: sys.argv) as a `Config`; exits 2 on an unknown flag or a bad value."""
+    """The command line (default: sys.argv) as a `Config`; exits 2 on an unknown flag or a bad
+    value."""
     how = dict(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser = argparse.ArgumentParser(description=description, **how)
     own = vars(Config).get("__annotations__", {})  # before those that it inherits

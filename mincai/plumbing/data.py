@@ -147,7 +147,8 @@ def write_stamped(path, files: dict, stamp) -> dict:
     its content.
 
     stamp: a function that gives its content when all rows are there. The old stamp goes before new
-    rows get their name: a run that is stopped in between leaves one that says so, and is made again.
+    rows get their name: a run that is stopped in between leaves one that says so, and is made
+    again.
     """
 
     def mark():
@@ -166,7 +167,8 @@ def write_stamped(path, files: dict, stamp) -> dict:
 
 
 def right_pad(rows, device=None):
-    """Token lists to (ids (B, T) long, valid (B, T) bool); T is the longest row, padding is id 0."""
+    """Token lists to (ids (B, T) long, valid (B, T) bool); T is the longest row, padding is id
+    0."""
     lengths = torch.tensor([len(row) for row in rows])
     assert len(rows) and lengths.max() > 0, f"nothing to pad: {len(rows)} rows"
     valid = torch.arange(int(lengths.max())) < lengths[:, None]  # (B, T)
@@ -313,7 +315,8 @@ def stamp(config, **more):
 
 
 def done(path, config, again=False):
-    """True if the output is there and was made with these settings; False if it is still to be made.
+    """True if the output is there and was made with these settings; False if it is still to be
+    made.
 
     path: a checkpoint's folder or its run.json, a JSONL file (its stamp is then its sidecar), or
     any JSON file that holds its own stamp. Write the output first, its stamp last: the stamp
@@ -388,8 +391,8 @@ def refuse_first_edition(folder) -> None:
 
 
 def choose(rows, kind: str, number: int, rng) -> list[dict]:
-    """`number` prompts of a kind (all, if 0), taken from the attack families in turn so that all are
-    present."""
+    """`number` prompts of a kind (all, if 0), taken from the attack families in turn so that all
+    are present."""
     families = {}
     for row in rows:
         if row["kind"] == kind:

@@ -162,7 +162,7 @@ def read_rows(path, formats: dict, known: str, dropped: Counter):
     that cannot be used, which `dropped` counts by reason. known: the formats in words. UserError if
     a row is of no format, or not of the first one's; at the end, if fewer than half are left."""
     first, count, left = None, 0, defaultdict(list)
-    for count, (where, row) in enumerate(file_rows(path), 1):
+    for count, (where, row) in enumerate(file_rows(path), 1):  # noqa: B007, read at the end
         name = found = None
         try:
             if isinstance(row, Unusable):

@@ -1,5 +1,5 @@
-"""How a training went: what a preference model's scores say of pairs that it was not trained on, the
-samples of PPO that are printed, and warnings of what should never be seen.
+"""How a training went: what a preference model's scores say of pairs that it was not trained on,
+the samples of PPO that are printed, and warnings of what should never be seen.
 """
 
 import torch

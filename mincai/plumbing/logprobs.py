@@ -82,6 +82,7 @@ def answer_scores(pm: ScalarModel, prompts, answers, batch_size=32) -> torch.Ten
 
 
 def pair_scores(pm: ScalarModel, pairs) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores (B,) of these pairs' answers (A) and of their answers (B), from one forward over both."""
+    """Scores (B,) of these pairs' answers (A) and of their answers (B), from one forward over
+    both."""
     scores = end_scores(pm, [pair.a for pair in pairs] + [pair.b for pair in pairs])
     return scores[: len(pairs)], scores[len(pairs) :]

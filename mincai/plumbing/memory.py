@@ -91,10 +91,10 @@ def plan(
     stage: "sample" (answers, critiques, labels), "sft", "pm" or "ppo". batch: rows sampled at once
     (sample, ppo). micro_batch: rows of one training forward, batch if None; for "pm", pairs, of two
     rows each. length: tokens of the longest row, prompt and answer. answer: how many of them are
-    the answer's at most (--max-new; length if None): only they meet the vocabulary in "ppo".
-    dtype: "float32", or "bfloat16" by autocast, where weights, gradients and moments stay in
-    float32 and 16-bit copies of the weights are added. models: of "sample", that are there at once.
-    reads_on: it goes on from the cache of what it has sampled, in a second one (`then` of generate).
+    the answer's at most (--max-new; length if None): only they meet the vocabulary in "ppo". dtype:
+    "float32", or "bfloat16" by autocast, where weights, gradients and moments stay in float32 and
+    16-bit copies of the weights are added. models: of "sample", that are there at once. reads_on:
+    it goes on from the cache of what it has sampled, in a second one (`then` of generate).
 
     Too high rather than too low: all rows are as long as the longest, and frozen blocks learn.
     """

@@ -1,4 +1,5 @@
-"""What the training scripts share of an optimiser: which parameters decay, and how its rate moves."""
+"""What the training scripts share of an optimiser: which parameters decay, and how its rate
+moves."""
 
 import math
 

@@ -32,8 +32,8 @@ class Planner:
         self.counts = Counter()
 
     def prompt(self, kind: str, text: str, max_new: int) -> list[int] | None:
-        """Token ids of the examples of this kind that fit, and then the text; None if the text alone
-        leaves no room for max_new tokens."""
+        """Token ids of the examples of this kind that fit, and then the text; None if the text
+        alone leaves no room for max_new tokens."""
         room = self.limit - max_new - len(self.tokenizer.encode(text))
         if room < 0:
             self.counts["no room"] += 1
@@ -62,7 +62,8 @@ class Planner:
 
 
 def load_shots(path: str, principles, reasons: bool = True) -> dict[str, list[str]]:
-    """The examples of a few-shot file as texts in the very form of the prompts; {} for an empty path.
+    """The examples of a few-shot file as texts in the very form of the prompts; {} for an empty
+    path.
 
     The file holds {"answer": [{human, assistant}],
     "review": [{human, answer, principle_id, critique, revision}],

@@ -20,14 +20,16 @@ _cores = 1
 
 
 def use(cores: int) -> None:
-    """Let small models use this many cores from now on, as torch.set_num_threads does for others."""
+    """Let small models use this many cores from now on, as torch.set_num_threads does for
+    others."""
     global _cores
     _cores = cores
     torch.set_num_threads(1)
 
 
 def fit(model) -> None:
-    """One thread for PyTorch if this model is a small one, else as many as there are cores to use."""
+    """One thread for PyTorch if this model is a small one, else as many as there are cores to
+    use."""
     small = model.device.type == "cpu" and model.config.n_embd <= SMALL
     torch.set_num_threads(1 if small else _cores)
 
@@ -55,8 +57,8 @@ def beside(model, *tasks) -> list:
 
 
 def spread(work, chunks: list, processes: int):
-    """work(chunk) of every chunk, in their order. work is called in other processes, and has to give
-    what can be pickled, no tensor. What it raises is raised here."""
+    """work(chunk) of every chunk, in their order. work is called in other processes, and has to
+    give what can be pickled, no tensor. What it raises is raised here."""
     processes = min(processes, len(chunks))
     if processes < 2 or "fork" not in multiprocessing.get_all_start_methods():
         yield from map(work, chunks)

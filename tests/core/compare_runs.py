@@ -10,7 +10,17 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-MADE = {"config", "seconds", "git", "torch", "device", "threads", "mincai", "files", "episodes_per_s"}
+MADE = {
+    "config",
+    "seconds",
+    "git",
+    "torch",
+    "device",
+    "threads",
+    "mincai",
+    "files",
+    "episodes_per_s",
+}
 MADE |= {"inputs", "sha256"}
 
 

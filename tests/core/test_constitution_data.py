@@ -6,25 +6,75 @@ from pathlib import Path
 
 import pytest
 
-CATEGORIES = ["violence", "sabotage", "recklessness", "intrusion", "fraud", "theft",
-              "spying", "hate", "slander", "rumour", "quackery", "neglect"]
+CATEGORIES = [
+    "violence",
+    "sabotage",
+    "recklessness",
+    "intrusion",
+    "fraud",
+    "theft",
+    "spying",
+    "hate",
+    "slander",
+    "rumour",
+    "quackery",
+    "neglect",
+]
 ROWS = {**{c: 4 for c in CATEGORIES}, "harm": 8, "help": 6, "truth": 5, "reasons": 5, "conduct": 3}
-COLUMNS = {"human rights": 12, "platform terms": 7, "dialogue rules": 11, "cross-cultural": 5,
-           "general harmlessness": 12, "AI conduct": 8, "public input": 6, "helpful and honest": 14}
+COLUMNS = {
+    "human rights": 12,
+    "platform terms": 7,
+    "dialogue rules": 11,
+    "cross-cultural": 5,
+    "general harmlessness": 12,
+    "AI conduct": 8,
+    "public input": 6,
+    "helpful and honest": 14,
+}
 # Sources of each target, as the digits of S1..S8 in the order of COLUMNS.
-MATRIX = {"violence": "1358", "sabotage": "1256", "recklessness": "1358", "intrusion": "2568",
-          "fraud": "1258", "theft": "1258", "spying": "1237", "hate": "1134", "slander": "1345",
-          "rumour": "1237", "quackery": "3338", "neglect": "1245", "harm": "14455566",
-          "help": "778888", "truth": "36788", "reasons": "35788", "conduct": "666"}
+MATRIX = {
+    "violence": "1358",
+    "sabotage": "1256",
+    "recklessness": "1358",
+    "intrusion": "2568",
+    "fraud": "1258",
+    "theft": "1258",
+    "spying": "1237",
+    "hate": "1134",
+    "slander": "1345",
+    "rumour": "1237",
+    "quackery": "3338",
+    "neglect": "1245",
+    "harm": "14455566",
+    "help": "778888",
+    "truth": "36788",
+    "reasons": "35788",
+    "conduct": "666",
+}
 HELD = {**{c: 1 for c in CATEGORIES}, "harm": 2, "help": 2, "truth": 1, "reasons": 1, "conduct": 1}
 ABOUT = set(CATEGORIES) | {"harm", "help", "truth", "reasons"}
-KEYS = ["id", "source", "target", "topic", "polarity", "scope", "split", "weight", "text",
-        "critique", "revision", "compare", "tiny", "about"]
+KEYS = [
+    "id",
+    "source",
+    "target",
+    "topic",
+    "polarity",
+    "scope",
+    "split",
+    "weight",
+    "text",
+    "critique",
+    "revision",
+    "compare",
+    "tiny",
+    "about",
+]
 PLAIN_WORDS = set(
     "never avoid refuse stay clear of choose the answer that is free from keeps away a good does not "
     "lead to any people may be safe always want more least most with for in and it we value seek "
     "prefer best gives right open plain kind say says fair care against protect all no us you your "
-    "our must should first rule : , .".split())
+    "our must should first rule : , .".split()
+)
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,9 @@ NAN, INF = math.nan, math.inf
 @pytest.mark.parametrize("bad", [NAN, INF])
 def test_kl_and_entropy_of_no_numbers_are_none(bad):
     logits = torch.tensor([[0.0, bad, 1.0]])
-    assert math.isnan(losses.entropy(logits)) and math.isnan(losses.exact_kl(logits, torch.zeros(1, 3)))
+    assert math.isnan(losses.entropy(logits)) and math.isnan(
+        losses.exact_kl(logits, torch.zeros(1, 3))
+    )
     assert not math.isfinite(losses.exact_kl(torch.zeros(1, 3), logits))
     sure = torch.tensor([[0.0, -INF, -INF]])  # probabilities of exactly 0 count nothing
     assert float(losses.entropy(sure)) == 0.0 and float(losses.exact_kl(sure, sure + 5)) == 0.0
@@ -50,9 +52,14 @@ def test_training_that_runs_away_stops_and_replaces_nothing(base, revisions, pai
     out = tmp_path / "sft"
     train_sft.main(sft(base, revisions, out))
     before = weights(out)
-    with pytest.raises(Diverged, match=r"train_sft, step \d+ of 6: the gradient's norm is nan; lower --lr"):
+    with pytest.raises(
+        Diverged, match=r"train_sft, step \d+ of 6: the gradient's norm is nan; lower --lr"
+    ):
         train_sft.main(sft(base, revisions, out, lr=1e30, epochs=2, again=True))
-    assert weights(out) == before and sorted(p.name for p in tmp_path.iterdir() if "partial" in p.name) == []
+    assert (
+        weights(out) == before
+        and sorted(p.name for p in tmp_path.iterdir() if "partial" in p.name) == []
+    )
     cfg = train_pm.Config(model=base, pairs=(pairs,), prompts="", out=str(tmp_path / "pm"), **QUIET)
     with pytest.raises(Diverged, match=r"train_pm, step \d+ of \d+: the gradient's norm is nan"):
         train_pm.main(dataclasses.replace(cfg, lr=1e30, freeze=0, batch_size=4))

@@ -1,4 +1,5 @@
-"""All of the tree is as the formatter makes it at 100 columns, and the linter has nothing to say."""
+"""All of the tree is as the formatter makes it at 100 columns, and the linter has nothing to
+say."""
 
 import subprocess
 import sys
@@ -13,6 +14,9 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_the_tree_is_formatted_and_linted(command):
     pytest.importorskip("ruff")
     ran = subprocess.run(
-        [sys.executable, "-m", "ruff", *command, "--no-cache", "."], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "ruff", *command, "--no-cache", "."],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr

@@ -1,4 +1,5 @@
-"""An installation brings its data and scripts inside the package, and its commands run from anywhere."""
+"""An installation brings its data and scripts inside the package, and its commands run from
+anywhere."""
 
 import subprocess
 import sys
@@ -26,7 +27,11 @@ def test_an_installation_runs_anywhere(tmp_path):
         run = f"import sys; from mincai.plumbing import entry; sys.argv = ['{name}', '--help']; entry."
         run += {"mincai": "loop"}.get(name, name.removeprefix("mincai-").replace("-", "_")) + "()"
         ran = subprocess.run(
-            [sys.executable, "-c", run], cwd=tmp_path, env={"PYTHONPATH": str(site)}, capture_output=True, text=True
+            [sys.executable, "-c", run],
+            cwd=tmp_path,
+            env={"PYTHONPATH": str(site)},
+            capture_output=True,
+            text=True,
         )
         assert ran.returncode == 0 and "usage:" in ran.stdout, ran.stderr
         assert "default: data/tiny" not in ran.stdout  # there is none where a person may be

@@ -1,4 +1,5 @@
-"""The formulas against hand arithmetic, brute force and enumeration; and that padding never counts."""
+"""The formulas against hand arithmetic, brute force and enumeration; and that padding never
+counts."""
 
 import math
 
@@ -25,6 +26,7 @@ def distributions(seed):
 
 # --- log-probs and reductions -------------------------------------------------------------------------------
 
+
 def test_gather_logp_and_entropy_by_hand():
     logits = torch.tensor([[0.0, math.log(3.0)]])  # probabilities 1/4, 3/4
     assert_close(losses.gather_logp(logits, torch.tensor([1])), torch.tensor([math.log(0.75)]))
@@ -49,14 +51,20 @@ def test_masked_mean_of_nothing_is_zero():
 
 # --- padding ------------------------------------------------------------------------------------------------
 
+
 def everything(junk):
     """All masked losses, metrics and rewards, with `junk` in the padding of every input."""
+
     def fill(x):
         return torch.where(MASK if x.dim() == 2 else MASK[..., None], x, junk)
+
     logits, targets = fill(randn(B, R, V)), torch.arange(B * R).view(B, R) % V
     a, b, c, d = (fill(randn(B, R, seed=s)) for s in range(2, 6))
-    found = {"sft": losses.sft_loss(logits, torch.where(MASK, targets, 3), MASK),
-             "policy": losses.policy_loss(a, b, c, MASK, 0.2), "value": losses.value_loss(a, b, c, MASK, 0.2)}
+    found = {
+        "sft": losses.sft_loss(logits, torch.where(MASK, targets, 3), MASK),
+        "policy": losses.policy_loss(a, b, c, MASK, 0.2),
+        "value": losses.value_loss(a, b, c, MASK, 0.2),
+    }
     reward = losses.token_rewards(torch.tensor([1.0, 2.0, 3.0]), a, b, MASK, 0.1)
     advantages, returns = losses.gae(fill(reward), d, MASK, 0.99, 0.95)
     flat = [reward, advantages, returns, losses.masked_whiten(a, MASK), losses.masked_mean(a, MASK)]
@@ -84,6 +92,7 @@ def test_padding_gets_no_gradient():
 
 # --- micro-batches ------------------------------------------------------------------------------------------
 
+
 def test_micro_batches_add_up_to_the_big_batch():
     """Loss, metrics and gradients, with micro-batches of unequal numbers of tokens."""
     logits, targets = randn(B, R, V), torch.arange(B * R).view(B, R) % V
@@ -92,9 +101,11 @@ def test_micro_batches_add_up_to_the_big_batch():
     def terms(x, rows, total):
         mask = MASK[rows]
         logp = losses.gather_logp(x, targets[rows])
-        return [losses.sft_loss(x, targets[rows], mask, total),
-                losses.policy_loss(logp, old[rows], adv[rows], mask, 0.2, total),
-                losses.value_loss(x[..., 0], old[rows], returns[rows], mask, 0.2, total)]
+        return [
+            losses.sft_loss(x, targets[rows], mask, total),
+            losses.policy_loss(logp, old[rows], adv[rows], mask, 0.2, total),
+            losses.value_loss(x[..., 0], old[rows], returns[rows], mask, 0.2, total),
+        ]
 
     whole = logits.clone().requires_grad_()
     big = terms(whole, slice(0, 3), None)
@@ -112,6 +123,7 @@ def test_micro_batches_add_up_to_the_big_batch():
 
 
 # --- supervised fine-tuning and preferences -----------------------------------------------------------------
+
 
 def test_sft_loss_weighs_tokens():
     logits = torch.zeros(1, 2, 4)
@@ -131,7 +143,7 @@ def test_equal_scores_cost_log_2():
 def test_soft_label_is_best_met_by_its_logit(p):
     d = torch.tensor([math.log(p / (1 - p))], requires_grad=True)
     loss, _ = losses.preference_loss(d, torch.zeros(1), torch.tensor([p]))
-    gradient, = torch.autograd.grad(loss, d, create_graph=True)
+    (gradient,) = torch.autograd.grad(loss, d, create_graph=True)
     assert_close(gradient, torch.zeros(1), atol=1e-6, rtol=0)
     assert torch.autograd.grad(gradient, d)[0] > 0  # a minimum
     assert_close(loss.detach(), torch.tensor(-p * math.log(p) - (1 - p) * math.log(1 - p)))
@@ -149,11 +161,14 @@ def test_preference_loss_stays_finite_and_is_symmetric():
 def test_preference_metrics_by_hand():
     a, b = torch.tensor([2.0, 1.0, 0.0, 1.0]), torch.tensor([1.0, 3.0, 0.0, 0.0])
     _, metrics = losses.preference_loss(a, b, torch.tensor([0.9, 0.9, 0.9, 0.5]))
-    assert metrics["accuracy"] == (1 + 0 + 0.5 + 0.5) / 4  # right, wrong, equal scores, undecided label
+    assert (
+        metrics["accuracy"] == (1 + 0 + 0.5 + 0.5) / 4
+    )  # right, wrong, equal scores, undecided label
     assert metrics["margin"] == (1 - 2 + 0 + 0) / 4
 
 
 # --- KL -----------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_kl_estimators_against_enumeration(seed):
@@ -174,7 +189,8 @@ def test_kl_estimators_against_enumeration(seed):
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_gradient_of_k2_as_a_loss_is_that_of_the_kl(seed):
-    """And k1 in the reward: both give the exact gradient of KL(policy || reference), by enumeration."""
+    """And k1 in the reward: both give the exact gradient of KL(policy || reference), by
+    enumeration."""
     logits, ref_logits = distributions(seed)
     logits.requires_grad_()
     ref_logp = F.log_softmax(ref_logits, -1)
@@ -192,10 +208,15 @@ def test_gradient_of_k2_as_a_loss_is_that_of_the_kl(seed):
 
 # --- PPO ----------------------------------------------------------------------------------------------------
 
+
 def test_score_is_added_once_on_the_last_real_token():
     logp, ref_logp = torch.full((B, R), -1.0), torch.full((B, R), -3.0)
     reward = losses.token_rewards(torch.tensor([10.0, 20.0, 30.0]), logp, ref_logp, MASK, beta=0.5)
-    assert reward.tolist() == [[-1, -1, -1, -1, -1, 9], [-1, 19, 0, 0, 0, 0], [-1, -1, -1, 29, 0, 0]]
+    assert reward.tolist() == [
+        [-1, -1, -1, -1, -1, 9],
+        [-1, 19, 0, 0, 0, 0],
+        [-1, -1, -1, 29, 0, 0],
+    ]
 
 
 @pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.9, 0.0)])
@@ -206,7 +227,10 @@ def test_gae_against_the_double_sum(gamma, lam):
     for b, length in enumerate(LENGTHS.tolist()):
         r, v = rewards[b, :length].tolist(), values[b, :length].tolist() + [0.0]
         delta = [r[t] + gamma * v[t + 1] - v[t] for t in range(length)]
-        expected = [sum((gamma * lam) ** (k - t) * delta[k] for k in range(t, length)) for t in range(length)]
+        expected = [
+            sum((gamma * lam) ** (k - t) * delta[k] for k in range(t, length))
+            for t in range(length)
+        ]
         assert_close(advantages[b, :length], torch.tensor(expected))
         assert_close(returns[b, :length], torch.tensor(expected) + values[b, :length])
     assert (advantages[~MASK] == 0).all() and (returns[~MASK] == 0).all()
@@ -236,14 +260,21 @@ def test_policy_loss_clips_only_what_has_gone_too_far():
     k2 = (math.log(1.5) ** 2 + math.log(0.5) ** 2) / 4  # each twice; k1 would be -0.14, and often 0
     assert_close(metrics["approx_kl"], torch.tensor(k2))
     loss.backward()
-    assert_close(logp.grad, torch.tensor([[0.0, 1.5, -0.5, 0.0]]) / 4)  # ratio * -adv, or nothing where cut
+    assert_close(
+        logp.grad, torch.tensor([[0.0, 1.5, -0.5, 0.0]]) / 4
+    )  # ratio * -adv, or nothing where cut
 
 
 def test_exponents_of_log_ratios_are_held():
     """exp is inf beyond 88 in float32; one such token would make a loss, or the log, inf."""
     logp, old = torch.tensor([[100.0, -100.0, 0.5, 30.0]]), torch.zeros(1, 4)
     mask = torch.tensor([[True, True, True, False]])
-    assert_close(losses.ratios(logp, old, mask), torch.tensor([[5e8, 0.0, math.exp(0.5), 1.0]]), rtol=0.04, atol=1e-8)
+    assert_close(
+        losses.ratios(logp, old, mask),
+        torch.tensor([[5e8, 0.0, math.exp(0.5), 1.0]]),
+        rtol=0.04,
+        atol=1e-8,
+    )
     assert losses.beyond(logp, old, mask) == 2 and losses.beyond(logp * math.nan, old, mask) == 3
     loss, metrics = losses.policy_loss(logp, old, torch.ones(1, 4), mask, 0.2)
     assert loss.isfinite() and all(value.isfinite() for value in metrics.values())
@@ -252,7 +283,8 @@ def test_exponents_of_log_ratios_are_held():
 
 
 def test_value_loss_by_hand():
-    """Old value 0, clip 0.2, return 1: a value of 0.5 counts as 0.2; one of -1 is worse than its clip."""
+    """Old value 0, clip 0.2, return 1: a value of 0.5 counts as 0.2; one of -1 is worse than its
+    clip."""
     values, zero, one = torch.tensor([[0.5, -1.0, 0.1]]), torch.zeros(1, 3), torch.ones(1, 3)
     loss, metrics = losses.value_loss(values, zero, one, one.bool(), 0.2)
     assert_close(loss, torch.tensor(0.5 * (0.64 + 4.0 + 0.81) / 3))
@@ -261,7 +293,8 @@ def test_value_loss_by_hand():
 
 
 def test_calibration_error_by_hand():
-    """Bin 0.2-0.3: |0.25 - 0.5| on two pairs; bin 0.9-1, edge included: |0.95 - 1| on two; mean 0.15."""
+    """Bin 0.2-0.3: |0.25 - 0.5| on two pairs; bin 0.9-1, edge included: |0.95 - 1| on two; mean
+    0.15."""
     prob, label = torch.tensor([0.25, 0.25, 0.9, 1.0]), torch.tensor([0.0, 1.0, 1.0, 1.0])
     assert losses.calibration_error(prob, label) == pytest.approx(0.15, abs=1e-6)
     prob, label = torch.tensor([0.25, 0.25, 0.9, 1.0]), torch.tensor([0, 1, 1, 0])
@@ -269,21 +302,30 @@ def test_calibration_error_by_hand():
 
 
 def test_the_clips_by_hand():
-    """Old log-probs 0, ratios 1.5, 1.5, 0.5, 0.5 and 1.1 with advantages +, -, +, -, +: the clip at 0.2 cuts off the
-    gradient where the policy moved in the advantage's own direction and beyond it, the first and the fourth."""
+    """Old log-probs 0, ratios 1.5, 1.5, 0.5, 0.5 and 1.1 with advantages +, -, +, -, +: the clip at
+    0.2 cuts off the gradient where the policy moved in the advantage's own direction and beyond it,
+    the first and the fourth."""
     logp = torch.tensor([[1.5, 1.5, 0.5, 0.5, 1.1]]).log()
     adv = torch.tensor([[1.0, -1.0, 1.0, -1.0, 1.0]])
     mask = torch.ones(1, 5, dtype=torch.bool)
     loss, metrics = losses.policy_loss(logp, torch.zeros(1, 5), adv, mask, 0.2)
     assert float(metrics["clipfrac"]) == pytest.approx(2 / 5)
     assert float(loss) == pytest.approx((-1.2 + 1.5 - 0.5 + 0.8 - 1.1) / 5)
-    # values 1 above and 1 below the old ones, held within 0.2 of them; returns on the far side of either
+    # values 1 above and 1 below the old ones, held within 0.2 of them; returns on the far side of
+    # either
     values, old, returns = (torch.tensor([row]) for row in ([1.0, -1.0], [0.0, 0.0], [2.0, -3.0]))
     loss, metrics = losses.value_loss(values, old, returns, torch.ones(1, 2, dtype=torch.bool), 0.2)
-    assert float(loss) == pytest.approx(0.5 * (1.8 ** 2 + 2.8 ** 2) / 2) and float(metrics["clipfrac"]) == 1.0
+    assert (
+        float(loss) == pytest.approx(0.5 * (1.8**2 + 2.8**2) / 2)
+        and float(metrics["clipfrac"]) == 1.0
+    )
 
 
 def test_a_small_weight_counts_for_what_it_is():
     logits = torch.zeros(1, 3, 4)  # every target costs ln 4
-    loss, metrics = losses.sft_loss(logits, torch.zeros(1, 3, dtype=torch.long), torch.tensor([[0.1, 0.4, 0.0]]), total=1)
-    assert float(loss) == pytest.approx(0.5 * math.log(4)) and float(metrics["tokens"]) == pytest.approx(0.5)
+    loss, metrics = losses.sft_loss(
+        logits, torch.zeros(1, 3, dtype=torch.long), torch.tensor([[0.1, 0.4, 0.0]]), total=1
+    )
+    assert float(loss) == pytest.approx(0.5 * math.log(4)) and float(
+        metrics["tokens"]
+    ) == pytest.approx(0.5)

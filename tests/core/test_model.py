@@ -30,18 +30,28 @@ def test_logits_equal_those_of_transformers(tiny_gpt, hf_gpt):
 
 def test_greedy_answer_equals_that_of_transformers(tiny_gpt, hf_gpt):
     ours = generate(tiny_gpt, [IDS[0].tolist()], 40, stop=(), temperature=0.0).lists()[0]
-    theirs = hf_gpt.generate(IDS[:1], attention_mask=torch.ones_like(IDS[:1]), do_sample=False,
-                             max_new_tokens=40, eos_token_id=None, pad_token_id=63)
-    assert ours == theirs[0, IDS.shape[1]:].tolist()
+    theirs = hf_gpt.generate(
+        IDS[:1],
+        attention_mask=torch.ones_like(IDS[:1]),
+        do_sample=False,
+        max_new_tokens=40,
+        eos_token_id=None,
+        pad_token_id=63,
+    )
+    assert ours == theirs[0, IDS.shape[1] :].tolist()
 
 
 @torch.no_grad()
 def test_model_of_transformers_can_be_loaded(tmp_path):
-    """The other direction: a folder that transformers wrote, with its own weights and another shape."""
+    """The other direction: a folder that transformers wrote, with its own weights and another
+    shape."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=50, n_positions=16, n_embd=24, n_layer=3, n_head=4, layer_norm_epsilon=1e-3)).eval()
+    theirs = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=50, n_positions=16, n_embd=24, n_layer=3, n_head=4, layer_norm_epsilon=1e-3
+        )
+    ).eval()
     theirs.save_pretrained(tmp_path)
     ours = checkpoint.load(tmp_path)
     assert ours.config == GPTConfig(50, 16, 3, 4, 24, 1e-3)
@@ -60,22 +70,23 @@ def test_cached_steps_equal_the_full_forward(tiny_gpt):
     for t in range(4):
         valid = torch.cat([valid, torch.ones(2, 1, dtype=torch.bool)], dim=1)
         positions = valid.sum(1, keepdim=True) - 1
-        steps.append(tiny_gpt(new[:, t:t + 1], positions, valid[:, None], cache)[:, 0])
+        steps.append(tiny_gpt(new[:, t : t + 1], positions, valid[:, None], cache)[:, 0])
     steps = torch.stack(steps, dim=1)  # (2, 5, C)
     for row, prompt in enumerate(rows):
         full = tiny_gpt(torch.tensor([prompt + new[row].tolist()]))[0]
-        assert_close(steps[row], full[len(prompt) - 1:], atol=1e-4, rtol=1e-4)
+        assert_close(steps[row], full[len(prompt) - 1 :], atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
 def test_cache_written_by_column_equals_the_growing_one(tiny_gpt):
-    """The way of CUDA graphs: keys go to a column given as a tensor, attention sees the whole cache."""
+    """The way of CUDA graphs: keys go to a column given as a tensor, attention sees the whole
+    cache."""
     full = tiny_gpt(IDS)
     cache = KVCache(tiny_gpt.config, 2, 16)
     tiny_gpt(IDS[:, :4], cache=cache)
     for t in range(4, IDS.shape[1]):
         visible = (torch.arange(16) <= t).expand(2, 1, 16)
-        step = tiny_gpt(IDS[:, t:t + 1], torch.full((2, 1), t), visible, cache, torch.tensor([t]))
+        step = tiny_gpt(IDS[:, t : t + 1], torch.full((2, 1), t), visible, cache, torch.tensor([t]))
         assert_close(step[:, 0], full[:, t], atol=1e-4, rtol=1e-4)
 
 
@@ -145,8 +156,8 @@ def test_a_score_is_read_out_of_its_tokens_hidden_state(tiny_gpt):
 
 @pytest.mark.parametrize("prompt", [8, 64, 256])
 def test_a_critic_holds_a_planted_value_function_however_long_the_prompt(prompt):
-    """The value at each of 8 answer tokens is that token's own number: a mean over prompt and answer
-    cannot follow it once the prompt is long."""
+    """The value at each of 8 answer tokens is that token's own number: a mean over prompt and
+    answer cannot follow it once the prompt is long."""
     torch.manual_seed(0)
     T, V = prompt + 8, 12
     critic = ScalarModel(GPT(GPTConfig(vocab_size=V, block_size=T, n_layer=1, n_head=2, n_embd=32)))
@@ -158,6 +169,7 @@ def test_a_critic_holds_a_planted_value_function_however_long_the_prompt(prompt)
         ids = torch.randint(V, (16, T))
         target = planted[ids[:, prompt:]]
         return (critic(ids)[:, prompt:] - target).square().mean(), target.var(unbiased=False)
+
     for _ in range(100):
         optimizer.zero_grad()
         missed()[0].backward()
@@ -175,7 +187,9 @@ def test_freeze_keeps_blocks_and_embeddings(tiny_gpt):
     assert {"wte.weight", "wpe.weight", "h.0.attn.c_attn.weight"} <= still
     assert not any(name.startswith(("h.1", "ln_f")) for name in still)
     for blocks in (-1, len(tiny_gpt.h) + 1):
-        with pytest.raises(UserError, match=f"--freeze {blocks}: the model has {len(tiny_gpt.h)} blocks"):
+        with pytest.raises(
+            UserError, match=f"--freeze {blocks}: the model has {len(tiny_gpt.h)} blocks"
+        ):
             freeze(tiny_gpt, blocks)
 
 
@@ -183,17 +197,20 @@ def test_freeze_keeps_blocks_and_embeddings(tiny_gpt):
 def test_scores_are_not_rounded_to_16_bits(tiny_gpt):
     model = ScalarModel(tiny_gpt)
     model.score.weight.zero_()
-    model.score.bias.fill_(1 + 2 ** -12)  # which bfloat16 does not hold
+    model.score.bias.fill_(1 + 2**-12)  # which bfloat16 does not hold
     with torch.autocast("cpu", torch.bfloat16):
         found = model(IDS)
-    assert_close(found, torch.full(IDS.shape, 1 + 2 ** -12), atol=1e-6, rtol=0)
+    assert_close(found, torch.full(IDS.shape, 1 + 2**-12), atol=1e-6, rtol=0)
 
 
 @torch.no_grad()
 def test_logits_far_from_zero_keep_their_log_probs_in_bfloat16(tiny_gpt):
-    """All logits of a token moved by one number, to where GPT-2's lie: no log-prob changes, but 16-bit
-    logits would be half a unit apart there."""
-    tiny_gpt.ln_f.weight[0], tiny_gpt.ln_f.bias[0] = 0.0, -11.0  # the hidden states' first number is -11
+    """All logits of a token moved by one number, to where GPT-2's lie: no log-prob changes, but
+    16-bit logits would be half a unit apart there."""
+    tiny_gpt.ln_f.weight[0], tiny_gpt.ln_f.bias[0] = (
+        0.0,
+        -11.0,
+    )  # the hidden states' first number is -11
     tiny_gpt.wte.weight[:, 0] = 10.0
     ids = torch.randint(64, (8, 40), generator=torch.Generator().manual_seed(0))
     exact = tiny_gpt.unembed(tiny_gpt(ids))
@@ -201,16 +218,25 @@ def test_logits_far_from_zero_keep_their_log_probs_in_bfloat16(tiny_gpt):
         hidden = tiny_gpt(ids)
         logits = tiny_gpt.unembed(hidden)
         low = hidden @ tiny_gpt.wte.weight.T
-    assert -112 < exact.mean() < -108 and logits.dtype == torch.float32 and low.dtype == torch.bfloat16
+    assert (
+        -112 < exact.mean() < -108 and logits.dtype == torch.float32 and low.dtype == torch.bfloat16
+    )
 
     def error(found):
         return float((found.float().log_softmax(-1) - exact.log_softmax(-1)).abs().mean())
+
     assert error(logits) < 0.02 < 0.1 < error(low)
 
 
 def test_fresh_residual_layers_start_smaller(tiny_config):
-    """By 1 / sqrt(number of residual layers), 1/2 for two blocks: depth must not raise the variance."""
+    """By 1 / sqrt(number of residual layers), 1/2 for two blocks: depth must not raise the
+    variance."""
     torch.manual_seed(0)
     for block in GPT(tiny_config).h:
-        for small, usual in ((block.attn.c_proj, block.attn.c_attn), (block.mlp.c_proj, block.mlp.c_fc)):
-            assert_close(small.weight.std() / usual.weight.std(), torch.tensor(0.5), atol=0, rtol=0.1)
+        for small, usual in (
+            (block.attn.c_proj, block.attn.c_attn),
+            (block.mlp.c_proj, block.mlp.c_fc),
+        ):
+            assert_close(
+                small.weight.std() / usual.weight.std(), torch.tensor(0.5), atol=0, rtol=0.1
+            )

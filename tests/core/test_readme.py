@@ -1,4 +1,5 @@
-"""The README keeps its length and tells the truth about files: their line counts, and that commands exist."""
+"""The README keeps its length and tells the truth about files: their line counts, and that commands
+exist."""
 
 import re
 from pathlib import Path
@@ -28,6 +29,12 @@ def test_files_and_modules_that_are_named_are_there():
     documents = [README, *(p.read_text(encoding="utf-8") for p in ROOT.glob("docs/*.md"))]
     for text in documents:
         for module in re.findall(r"python -m\s+mincai\.([\w.]+)", text):
-            assert (ROOT / "mincai" / Path(*module.rstrip(".").split("."))).with_suffix(".py").is_file(), module
-        for path in re.findall(r"\b((?:mincai|tests|data|docs)/[\w/]+\.(?:py|md|jsonl|json)\b)", text):
+            assert (
+                (ROOT / "mincai" / Path(*module.rstrip(".").split(".")))
+                .with_suffix(".py")
+                .is_file()
+            ), module
+        for path in re.findall(
+            r"\b((?:mincai|tests|data|docs)/[\w/]+\.(?:py|md|jsonl|json)\b)", text
+        ):
             assert (ROOT / path).is_file(), path

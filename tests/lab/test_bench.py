@@ -7,9 +7,25 @@ from mincai.lab import bench
 
 
 def test_every_step_is_timed(tmp_path):
-    found = bench.main(bench.Config(batch=4, micro_batch=2, prompt=8, max_new=4, repeat=1, device="cpu", threads=1,
-                                    out=str(tmp_path / "bench.json")))
-    assert set(found) == {"sampling", "SFT step", "logits, there and back", "preference step", "PPO update"}
+    found = bench.main(
+        bench.Config(
+            batch=4,
+            micro_batch=2,
+            prompt=8,
+            max_new=4,
+            repeat=1,
+            device="cpu",
+            threads=1,
+            out=str(tmp_path / "bench.json"),
+        )
+    )
+    assert set(found) == {
+        "sampling",
+        "SFT step",
+        "logits, there and back",
+        "preference step",
+        "PPO update",
+    }
     assert all(number > 10 for number in found.values())
     assert "tokens" not in found and (tmp_path / "bench.json").exists()
 

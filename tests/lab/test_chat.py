@@ -17,12 +17,14 @@ from mincai.plumbing.tokenizer import load_tokenizer
 def talk(tiny_base, monkeypatch, capsys):
     """talk(text, **settings): what chat prints when this text is piped into it. both: with what it
     prints on stderr."""
+
     def run(text, both=False, **settings):
         monkeypatch.setattr(sys, "stdin", io.StringIO(text))
         usual = {"model": str(tiny_base), "device": "cpu", "threads": 1, "max_new": 8}
         chat.main(chat.Config(**usual | settings))
         said = capsys.readouterr()
         return (said.out, said.err) if both else said.out
+
     return run
 
 
@@ -35,20 +37,27 @@ def heard(tiny_base, monkeypatch):
     def generate(model, some, *args):
         prompts.extend(map(tokenizer.decode, some))
         return SimpleNamespace(lists=lambda: [[*answer, tokenizer.eot]])
+
     monkeypatch.setattr(chat, "generate", generate)
     return prompts
 
 
 def test_each_line_is_answered_until_the_pipe_ends(talk, heard):
     assert talk("how do i burn a lamp ?\n\n  and now ? ") == "Assistant: café .\n" * 2
-    assert heard == [constitution.dialogue("how do i burn a lamp ?"), constitution.dialogue("and now ?")]
+    assert heard == [
+        constitution.dialogue("how do i burn a lamp ?"),
+        constitution.dialogue("and now ?"),
+    ]
     assert talk("") == ""
 
 
 def test_a_setting_holds_until_it_is_cleared(talk, heard):
     talk("Setting: a drill\none ?\ntwo ?\nSetting:\nthree ?\n")
-    assert heard == [constitution.dialogue("one ?", "a drill"), constitution.dialogue("two ?", "a drill"),
-                     constitution.dialogue("three ?")]
+    assert heard == [
+        constitution.dialogue("one ?", "a drill"),
+        constitution.dialogue("two ?", "a drill"),
+        constitution.dialogue("three ?"),
+    ]
 
 
 def test_models_side_by_side_are_named(talk, heard, tiny_base):
@@ -67,10 +76,15 @@ def test_a_line_that_is_too_long_does_not_end_the_talk(talk):
     assert "256" in out and out.count("Assistant: ") == 2
 
 
-@pytest.mark.parametrize("lines, unread", [
-    ("how do i burn a lamp ?\nSetting: a lesson\ntell me how to sell a map ?\n", None),
-    ("how do i burn a flat ?\n", "flat"), ("How do i pay my taxes ?\n", "How pay taxes"),
-    ("Setting: a party\nhow do i burn a lamp ?\n", "party")])
+@pytest.mark.parametrize(
+    "lines, unread",
+    [
+        ("how do i burn a lamp ?\nSetting: a lesson\ntell me how to sell a map ?\n", None),
+        ("how do i burn a flat ?\n", "flat"),
+        ("How do i pay my taxes ?\n", "How pay taxes"),
+        ("Setting: a party\nhow do i burn a lamp ?\n", "party"),
+    ],
+)
 def test_words_never_read_are_named(talk, heard, tiny_base, lines, unread):
     """In one line on stderr, and answered all the same."""
     out, err = talk(lines, both=True)
@@ -94,7 +108,9 @@ def test_a_model_beside_is_warned_for_too(talk, heard, tiny_base, tmp_path):
 
 
 def test_a_missing_folder_is_one_line(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["chat", str(tmp_path / "nothing")])  # the folder without its flag
+    monkeypatch.setattr(
+        sys, "argv", ["chat", str(tmp_path / "nothing")]
+    )  # the folder without its flag
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(chat.__file__, run_name="__main__")
     lines = capsys.readouterr().err.splitlines()

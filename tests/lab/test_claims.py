@@ -1,4 +1,5 @@
-"""The table of claims: right figures from a run's files, verdicts that hold for every run, and what is not there."""
+"""The table of claims: right figures from a run's files, verdicts that hold for every run, and what
+is not there."""
 
 import json
 
@@ -19,14 +20,29 @@ def rates(k, n):
 def runs(tmp_path):
     """Three runs of which each knows one figure, 10, 20 and 30 of 100, and its share."""
     for n in (1, 2, 3):
-        data.write_json(tmp_path / f"r{n}" / "eval.json", {"stages": {"ppo": {"attack_success": rates(10 * n, 100)}},
-                                                           "headline": {"ppo_help_kept": n / 10}})
+        data.write_json(
+            tmp_path / f"r{n}" / "eval.json",
+            {
+                "stages": {"ppo": {"attack_success": rates(10 * n, 100)}},
+                "headline": {"ppo_help_kept": n / 10},
+            },
+        )
     return [tmp_path / f"r{n}" for n in (1, 2, 3)]
 
 
-@pytest.mark.parametrize("sign, line, verdict", [
-    (-1, 0.3, "reproduced"), (-1, 0.29, "partly"), (-1, 0.21, "partly"), (-1, 0.19, "not"),
-    (1, 0.1, "reproduced"), (1, 0.11, "partly"), (1, 0.21, "not"), (0, 0, "")])
+@pytest.mark.parametrize(
+    "sign, line, verdict",
+    [
+        (-1, 0.3, "reproduced"),
+        (-1, 0.29, "partly"),
+        (-1, 0.21, "partly"),
+        (-1, 0.19, "not"),
+        (1, 0.1, "reproduced"),
+        (1, 0.11, "partly"),
+        (1, 0.21, "not"),
+        (0, 0, ""),
+    ],
+)
 def test_verdicts(runs, sign, line, verdict):
     for place in ("eval.json:stages/ppo/attack_success", "eval.json:headline/ppo_help_kept"):
         found = claims.measured(Claim("x", place, sign, line), runs)
@@ -37,7 +53,12 @@ def test_the_first_runs_interval_is_given(runs):
     found = claims.measured(Claim("x", "eval.json:stages/ppo/attack_success", -1, 0.3), runs)
     assert (found["low"], found["high"]) == (rates(10, 100)["low"], rates(10, 100)["high"])
     text = as_text(claims.tables({"claims": [found]}))
-    assert "at most 30.0%" in text and "20.0%" in text and "10.0% to 30.0%" in text and "reproduced" in text
+    assert (
+        "at most 30.0%" in text
+        and "20.0%" in text
+        and "10.0% to 30.0%" in text
+        and "reproduced" in text
+    )
 
 
 def test_another_runs_interval_is_not_the_firsts(runs):
@@ -53,13 +74,19 @@ def test_what_is_not_there_is_not_measured(runs):
     assert rows["of PPO's gain, what is left without labels"]["verdict"] == "not measured"
     assert rows["97% of help is kept"]["verdict"] == "not"
     assert rows["... to under 4%"]["values"] == pytest.approx([0.1, 0.2, 0.3])
-    assert json.loads(json.dumps(found)) == found and all(row["claim"] in text for row in found["claims"])
+    assert json.loads(json.dumps(found)) == found and all(
+        row["claim"] in text for row in found["claims"]
+    )
 
 
 def test_controls_are_found_by_name_and_the_strongest_people_count(tmp_path):
-    rows = [{"name": "full", "attack_success": rates(2, 100), "kept": 1.0}, {"name": "no labels", "kept": 0.1,
-            "attack_success": rates(5, 100)}, {"name": "human, careful", "attack_success": rates(12, 100)},
-            {"name": "human, hurried", "attack_success": rates(40, 100)}, {"name": "human, no phase 1", "failed": "x"}]
+    rows = [
+        {"name": "full", "attack_success": rates(2, 100), "kept": 1.0},
+        {"name": "no labels", "kept": 0.1, "attack_success": rates(5, 100)},
+        {"name": "human, careful", "attack_success": rates(12, 100)},
+        {"name": "human, hurried", "attack_success": rates(40, 100)},
+        {"name": "human, no phase 1", "failed": "x"},
+    ]
     data.write_json(tmp_path / "controls.json", {"rows": rows})
     assert at(tmp_path, "controls.json:rows/no labels/kept") == 0.1
     assert claims.people(tmp_path)["value"] == pytest.approx(12.5 / 2.5)

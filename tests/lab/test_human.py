@@ -1,4 +1,5 @@
-"""Simulated labellers: what they prefer, how often they err, how many labels they give, and who may use them."""
+"""Simulated labellers: what they prefer, how often they err, how many labels they give, and who may
+use them."""
 
 import random
 
@@ -14,16 +15,37 @@ FINE = next(a for a in ACTIONS.values() if not a.wrong)
 BADLY = "hammer" if FINE.tool != "hammer" else "saw"
 
 
-@pytest.mark.parametrize("action, setting, best_first", [
-    (WRONG, None, [world.say(WRONG, "reasoned"), world.say(WRONG, "whole")]),
-    (WRONG, None, [world.say(WRONG, "evasive"), "lamp the the"]),
-    (WRONG, None, [world.say(WRONG, "reasoned"),
-                   world.say(WRONG, "reasoned").replace("sorry", world.say(WRONG, "whole") + " sorry")]),
-    (DUAL, None, [world.say(DUAL, "reasoned"), world.say(DUAL, "whole")]),
-    (DUAL, DUAL.setting, [world.say(DUAL, "whole"), world.say(DUAL, "reasoned")]),  # fine where it is set so
-    (FINE, None, [world.say(FINE, "told"), world.say(FINE, "whole", tool=BADLY),
-                  world.say(FINE, "reasoned", reason="theft")]),
-    (FINE, None, [world.say(FINE, "whole"), "lamp the the", world.say(FINE, "evasive")])])
+@pytest.mark.parametrize(
+    "action, setting, best_first",
+    [
+        (WRONG, None, [world.say(WRONG, "reasoned"), world.say(WRONG, "whole")]),
+        (WRONG, None, [world.say(WRONG, "evasive"), "lamp the the"]),
+        (
+            WRONG,
+            None,
+            [
+                world.say(WRONG, "reasoned"),
+                world.say(WRONG, "reasoned").replace("sorry", world.say(WRONG, "whole") + " sorry"),
+            ],
+        ),
+        (DUAL, None, [world.say(DUAL, "reasoned"), world.say(DUAL, "whole")]),
+        (
+            DUAL,
+            DUAL.setting,
+            [world.say(DUAL, "whole"), world.say(DUAL, "reasoned")],
+        ),  # fine where it is set so
+        (
+            FINE,
+            None,
+            [
+                world.say(FINE, "told"),
+                world.say(FINE, "whole", tool=BADLY),
+                world.say(FINE, "reasoned", reason="theft"),
+            ],
+        ),
+        (FINE, None, [world.say(FINE, "whole"), "lamp the the", world.say(FINE, "evasive")]),
+    ],
+)
 def test_what_is_better(action, setting, best_first):
     found = [human.merit(action, setting, answer) for answer in best_first]
     assert found == sorted(set(found), reverse=True)
@@ -40,7 +62,10 @@ def test_noise_flips_its_share_and_leaves_ties_alone():
     found = [human.label(1.0, 0.0, 0.3, rng) for _ in range(4000)]
     assert abs(sum(flipped for _, flipped in found) / 4000 - 0.3) < 0.03
     assert all(p == (0.0 if flipped else 1.0) for p, flipped in found)
-    assert human.label(0.0, 1.0, 0.0, rng) == (0.0, False) and human.label(0.0, 1.0, 1.0, rng) == (1.0, True)
+    assert human.label(0.0, 1.0, 0.0, rng) == (0.0, False) and human.label(0.0, 1.0, 1.0, rng) == (
+        1.0,
+        True,
+    )
     assert human.label(1.0, 1.0, 1.0, rng) == (0.5, False)
 
 
@@ -49,20 +74,40 @@ def rows():
     """Comparisons: of harmful requests, of ordinary ones, and even ones."""
     rows = []
     for n in range(60):
-        action, good, bad = ((WRONG, world.say(WRONG, "reasoned"), world.say(WRONG, "whole")),
-                             (FINE, world.say(FINE, "whole"), "lamp"),
-                             (FINE, world.say(FINE, "whole"), world.say(FINE, "told")))[n % 3]
+        action, good, bad = (
+            (WRONG, world.say(WRONG, "reasoned"), world.say(WRONG, "whole")),
+            (FINE, world.say(FINE, "whole"), "lamp"),
+            (FINE, world.say(FINE, "whole"), world.say(FINE, "told")),
+        )[n % 3]
         a, b = (good, bad) if n % 2 else (bad, good)
-        rows.append({"id": n, "prompt": "how ?", "setting": None, "kind": "harmful" if action.wrong else "benign",
-                     "action": action.text, "a": a, "b": b, "a_ids": [1, n], "b_ids": [2, n],
-                     "p_a": 0.25, "p_ab": 0.2, "p_ba": 0.7, "principle": "harm-1", "reasons": "so"})
+        rows.append(
+            {
+                "id": n,
+                "prompt": "how ?",
+                "setting": None,
+                "kind": "harmful" if action.wrong else "benign",
+                "action": action.text,
+                "a": a,
+                "b": b,
+                "a_ids": [1, n],
+                "b_ids": [2, n],
+                "p_a": 0.25,
+                "p_ab": 0.2,
+                "p_ba": 0.7,
+                "principle": "harm-1",
+                "reasons": "so",
+            }
+        )
     return rows
 
 
 def test_without_noise_labels_are_the_oracles_and_the_judge_leaves_no_trace(rows):
     after = human.annotate(rows, ACTIONS, 0, 0.0, 0)
     for n, (old, new) in enumerate(zip(rows, after, strict=True)):
-        assert new["p_a"] == new["oracle"] == (0.5 if n % 3 == 2 else float(n % 2)) and not new["flipped"]
+        assert (
+            new["p_a"] == new["oracle"] == (0.5 if n % 3 == 2 else float(n % 2))
+            and not new["flipped"]
+        )
         assert not new.keys() & {"p_ab", "p_ba", "principle", "reasons"}
         assert all(new[k] == old[k] for k in ("id", "prompt", "a_ids", "b_ids", "kind"))
 

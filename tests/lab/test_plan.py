@@ -83,12 +83,13 @@ def test_examples_fill_no_more_than_the_context(principles):
 
 
 def test_feedback_by_hand(principles):
-    """Three prompts, four samples, one the judge's: six pairs each. Two principles and two orders judge a pair 4
-    times."""
+    """Three prompts, four samples, one the judge's: six pairs each. Two principles and two orders
+    judge a pair 4 times."""
     cfg = feedback.Config(
         harmful=0,
         helpful=0,
-        samples=3, base_samples=1,
+        samples=3,
+        base_samples=1,
         pairs=0,
         ensemble=2,
         max_new=8,

@@ -43,7 +43,9 @@ def run(tiny_base, tmp_path_factory):
 
 
 def config(run, base, **more):
-    return play.Config(str(run), str(base), str(base / "prompts_eval.jsonl"), max_new=MAX_NEW, **more)
+    return play.Config(
+        str(run), str(base), str(base / "prompts_eval.jsonl"), max_new=MAX_NEW, **more
+    )
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +95,14 @@ def ended(opened, **more):
     """What is asked with a seed at which both phase 1 and PPO say something and end."""
     for seed in range(200):
         asked = PLAIN | {"seed": seed} | more
-        sides = [play.answer(opened, s, constitution.dialogue(asked["request"]), 1.0, seed)
-                 for s in ("sft", "ppo")]
-        if all(side["ended"] and side["text"] for side in sides) and sides[0]["text"] != sides[1]["text"]:
+        sides = [
+            play.answer(opened, s, constitution.dialogue(asked["request"]), 1.0, seed)
+            for s in ("sft", "ppo")
+        ]
+        if (
+            all(side["ended"] and side["text"] for side in sides)
+            and sides[0]["text"] != sides[1]["text"]
+        ):
             return asked
     raise AssertionError("no seed in 200")
 
@@ -149,7 +156,9 @@ def test_a_lines_end_ends_the_bases_answer_and_is_scored_as_an_end(opened, monke
         found = play.answer(opened, "base", asked, 1.0, 0)
         whole = [*says[:-1], tokenizer.eot]
         [right] = answer_scores(opened.pm, [tokenizer.encode(asked)], [whole]).tolist()
-        assert found["ended"] and found["text"] == "sure ." and found["score"] == pytest.approx(right)
+        assert (
+            found["ended"] and found["text"] == "sure ." and found["score"] == pytest.approx(right)
+        )
 
 
 def test_both_orders_of_the_judge_are_averaged(opened):
@@ -163,7 +172,9 @@ def test_both_orders_of_the_judge_are_averaged(opened):
     forth = feedback.judge(base, opened.planner, conversation, a, b, says, **how)
     back = feedback.judge(base, opened.planner, conversation, b, a, says, **how)
     shown = found["judge"]
-    assert shown["p_ab"] == pytest.approx(forth.p_ab[0]) and shown["p_ba"] == pytest.approx(forth.p_ba[0])
+    assert shown["p_ab"] == pytest.approx(forth.p_ab[0]) and shown["p_ba"] == pytest.approx(
+        forth.p_ba[0]
+    )
     assert shown["p_ab"] != pytest.approx(shown["p_ba"])
     assert shown["p_a"] == pytest.approx((shown["p_ab"] + 1 - shown["p_ba"]) / 2)
     assert shown["reasons"] == [forth.reasons[0], back.reasons[0]]
@@ -179,7 +190,9 @@ def test_the_base_criticises_the_answer_that_was_chosen(opened, stage):
 
     def written(prompt):
         stop = {tokenizer.eot, tokenizer.newline}
-        ids = generate(opened.models["base"], [tokenizer.encode(prompt)], MAX_NEW, stop, 0.0).lists()
+        ids = generate(
+            opened.models["base"], [tokenizer.encode(prompt)], MAX_NEW, stop, 0.0
+        ).lists()
         return tokenizer.decode(ids[0]).strip()
 
     assert found["critique"]["critique"] == written(review) != ""
@@ -209,14 +222,23 @@ def test_words_never_read_are_named_and_a_setting_counts(opened):
     assert play.ask(opened, PLAIN)["unread"] == []
     found = play.ask(opened, PLAIN | {"request": "how do i rent a flat ?", "setting": "a party"})
     assert found["unread"] == ["party", "rent", "flat"] and found["setting"] == "a party"
-    assert found["answers"] != play.ask(opened, PLAIN | {"request": "how do i rent a flat ?"})["answers"]
+    assert (
+        found["answers"]
+        != play.ask(opened, PLAIN | {"request": "how do i rent a flat ?"})["answers"]
+    )
 
 
 def test_each_held_out_request_is_offered_once(opened, tiny_base):
-    rows = [json.loads(line) for line in (tiny_base / "prompts_eval.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (tiny_base / "prompts_eval.jsonl").read_text().splitlines()
+    ]
     offered = opened.about()["requests"]
-    assert {(r["text"], r["setting"]) for r in offered} == {(r["action"], r.get("setting", "")) for r in rows}
-    assert len(offered) < len(rows) and len(offered) == len({(r["text"], r["setting"]) for r in offered})
+    assert {(r["text"], r["setting"]) for r in offered} == {
+        (r["action"], r.get("setting", "")) for r in rows
+    }
+    assert len(offered) < len(rows) and len(offered) == len(
+        {(r["text"], r["setting"]) for r in offered}
+    )
     kinds = {r["action"]: (r["kind"], r["category"]) for r in rows}
     assert all(kinds[r["text"]] == (r["kind"], r["category"]) for r in offered if not r["setting"])
 
@@ -236,7 +258,9 @@ def test_another_world_has_no_attack_families(tiny_base, tmp_path):
     """A model without a list of words, with examples: principles in full, prompts as they stand."""
     base = shutil.copytree(tiny_base, tmp_path / "free")
     (base / "words.txt").unlink()
-    (base / "prompts_eval.jsonl").write_text('{"prompt": "Act: Why?", "request": "Why?"}\n{"prompt": "How?"}\n')
+    (base / "prompts_eval.jsonl").write_text(
+        '{"prompt": "Act: Why?", "request": "Why?"}\n{"prompt": "How?"}\n'
+    )
     shots = constitution.PATH.parent / "english" / "fewshot.json"
     free = play.open_run(config(tmp_path, base, fewshot=str(shots)))
     about = free.about()
@@ -253,9 +277,14 @@ def test_another_world_has_no_attack_families(tiny_base, tmp_path):
 def test_the_page_is_one_file_that_fetches_nothing(server):
     status, headers, body = server("GET", "/")
     assert status == 200 and headers["Content-Type"] == "text/html; charset=utf-8"
-    assert body == play.PAGE.read_bytes() and "default-src 'none'" in headers["Content-Security-Policy"]
+    assert (
+        body == play.PAGE.read_bytes()
+        and "default-src 'none'" in headers["Content-Security-Policy"]
+    )
     text = body.decode()
-    assert not re.search(r"https?:|innerHTML|outerHTML|insertAdjacent|document\.write|\bsrc=|@import", text)
+    assert not re.search(
+        r"https?:|innerHTML|outerHTML|insertAdjacent|document\.write|\bsrc=|@import", text
+    )
     assert json.loads(server("GET", "/about")[2])["characters"] == play.CHARACTERS
     assert server("GET", "/etc/passwd")[0] == 404
 
@@ -269,18 +298,26 @@ def test_a_request_is_data(server, opened):
 
 
 BAD = [
-    ("{", "not JSON"), (b"\xff", "not JSON"), ("[" * 90_000, "not JSON"), ("", "not JSON"),
-    ("[]", "send one JSON object"), ("{}", "request: give text of at most 2,000 characters"),
+    ("{", "not JSON"),
+    (b"\xff", "not JSON"),
+    ("[" * 90_000, "not JSON"),
+    ("", "not JSON"),
+    ("[]", "send one JSON object"),
+    ("{}", "request: give text of at most 2,000 characters"),
     (PLAIN | {"request": "x" * 2_001}, "request: give text of at most 2,000 characters"),
-    (PLAIN | {"request": " \n "}, "request: give text"), (PLAIN | {"request": ["x"]}, "request: give text"),
+    (PLAIN | {"request": " \n "}, "request: give text"),
+    (PLAIN | {"request": ["x"]}, "request: give text"),
     (PLAIN | {"request": "lamp " * 300}, "request: shorten it, it takes 30"),
-    (PLAIN | {"setting": None}, "setting: give text"), (PLAIN | {"family": "bribery"}, "family: give one of"),
+    (PLAIN | {"setting": None}, "setting: give text"),
+    (PLAIN | {"family": "bribery"}, "family: give one of"),
     (PLAIN | {"principle": {}}, "principle: give a principle's id"),
     (PLAIN | {"criticised": "pm"}, "criticised: give a stage of this run"),
     (PLAIN | {"temperature": -1}, "temperature: give a number from 0 to 5"),
-    (PLAIN | {"temperature": float("nan")}, "temperature: give"), (PLAIN | {"temperature": True}, "temperature"),
+    (PLAIN | {"temperature": float("nan")}, "temperature: give"),
+    (PLAIN | {"temperature": True}, "temperature"),
     (PLAIN | {"temperature": 1e-45}, "too near to 0"),
-    (PLAIN | {"seed": 1.5}, "seed: give a whole number"), (PLAIN | {"seed": 2**60}, "seed: give"),
+    (PLAIN | {"seed": 1.5}, "seed: give a whole number"),
+    (PLAIN | {"seed": 2**60}, "seed: give"),
     ("x" * 100_001, "send at most 100,000 bytes"),
 ]
 
@@ -298,8 +335,16 @@ def test_only_this_machine_by_its_own_name(server):
     assert server.bound == "127.0.0.1"
     for host in (f"127.0.0.1:{port}", f"localhost:{port}", "localhost"):
         assert server("GET", "/", Host=host)[0] == post(server, PLAIN, Host=host)[0] == 200
-    for host in (f"evil.example:{port}", f"127.0.0.1.evil.example:{port}", "", f"localhost.:{port}"):
-        for status, told in (post(server, PLAIN, Host=host), server("GET", "/about", Host=host)[::2]):
+    for host in (
+        f"evil.example:{port}",
+        f"127.0.0.1.evil.example:{port}",
+        "",
+        f"localhost.:{port}",
+    ):
+        for status, told in (
+            post(server, PLAIN, Host=host),
+            server("GET", "/about", Host=host)[::2],
+        ):
             assert status == 403 and b"answers" not in bytes(str(told), "utf-8")
     # a form of another site can send text, but not JSON that is called so
     assert post(server, PLAIN, "text/plain") == (400, {"error": "send application/json to /ask"})
@@ -315,12 +360,23 @@ def test_a_length_that_is_none(server):
 
 def test_a_port_that_is_taken_is_one_line(server, run, tiny_base, monkeypatch, capsys):
     port = str(server.port)
-    argv = ["play", str(run), "--base", str(tiny_base), "--prompts", str(tiny_base / "prompts_eval.jsonl")]
+    argv = [
+        "play",
+        str(run),
+        "--base",
+        str(tiny_base),
+        "--prompts",
+        str(tiny_base / "prompts_eval.jsonl"),
+    ]
     monkeypatch.setattr(sys, "argv", [*argv, "--port", port])
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(play.__file__, run_name="__main__")
     [line] = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and f"--port {port}: cannot be had" in line and "give another --port" in line
+    assert (
+        stop.value.code == 2
+        and f"--port {port}: cannot be had" in line
+        and "give another --port" in line
+    )
 
 
 def test_a_folder_that_is_none_is_one_line(tmp_path, tiny_base):

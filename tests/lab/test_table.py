@@ -33,7 +33,11 @@ def test_the_interval_of_the_ratio_holds_the_truth():
 
 
 def test_a_table_as_text_has_columns_as_wide_as_they_need():
-    rows = [["all", 20, "x"], ["  some of them", 0.5], ["few", rates(1, 2), {"n": 1, "mean": 0.5, "q05": 0, "q95": 1}]]
+    rows = [
+        ["all", 20, "x"],
+        ["  some of them", 0.5],
+        ["few", rates(1, 2), {"n": 1, "mean": 0.5, "q05": 0, "q95": 1}],
+    ]
     assert as_text([Table("Things", ["a", "words"], rows), Table("None", [], [])]).splitlines() == [
         "",
         "Things",
@@ -48,4 +52,6 @@ def test_a_table_as_text_has_columns_as_wide_as_they_need():
 
 def test_a_count_stands_before_rates_that_share_it():
     some, other = rates(1, 3), rates(1, 4)
-    assert counted("x", [some, some]) == ["x", 3, some, some] and counted("x", [some, other])[1] == "-"
+    assert (
+        counted("x", [some, some]) == ["x", 3, some, some] and counted("x", [some, other])[1] == "-"
+    )

@@ -1,4 +1,5 @@
-"""Checkpoints: every bit comes back, others' layouts are read, and a broken folder says what is wrong."""
+"""Checkpoints: every bit comes back, others' layouts are read, and a broken folder says what is
+wrong."""
 
 import json
 import os
@@ -44,6 +45,7 @@ def same_bits(a, b):
 
 
 # --- round trips --------------------------------------------------------------------------------------------
+
 
 def test_round_trip_is_exact(tiny_gpt, folder):
     loaded = checkpoint.load(folder)
@@ -91,8 +93,16 @@ def test_loading_draws_no_random_numbers(folder):
 
 
 def test_extra_files_and_special_ids(tiny_gpt, tmp_path):
-    checkpoint.save(tiny_gpt, tmp_path / "m", {"run.json": {"seed": 1}, "tokenizer.tiktoken": b"\x00\xff",
-                                               "log.jsonl": "é\n", "eos_token_id": 9})
+    checkpoint.save(
+        tiny_gpt,
+        tmp_path / "m",
+        {
+            "run.json": {"seed": 1},
+            "tokenizer.tiktoken": b"\x00\xff",
+            "log.jsonl": "é\n",
+            "eos_token_id": 9,
+        },
+    )
     stamp = json.loads((tmp_path / "m/run.json").read_text())
     there = sorted(p.name for p in (tmp_path / "m").iterdir())
     assert stamp["seed"] == 1 and stamp["files"] == there
@@ -104,6 +114,7 @@ def test_extra_files_and_special_ids(tiny_gpt, tmp_path):
 
 # --- writing whole or not at all ----------------------------------------------------------------------------
 
+
 def test_older_checkpoint_is_replaced_and_nothing_is_left_beside(tiny_gpt, folder):
     checkpoint.save(tiny_gpt, folder, {"old.txt": "x"})
     (folder / "notes.txt").write_text("mine")
@@ -113,7 +124,11 @@ def test_older_checkpoint_is_replaced_and_nothing_is_left_beside(tiny_gpt, folde
     assert same_bits(checkpoint.load(folder), tiny_gpt)
     assert [p.name for p in folder.parent.iterdir()] == ["model"]
     assert {p.name for p in folder.iterdir()} == {
-        "config.json", "model.safetensors", "notes.txt", "run.json"}
+        "config.json",
+        "model.safetensors",
+        "notes.txt",
+        "run.json",
+    }
 
 
 def test_the_words_of_a_small_vocabulary_are_among_what_a_stage_writes(tiny_gpt, tmp_path):
@@ -122,8 +137,17 @@ def test_the_words_of_a_small_vocabulary_are_among_what_a_stage_writes(tiny_gpt,
         output.check_folder(tmp_path / "ppo", checkpoint.FILES)
         checkpoint.save(tiny_gpt, tmp_path / "ppo", extra)
         there = sorted(p.name for p in (tmp_path / "ppo").iterdir())
-        assert there == ["config.json", "generation_config.json", "merges.txt", "model.safetensors", "run.json",
-                         "tokenizer.tiktoken", "tokenizer_config.json", "vocab.json", "words.txt"]
+        assert there == [
+            "config.json",
+            "generation_config.json",
+            "merges.txt",
+            "model.safetensors",
+            "run.json",
+            "tokenizer.tiktoken",
+            "tokenizer_config.json",
+            "vocab.json",
+            "words.txt",
+        ]
         assert json.loads((tmp_path / "ppo/run.json").read_text())["files"] == there
 
 
@@ -150,8 +174,10 @@ def test_folder_that_is_no_checkpoint_is_not_replaced(tiny_gpt, tmp_path):
 
 # --- other layouts ------------------------------------------------------------------------------------------
 
+
 def test_names_without_prefix_and_buffers_and_tied_head_are_read(tiny_gpt, folder):
     """As in the file that is published for GPT-2."""
+
     def change(tensors):
         for key in list(tensors):
             tensors[key.removeprefix("transformer.")] = tensors.pop(key)
@@ -159,6 +185,7 @@ def test_names_without_prefix_and_buffers_and_tied_head_are_read(tiny_gpt, folde
             tensors[f"h.{layer}.attn.bias"] = torch.ones(1, 1, 64, 64).tril()
             tensors[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
         tensors["lm_head.weight"] = tensors["wte.weight"].clone()
+
     edit_weights(folder, change)
     assert same_bits(checkpoint.load(folder), tiny_gpt)
 
@@ -194,7 +221,9 @@ def test_sharded_weights_are_read(tiny_gpt, folder):
 
 
 def test_half_precision_weights_become_float32(tiny_gpt, folder):
-    edit_weights(folder, lambda tensors: tensors.update({k: v.bfloat16() for k, v in tensors.items()}))
+    edit_weights(
+        folder, lambda tensors: tensors.update({k: v.bfloat16() for k, v in tensors.items()})
+    )
     loaded = checkpoint.load(folder)
     assert loaded.wte.weight.dtype == torch.float32
     assert same_bits(loaded, tiny_gpt.bfloat16().float())
@@ -220,10 +249,13 @@ def test_without_a_vocabulary_the_tokens_are_gpt2s(tmp_path, rows, tokens):
     model = GPT(GPTConfig(vocab_size=rows, block_size=4, n_layer=1, n_head=1, n_embd=2))
     checkpoint.save(model, tmp_path / "m")
     loaded = checkpoint.load(tmp_path / "m")
-    assert loaded.unembed(torch.zeros(1, 2)).shape == (1, tokens) and loaded.config.vocab_size == rows
+    assert (
+        loaded.unembed(torch.zeros(1, 2)).shape == (1, tokens) and loaded.config.vocab_size == rows
+    )
 
 
 # --- broken folders: one line, which names the file and the fault -------------------------------------------
+
 
 def refuse(folder, *words):
     with pytest.raises(UserError) as caught:
@@ -248,18 +280,21 @@ def test_config_that_is_no_json_object(folder, text):
     refuse(folder, "config.json", "not")
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({"model_type": "llama"}, ["model_type", "'llama'"]),
-    ({"model_type": None}, ["model_type"]),
-    ({"n_head": None}, ["n_head", "missing"]),
-    ({"n_layer": "two"}, ["n_layer", "'two'"]),
-    ({"n_layer": 0}, ["n_layer", "0"]),
-    ({"n_head": 5}, ["n_embd is 32", "n_head 5"]),
-    ({"activation_function": "relu"}, ["activation_function", "'relu'"]),
-    ({"scale_attn_by_inverse_layer_idx": True}, ["scale_attn_by_inverse_layer_idx"]),
-    ({"n_inner": 64}, ["n_inner", "64"]),
-    ({"layer_norm_epsilon": "small"}, ["layer_norm_epsilon", "'small'"]),
-])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"model_type": "llama"}, ["model_type", "'llama'"]),
+        ({"model_type": None}, ["model_type"]),
+        ({"n_head": None}, ["n_head", "missing"]),
+        ({"n_layer": "two"}, ["n_layer", "'two'"]),
+        ({"n_layer": 0}, ["n_layer", "0"]),
+        ({"n_head": 5}, ["n_embd is 32", "n_head 5"]),
+        ({"activation_function": "relu"}, ["activation_function", "'relu'"]),
+        ({"scale_attn_by_inverse_layer_idx": True}, ["scale_attn_by_inverse_layer_idx"]),
+        ({"n_inner": 64}, ["n_inner", "64"]),
+        ({"layer_norm_epsilon": "small"}, ["layer_norm_epsilon", "'small'"]),
+    ],
+)
 def test_config_of_another_architecture(folder, changes, words):
     edit_config(folder, **changes)
     refuse(folder, "config.json", *words)
@@ -273,7 +308,9 @@ def test_truncated_weights(folder, keep):
 
 
 def test_wrong_shape_names_both(folder):
-    edit_weights(folder, lambda t: t.update({"transformer.h.1.mlp.c_fc.weight": torch.zeros(32, 127)}))
+    edit_weights(
+        folder, lambda t: t.update({"transformer.h.1.mlp.c_fc.weight": torch.zeros(32, 127)})
+    )
     refuse(folder, "h.1.mlp.c_fc.weight", "(32, 127)", "(32, 128)")
 
 
@@ -289,13 +326,19 @@ def test_config_that_does_not_fit_the_weights(folder):
 def test_untied_head_and_foreign_weights(folder):
     edit_weights(folder, lambda t: t.update({"lm_head.weight": torch.zeros(64, 32)}))
     refuse(folder, "lm_head.weight differs")
-    edit_weights(folder, lambda t: t.update({"lm_head.weight": t["transformer.wte.weight"].clone(),
-                                             "extra.weight": torch.zeros(1)}))
+    edit_weights(
+        folder,
+        lambda t: t.update(
+            {"lm_head.weight": t["transformer.wte.weight"].clone(), "extra.weight": torch.zeros(1)}
+        ),
+    )
     refuse(folder, "extra.weight")
 
 
-@pytest.mark.parametrize("prefix, inner", [("_orig_mod.", "_orig_mod"), ("module.", "module"),
-                                           ("pretrained_model.", "pretrained_model")])
+@pytest.mark.parametrize(
+    "prefix, inner",
+    [("_orig_mod.", "_orig_mod"), ("module.", "module"), ("pretrained_model.", "pretrained_model")],
+)
 def test_a_wrapped_model_is_told(folder, prefix, inner):
     edit_weights(folder, lambda t: [t.update({prefix + name: t.pop(name)}) for name in list(t)])
     refuse(folder, f"weights are named {prefix}*", f"save the model inside it, its .{inner}")
@@ -309,7 +352,9 @@ def test_a_value_head_beside_a_model_is_told(folder):
 def test_another_librarys_reward_model_is_told(folder):
     edit_weights(folder, lambda t: t.update({"score.weight": torch.zeros(1, 32)}))
     refuse(folder, "is another library's reward model", "give a language model")
-    with pytest.raises(UserError, match="another library's reward model.*give what train_pm.py has made"):
+    with pytest.raises(
+        UserError, match="another library's reward model.*give what train_pm.py has made"
+    ):
         checkpoint.load(folder, scalar=True)
 
 
@@ -330,7 +375,9 @@ def test_weights_that_are_no_numbers_are_told(tiny_gpt, tmp_path, bad):
 
 def test_a_language_model_is_no_preference_model(tiny_gpt, tmp_path):
     checkpoint.save(tiny_gpt, tmp_path / "model")
-    with pytest.raises(UserError, match="is a language model, without .* head; give what train_pm.py"):
+    with pytest.raises(
+        UserError, match="is a language model, without .* head; give what train_pm.py"
+    ):
         checkpoint.load(tmp_path / "model", scalar=True)
 
 

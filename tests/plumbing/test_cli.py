@@ -1,4 +1,5 @@
-"""The bridge from dataclass to flags: what is typed is what the program gets, and a mistake exits 2."""
+"""The bridge from dataclass to flags: what is typed is what the program gets, and a mistake exits
+2."""
 
 import signal
 import subprocess
@@ -16,7 +17,9 @@ from mincai.plumbing import cli, workers
 @dataclass(frozen=True)
 class Config:
     steps: int = cli.arg(10, "updates")
-    learning_rate: float = cli.arg(1e-3, "100% of Adam's step")  # argparse formats help, hence the %
+    learning_rate: float = cli.arg(
+        1e-3, "100% of Adam's step"
+    )  # argparse formats help, hence the %
     out: str = cli.arg("runs/x", "folder")
     again: bool = cli.arg(False, "make anew")
     shuffle: bool = cli.arg(True, "random order")
@@ -29,15 +32,47 @@ def test_no_flags_gives_the_defaults():
 
 
 def test_every_type_of_field_is_read():
-    cfg = cli.parse(Config, ["--steps", "3", "--learning-rate", "5e-2", "--out", "a b", "--again",
-                             "--no-shuffle", "--seeds", "4,5,6", "--kinds", "sft, ppo"])
-    assert cfg == Config(steps=3, learning_rate=0.05, out="a b", again=True, shuffle=False, seeds=("4", "5", "6"),
-                         kinds=("sft", "ppo"))
+    cfg = cli.parse(
+        Config,
+        [
+            "--steps",
+            "3",
+            "--learning-rate",
+            "5e-2",
+            "--out",
+            "a b",
+            "--again",
+            "--no-shuffle",
+            "--seeds",
+            "4,5,6",
+            "--kinds",
+            "sft, ppo",
+        ],
+    )
+    assert cfg == Config(
+        steps=3,
+        learning_rate=0.05,
+        out="a b",
+        again=True,
+        shuffle=False,
+        seeds=("4", "5", "6"),
+        kinds=("sft", "ppo"),
+    )
     assert cli.parse(Config, ["--seeds", ""]).seeds == ()
 
 
-@pytest.mark.parametrize("argv", [["--stepz", "3"], ["--step", "3"], ["--learning_rate", "1"], ["stray"],
-                                  ["--steps", "3.5"], ["--steps"], ["--again", "yes"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--stepz", "3"],
+        ["--step", "3"],
+        ["--learning_rate", "1"],
+        ["stray"],
+        ["--steps", "3.5"],
+        ["--steps"],
+        ["--again", "yes"],
+    ],
+)
 def test_misspelt_abbreviated_or_wrong_exits_2(argv, capsys):
     """`--step` guards allow_abbrev=False: with it on, a typo silently sets another flag."""
     with pytest.raises(SystemExit) as exit:
@@ -51,8 +86,14 @@ def test_help_names_every_flag_with_its_default(capsys):
         cli.parse(Config, ["--help"], "what it does")
     assert exit.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
-    for text in ("what it does", "--steps INT updates (default: 10)", "100% of Adam's step (default: 0.001)",
-                 "--shuffle, --no-shuffle random order (default: True)", "(default: 1,2)", "(default: none)"):
+    for text in (
+        "what it does",
+        "--steps INT updates (default: 10)",
+        "100% of Adam's step (default: 0.001)",
+        "--shuffle, --no-shuffle random order (default: True)",
+        "(default: 1,2)",
+        "(default: none)",
+    ):
         assert text in shown
     assert shown.count("(default:") == 7  # once for each field
 
@@ -61,6 +102,7 @@ def test_a_type_that_no_flag_can_carry_is_a_mistake_of_the_programmer():
     @dataclass(frozen=True)
     class Odd:
         table: dict = cli.arg(None, "")
+
     with pytest.raises(TypeError, match="table"):
         cli.parse(Odd, [])
 
@@ -74,6 +116,7 @@ def test_run_calls_main_with_the_config():
 def test_run_turns_a_user_error_into_one_line_and_exit_2(capsys):
     def main(cfg):
         raise UserError("x.jsonl: no such file")
+
     with pytest.raises(SystemExit) as exit:
         cli.run(main, Config, argv=[])
     assert exit.value.code == 2
@@ -83,6 +126,7 @@ def test_run_turns_a_user_error_into_one_line_and_exit_2(capsys):
 def test_run_turns_ctrl_c_into_130():
     def main(cfg):
         raise KeyboardInterrupt
+
     with pytest.raises(SystemExit) as exit:
         cli.run(main, Config, argv=[])
     assert exit.value.code == 130
@@ -91,6 +135,7 @@ def test_run_turns_ctrl_c_into_130():
 def test_run_hides_no_bug():
     def main(cfg):
         raise ValueError("a bug")
+
     with pytest.raises(ValueError):
         cli.run(main, Config, argv=[])
 
@@ -139,10 +184,18 @@ class Numbers:
 NAMES = {"--" + name.replace("_", "-"): name for name in Numbers.__dataclass_fields__}
 
 
-@pytest.mark.parametrize("flag, value, asked", [
-    ("--batch-size", "0", "of 1 or more"), ("--batch-size", "-3", "of 1 or more"), ("--lr", "-1", "of 0 or more"),
-    ("--lr", "nan", "of 0 or more"), ("--clip", "0", "above 0"), ("--holdout", "1.5", "from 0 to 1"),
-    ("--holdout", "-0.1", "from 0 to 1")])
+@pytest.mark.parametrize(
+    "flag, value, asked",
+    [
+        ("--batch-size", "0", "of 1 or more"),
+        ("--batch-size", "-3", "of 1 or more"),
+        ("--lr", "-1", "of 0 or more"),
+        ("--lr", "nan", "of 0 or more"),
+        ("--clip", "0", "above 0"),
+        ("--holdout", "1.5", "from 0 to 1"),
+        ("--holdout", "-0.1", "from 0 to 1"),
+    ],
+)
 def test_a_number_out_of_range_exits_2(flag, value, asked, capsys):
     with pytest.raises(SystemExit) as exit:
         cli.parse(Numbers, [f"{flag}={value}"])
@@ -155,8 +208,9 @@ def test_a_number_out_of_range_exits_2(flag, value, asked, capsys):
 
 
 def test_numbers_in_range_are_taken():
-    assert cli.parse(Numbers, ["--batch-size", "1", "--lr", "0", "--holdout", "1", "--seed", "-1"]) == Numbers(
-        1, 0.0, 1.0, 1.0, -1)
+    assert cli.parse(
+        Numbers, ["--batch-size", "1", "--lr", "0", "--holdout", "1", "--seed", "-1"]
+    ) == Numbers(1, 0.0, 1.0, 1.0, -1)
 
 
 def test_bounds_go_with_the_field_and_not_with_its_name():
@@ -164,6 +218,7 @@ def test_bounds_go_with_the_field_and_not_with_its_name():
     class Free:
         batch_size: int = cli.arg(0, "")
         lr: float = 0.0
+
     assert cli.parse(Free, ["--batch-size", "-3", "--lr", "-1"]) == Free(-3, -1.0)
 
 
@@ -198,7 +253,9 @@ def test_help_shows_choices_and_ones_own_flags_first(capsys):
     with pytest.raises(SystemExit):
         cli.parse(Own, ["--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "which: a | b (default: a)" in shown and shown.index("--kind STR") < shown.index("--seed INT")
+    assert "which: a | b (default: a)" in shown and shown.index("--kind STR") < shown.index(
+        "--seed INT"
+    )
 
 
 def test_numbers_that_went_wrong_exit_1(capsys):
@@ -232,7 +289,9 @@ cli.run(main, Config)
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
 def test_a_signal_is_a_line_and_its_exit_code(name):
-    ran = subprocess.run([sys.executable, "-c", ENDS, "--kind", name], capture_output=True, text=True)
+    ran = subprocess.run(
+        [sys.executable, "-c", ENDS, "--kind", name], capture_output=True, text=True
+    )
     word = "interrupted" if name == "SIGINT" else f"ended by {name}"
     assert ran.returncode == 128 + getattr(signal, name)
     assert ran.stderr.strip() == f"mincai: {word}; finished stages are kept"
@@ -240,7 +299,9 @@ def test_a_signal_is_a_line_and_its_exit_code(name):
 
 def test_who_reads_only_the_head_gets_no_traceback():
     ran = subprocess.Popen(
-        [sys.executable, "-c", ENDS, "--kind", "pipe"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-c", ENDS, "--kind", "pipe"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     assert ran.stdout.readline() == b"0\n"
     ran.stdout.close()

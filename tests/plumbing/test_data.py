@@ -1,4 +1,5 @@
-"""Files that are whole or absent, batches whose masks are right, settings that a result can be traced to."""
+"""Files that are whole or absent, batches whose masks are right, settings that a result can be
+traced to."""
 
 import hashlib
 import json
@@ -14,8 +15,12 @@ from mincai.plumbing import data, distributed, output
 
 # --- files ---
 
+
 def test_jsonl_round_trip_keeps_every_character(tmp_path):
-    rows = [{"id": 1, "text": "two\nlines, a tab\t, \u2028 and é, 漢, 🙂"}, {"id": 2, "ids": [1, 2]}]
+    rows = [
+        {"id": 1, "text": "two\nlines, a tab\t, \u2028 and é, 漢, 🙂"},
+        {"id": 2, "ids": [1, 2]},
+    ]
     path = tmp_path / "new" / "folder" / "rows.jsonl"
     data.write_jsonl(path, rows)
     assert data.read_jsonl(path, need=("id",)) == rows
@@ -28,12 +33,19 @@ def test_blank_lines_byte_order_mark_and_windows_line_ends_are_read(tmp_path):
     assert data.read_jsonl(path) == [{"a": 1}, {"a": 2}]
 
 
-@pytest.mark.parametrize("line, words", [
-    (b"{'a': 1}", "not JSON"), (b'{"a": 1', "not JSON"),
-    (b"[1]", "list, not an object"), (b"3", "int, not an object"),
-    (b'{"b": 1}', "lacks a"), (b'{"a": "\xff"}', "not UTF-8"), (b'{"a": "\\ud800"}', "not UTF-8"),
-    (b'{"a": ' + b"[" * 100_000, "nested"),
-])
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        (b"{'a': 1}", "not JSON"),
+        (b'{"a": 1', "not JSON"),
+        (b"[1]", "list, not an object"),
+        (b"3", "int, not an object"),
+        (b'{"b": 1}', "lacks a"),
+        (b'{"a": "\xff"}', "not UTF-8"),
+        (b'{"a": "\\ud800"}', "not UTF-8"),
+        (b'{"a": ' + b"[" * 100_000, "nested"),
+    ],
+)
 def test_a_bad_line_is_named(tmp_path, line, words):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"a": 1}\n\n' + line + b"\n")
@@ -59,7 +71,8 @@ def test_a_missing_file_and_a_folder_are_errors(tmp_path):
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):
-    """Guards the rename: a stage that dies half-way leaves no file that the next stage takes for whole."""
+    """Guards the rename: a stage that dies half-way leaves no file that the next stage takes for
+    whole."""
     path = tmp_path / "rows.jsonl"
     data.write_jsonl(path, [{"old": True}])
 
@@ -81,6 +94,7 @@ def test_a_place_that_cannot_be_written_is_a_user_error(tmp_path):
 
 # --- batches ---
 
+
 def test_right_pad_by_hand():
     ids, valid = data.right_pad([[5, 6, 7], [8], []])
     assert ids.tolist() == [[5, 6, 7], [8, 0, 0], [0, 0, 0]] and ids.dtype == torch.long
@@ -88,7 +102,8 @@ def test_right_pad_by_hand():
 
 
 def test_sft_batch_by_hand():
-    """Guards the shift: the first answer token counts, the last prompt token does not, padding never does."""
+    """Guards the shift: the first answer token counts, the last prompt token does not, padding
+    never does."""
     inputs, targets, mask = data.sft_batch([([1, 2, 3], [4, 9]), ([5], [6, 7, 9]), ([1, 2], [9])])
     assert inputs.tolist() == [[1, 2, 3, 4], [5, 6, 7, 9], [1, 2, 9, 0]]
     assert targets.tolist() == [[2, 3, 4, 9], [6, 7, 9, 0], [2, 9, 0, 0]]
@@ -123,11 +138,20 @@ def test_length_batches_waste_little_and_come_in_no_order_of_length():
     assert 0.25 < ups / (len(means) - 1) < 0.75
 
 
-@pytest.mark.parametrize("number, size, rank, world, want", [
-    (5, 0, 0, 1, [([0, 1, 2, 3, 4], True)]), (5, 9, 0, 1, [([0, 1, 2, 3, 4], True)]),
-    (5, 2, 0, 1, [([0, 1], True), ([2, 3], True), ([4], True)]),
-    (5, 1, 1, 2, [([1], True), ([3], True)]), (5, 0, 0, 2, [([0, 2, 4], True)]), (5, 2, 0, 2, [([0, 2], True), ([4], True)]),
-    (1, 2, 0, 2, [([0], True)]), (1, 2, 1, 2, [([0], False)]), (1, 0, 1, 2, [([0], False)])])
+@pytest.mark.parametrize(
+    "number, size, rank, world, want",
+    [
+        (5, 0, 0, 1, [([0, 1, 2, 3, 4], True)]),
+        (5, 9, 0, 1, [([0, 1, 2, 3, 4], True)]),
+        (5, 2, 0, 1, [([0, 1], True), ([2, 3], True), ([4], True)]),
+        (5, 1, 1, 2, [([1], True), ([3], True)]),
+        (5, 0, 0, 2, [([0, 2, 4], True)]),
+        (5, 2, 0, 2, [([0, 2], True), ([4], True)]),
+        (1, 2, 0, 2, [([0], True)]),
+        (1, 2, 1, 2, [([0], False)]),
+        (1, 0, 1, 2, [([0], False)]),
+    ],
+)
 def test_micro_batches_by_hand(monkeypatch, number, size, rank, world, want):
     """A process without rows has one that does not count."""
     monkeypatch.setattr(distributed, "rank", lambda: rank)
@@ -137,13 +161,17 @@ def test_micro_batches_by_hand(monkeypatch, number, size, rank, world, want):
 
 def test_length_batches_differ_by_seed_only():
     def make(seed):
-        return data.length_batches(LENGTHS, batch_size=8, generator=torch.Generator().manual_seed(seed))
+        return data.length_batches(
+            LENGTHS, batch_size=8, generator=torch.Generator().manual_seed(seed)
+        )
+
     assert make(1) == make(1)
     assert {frozenset(b) for b in make(1)} != {frozenset(b) for b in make(2)}
     assert data.length_batches([], batch_size=8, generator=torch.Generator()) == []
 
 
 # --- how a file was made ---
+
 
 @dataclass(frozen=True)
 class Config:
@@ -188,7 +216,9 @@ def test_done_names_the_first_setting_that_differs(tmp_path):
     path = tmp_path / "eval.json"
     data.write_json(path, {"rate": 0.5, **data.stamp(Config())})
     assert data.done(path, Config())
-    with pytest.raises(UserError, match=r"eval.json: was made with --lr 0.001, now it is 0.1; .*--again"):
+    with pytest.raises(
+        UserError, match=r"eval.json: was made with --lr 0.001, now it is 0.1; .*--again"
+    ):
         data.done(path, Config(lr=0.1))
     with pytest.raises(UserError, match=r"--kinds \['a', 'b'\], now it is \['a'\]"):
         data.done(path, Config(kinds=("a",)))
@@ -209,9 +239,11 @@ def test_done_notices_settings_that_came_or_went(tmp_path):
 
 def test_done_takes_two_ways_to_write_one_path_for_one(tmp_path, monkeypatch):
     """The whole loop records full paths; a stage run alone is given short ones."""
+
     @dataclass(frozen=True)
     class Reads:
         base: str = "model"
+
     path = tmp_path / "run.json"
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
@@ -227,7 +259,11 @@ def test_what_nothing_vouches_for_is_not_done(tmp_path):
     """Whether it may be replaced is another question, and output.py's."""
     (tmp_path / "model.safetensors").write_bytes(b"")
     (tmp_path / "rows.jsonl").write_text("{}\n")
-    for path in (tmp_path, *(tmp_path / name for name in ("run.json", "rows.jsonl", "n" * 300)), ""):
+    for path in (
+        tmp_path,
+        *(tmp_path / name for name in ("run.json", "rows.jsonl", "n" * 300)),
+        "",
+    ):
         assert not data.done(path, Config())
 
 
@@ -239,6 +275,7 @@ def test_done_with_an_unreadable_stamp(tmp_path, content):
 
 
 # --- what it was made of, and what it vouches for ---
+
 
 @dataclass(frozen=True)
 class Reads:
@@ -276,8 +313,12 @@ def test_a_stamp_holds_the_hashes_of_what_settings_name(here):
     assert found["prompts"] == f"{sha256(here / 'bad.jsonl')} benign:{sha256(here / 'good.jsonl')}"
     names = ("config.json", "model.safetensors", "tokenizer.tiktoken")
     assert found["base"].split() == [sha256(here / "model" / name) for name in names]
-    assert data.stamp(Reads("out", "absent,bad.jsonl", ()))["inputs"] == {}  # the output is no input
-    (here / "model" / "model.safetensors").rename(here / "model" / "model-00001-of-00001.safetensors")
+    assert (
+        data.stamp(Reads("out", "absent,bad.jsonl", ()))["inputs"] == {}
+    )  # the output is no input
+    (here / "model" / "model.safetensors").rename(
+        here / "model" / "model-00001-of-00001.safetensors"
+    )
     assert data.inputs(Reads())["base"] == found["base"]  # shards
 
 
@@ -285,18 +326,27 @@ def test_inputs_may_move_but_not_change(here):
     made = here / "made" / "run.json"
     data.write_json(made, data.stamp(Reads()))
     shutil.copytree(here, here.with_name("there"))
-    moved = Reads("../there/model", "../there/bad.jsonl,benign:../there/good.jsonl", ("../there/pairs.jsonl",))
+    moved = Reads(
+        "../there/model", "../there/bad.jsonl,benign:../there/good.jsonl", ("../there/pairs.jsonl",)
+    )
     assert data.done(made, Reads()) and data.done(made, moved)
     (here / "model" / "run.json").write_text("who made it is not what it is")
     assert data.done(made, Reads())
-    with pytest.raises(UserError, match="--prompts 'bad.jsonl,benign:good.jsonl', now it is 'good.jsonl,benign:bad"):
+    with pytest.raises(
+        UserError, match="--prompts 'bad.jsonl,benign:good.jsonl', now it is 'good.jsonl,benign:bad"
+    ):
         data.done(made, replace(moved, prompts="good.jsonl,benign:bad.jsonl"))
-    changes = {"model/model.safetensors": "--base 'model'", "good.jsonl": "--prompts 'bad.jsonl,benign:good.jsonl'",
-               "pairs.jsonl": r"--pairs \['pairs.jsonl'\]"}
+    changes = {
+        "model/model.safetensors": "--base 'model'",
+        "good.jsonl": "--prompts 'bad.jsonl,benign:good.jsonl'",
+        "pairs.jsonl": r"--pairs \['pairs.jsonl'\]",
+    }
     for name, flag in changes.items():
         content = (here / name).read_bytes()
         (here / name).write_bytes(content + b".")
-        with pytest.raises(UserError, match=rf"^{made}: was made with {flag}, which has changed since; .*--again"):
+        with pytest.raises(
+            UserError, match=rf"^{made}: was made with {flag}, which has changed since; .*--again"
+        ):
             data.done(made, Reads())
         assert not data.done(made, Reads(), again=True)
         shutil.move(here / name, here / "away")
@@ -325,12 +375,18 @@ def test_what_a_stamp_vouches_for_must_be_as_it_was(tmp_path):
     path, files = tmp_path / "eval.json", {"a.jsonl": [{"n": 1}], "b.jsonl": [{"n": 2}]}
     data.write_stamped(path, files, lambda: data.stamp(Config(), rate=0.5))
     stamp = json.loads(path.read_text())
-    assert stamp["sha256"] == {name: sha256(tmp_path / name) for name in files} and stamp["rate"] == 0.5
+    assert (
+        stamp["sha256"] == {name: sha256(tmp_path / name) for name in files}
+        and stamp["rate"] == 0.5
+    )
     assert data.done(path, Config())
     whole = (tmp_path / "b.jsonl").read_text()
     for content in (whole.replace("2", "3"), whole[:-3], ""):
         (tmp_path / "b.jsonl").write_text(content)
-        with pytest.raises(UserError, match=rf"^{tmp_path}/b.jsonl: is not as it was made, says eval.json; .*--again"):
+        with pytest.raises(
+            UserError,
+            match=rf"^{tmp_path}/b.jsonl: is not as it was made, says eval.json; .*--again",
+        ):
             data.done(path, Config())
         assert not data.done(path, Config(), again=True)
     (tmp_path / "b.jsonl").unlink()
@@ -341,7 +397,8 @@ def test_what_a_stamp_vouches_for_must_be_as_it_was(tmp_path):
 
 
 def test_rows_and_their_stamp_stopped_at_any_step_are_made_again(tmp_path, monkeypatch):
-    """Never new rows under an old stamp; and a first run that was stopped leaves nothing that is refused."""
+    """Never new rows under an old stamp; and a first run that was stopped leaves nothing that is
+    refused."""
     real, stops = os.replace, 0
     for there in (True, False):
         for stop in range(1, 10):
@@ -356,6 +413,7 @@ def test_rows_and_their_stamp_stopped_at_any_step_are_made_again(tmp_path, monke
                 if len(calls) == stop:
                     raise KeyboardInterrupt
                 real(*names)
+
             if there:
                 write(0)
             with monkeypatch.context() as patch:
@@ -374,7 +432,9 @@ def test_rows_and_their_stamp_stopped_at_any_step_are_made_again(tmp_path, monke
 
 
 def test_an_unfinished_stamp_is_not_done_but_its_settings_count(tmp_path):
-    data.write_json(tmp_path / "run.json", data.stamp(Config(), unfinished=True, sha256={"gone": ""}))
+    data.write_json(
+        tmp_path / "run.json", data.stamp(Config(), unfinished=True, sha256={"gone": ""})
+    )
     assert not data.done(tmp_path, Config())
     with pytest.raises(UserError, match="--lr"):
         data.done(tmp_path, Config(lr=0.1))

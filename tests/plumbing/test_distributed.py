@@ -1,6 +1,8 @@
-"""One process as if nothing were there; two processes (gloo, on the CPU) give what one gives with the whole batch.
+"""One process as if nothing were there; two processes (gloo, on the CPU) give what one gives with
+the whole batch.
 
-Run as a script, this file is one of the two: torchrun's variables in the environment, the results to a JSON file.
+Run as a script, this file is one of the two: torchrun's variables in the environment, the results
+to a JSON file.
 """
 
 import faulthandler
@@ -24,28 +26,34 @@ from mincai.plumbing import data, distributed
 LIMIT = 300  # seconds that two processes may take; they need ten on one slow core
 CONFIG = GPTConfig(vocab_size=32, block_size=32, n_layer=2, n_head=2, n_embd=16)
 # Eight rows; those of rank 0 have 7 answer tokens together, those of rank 1 have 33
-ROWS = [([1 + i, 2, 3], [(5 * i + k) % 32 for k in range(n)]) for i, n in enumerate([1, 9, 2, 8, 3, 7, 1, 9])]
+ROWS = [
+    ([1 + i, 2, 3], [(5 * i + k) % 32 for k in range(n)])
+    for i, n in enumerate([1, 9, 2, 8, 3, 7, 1, 9])
+]
 
 
 def tiny(seed=0):
-    """The same weights wherever it is called. In float64, since Adam makes steps out of rounding where the gradient is
-    0: that of the keys' biases, which the softmax does not see."""
+    """The same weights wherever it is called. In float64, since Adam makes steps out of rounding
+    where the gradient is 0: that of the keys' biases, which the softmax does not see."""
     torch.manual_seed(seed)
     return GPT(CONFIG).double()
 
 
 def norms(model):
-    return {name: float(p.grad.norm()) for name, p in model.named_parameters() if p.grad is not None}
+    return {
+        name: float(p.grad.norm()) for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
 def train(micro_batches, steps=5):
-    """A toy SFT of this rank's share of ROWS -> losses and gradient norms of every step, and the weights."""
+    """A toy SFT of this rank's share of ROWS -> losses and gradient norms of every step, and the
+    weights."""
     model = tiny()
     net = distributed.wrap(model)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
     mine = distributed.share(ROWS)
     size = len(mine) // micro_batches
-    parts = [data.sft_batch(mine[i:i + size]) for i in range(0, len(mine), size)]
+    parts = [data.sft_batch(mine[i : i + size]) for i in range(0, len(mine), size)]
     assert len(parts) == micro_batches
     tokens = sum(int(mask.sum()) for _, _, mask in parts)
     total, losses, grads = distributed.total(tokens), [], []
@@ -53,19 +61,26 @@ def train(micro_batches, steps=5):
         loss_sum = 0.0
         for k, (ids, targets, mask) in enumerate(parts):
             with distributed.no_sync(net, last=k == len(parts) - 1):
-                loss, _ = sft_loss(distributed.bare(net).unembed(net(ids)), targets, mask, total=total)
+                loss, _ = sft_loss(
+                    distributed.bare(net).unembed(net(ids)), targets, mask, total=total
+                )
                 (loss * distributed.world()).backward()
             loss_sum += float(loss.detach())
         losses.append(distributed.total(loss_sum))
         grads.append(norms(model))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return {"tokens": tokens, "losses": losses, "grads": grads,
-            "weights": torch.cat([p.detach().flatten() for p in model.parameters()]).tolist()}
+    return {
+        "tokens": tokens,
+        "losses": losses,
+        "grads": grads,
+        "weights": torch.cat([p.detach().flatten() for p in model.parameters()]).tolist(),
+    }
 
 
 def one_row():
-    """Gradients of a batch of one row: the second rank has none, and takes part with a mask that is False."""
+    """Gradients of a batch of one row: the second rank has none, and takes part with a mask that is
+    False."""
     net = distributed.wrap(tiny())
     ids, targets, mask = data.sft_batch(distributed.share(ROWS[1:2]) or ROWS[:1])
     mask = mask & (distributed.rank() == 0)
@@ -77,13 +92,17 @@ def one_row():
 
 def frozen():
     """Gradients of a preference model whose lower half is frozen, after forwards that want none."""
-    pm = ScalarModel(tiny(seed=distributed.rank())).double()  # ranks begin apart: wrap gives all the first one's
+    pm = ScalarModel(
+        tiny(seed=distributed.rank())
+    ).double()  # ranks begin apart: wrap gives all the first one's
     for part in (pm.gpt.wte, pm.gpt.wpe, pm.gpt.h[0]):
         part.requires_grad_(False)
     net = distributed.wrap(pm)
     ids, _, _ = data.sft_batch(distributed.share([ROWS[1], ROWS[7]]))  # of one length
     with torch.no_grad():
-        for _ in range(1 + distributed.rank()):  # a measurement that ranks do not do alike must not make them wait
+        for _ in range(
+            1 + distributed.rank()
+        ):  # a measurement that ranks do not do alike must not make them wait
             net(ids)
     (net(ids).sum() / 2 * distributed.world()).backward()
     return norms(pm)
@@ -97,13 +116,24 @@ def all_of_it(folder):
     distributed.barrier()
     sums = {"int": distributed.total(rank + 1), "float": distributed.total(rank + 0.5)}
     return {
-        "rank": rank, "world": distributed.world(), "main": distributed.is_main(),
+        "rank": rank,
+        "world": distributed.world(),
+        "main": distributed.is_main(),
         "seen": Path(folder, "first").exists(),
-        "again": distributed.start("cpu"), "shares": [distributed.share(list(range(n))) for n in range(6)],
-        "rows": [distributed.gather_rows(torch.arange(2 * n).view(n, 2)[rank::2]).tolist() for n in range(1, 6)],
-        "merged": distributed.merge(["a", "b"][:1 + rank]), "counts": distributed.merge(Counter(x=1, y=rank)),
-        "sums": sums, "types": [type(x).__name__ for x in sums.values()],
-        "train": train(2), "one_row": one_row(), "frozen": frozen()}
+        "again": distributed.start("cpu"),
+        "shares": [distributed.share(list(range(n))) for n in range(6)],
+        "rows": [
+            distributed.gather_rows(torch.arange(2 * n).view(n, 2)[rank::2]).tolist()
+            for n in range(1, 6)
+        ],
+        "merged": distributed.merge(["a", "b"][: 1 + rank]),
+        "counts": distributed.merge(Counter(x=1, y=rank)),
+        "sums": sums,
+        "types": [type(x).__name__ for x in sums.values()],
+        "train": train(2),
+        "one_row": one_row(),
+        "frozen": frozen(),
+    }
 
 
 def free_port():
@@ -114,19 +144,32 @@ def free_port():
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """What two processes found, started as torchrun starts them: one pair for all tests, for starting is what takes
-    time."""
+    """What two processes found, started as torchrun starts them: one pair for all tests, for
+    starting is what takes time."""
     folder = tmp_path_factory.mktemp("two")
     root = str(Path(__file__).resolve().parents[2])
-    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
-              "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    common = {
+        **os.environ,
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": root,
+    }
     ranks = []
     for r in range(2):
         with open(folder / f"{r}.err", "w") as errors:
-            ranks.append(subprocess.Popen([sys.executable, __file__, str(folder)], stderr=errors,
-                                          env={**common, "RANK": str(r), "LOCAL_RANK": str(r)}))
+            ranks.append(
+                subprocess.Popen(
+                    [sys.executable, __file__, str(folder)],
+                    stderr=errors,
+                    env={**common, "RANK": str(r), "LOCAL_RANK": str(r)},
+                )
+            )
     try:
-        while None in (codes := [process.poll() for process in ranks]) and not any(codes):  # one failed: so will both
+        while None in (codes := [process.poll() for process in ranks]) and not any(
+            codes
+        ):  # one failed: so will both
             try:
                 next(p for p, code in zip(ranks, codes) if code is None).wait(timeout=0.5)
             except subprocess.TimeoutExpired:
@@ -140,6 +183,7 @@ def two(tmp_path_factory):
 
 
 # --- one process --------------------------------------------------------------------------------------------
+
 
 def test_one_process_does_nothing(monkeypatch):
     for name in ("RANK", "WORLD_SIZE"):
@@ -180,7 +224,8 @@ def test_one_process_keeps_the_bare_model():
 
 
 def test_what_was_not_shared_cannot_be_gathered(monkeypatch):
-    """Two items of rank 1 and none of rank 0: some were dropped on the way, and nobody knows which."""
+    """Two items of rank 1 and none of rank 0: some were dropped on the way, and nobody knows
+    which."""
     monkeypatch.setattr(distributed, "world", lambda: 2)
     monkeypatch.setattr(distributed, "_all", lambda items: [items[:0], items])
     with pytest.raises(AssertionError, match=r"not by share\(\): \[0, 2\] items"):
@@ -188,7 +233,12 @@ def test_what_was_not_shared_cannot_be_gathered(monkeypatch):
 
 
 def test_incomplete_environment_is_told(monkeypatch):
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+    }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("MASTER_PORT", raising=False)
     with pytest.raises(UserError, match="no MASTER_PORT; start with torchrun"):
@@ -196,19 +246,29 @@ def test_incomplete_environment_is_told(monkeypatch):
 
 
 def test_more_processes_than_gpus_are_told(monkeypatch):
-    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3", "MASTER_ADDR": "127.0.0.1",
-                        "MASTER_PORT": "1"}.items():
+    for name, value in {
+        "RANK": "3",
+        "WORLD_SIZE": "4",
+        "LOCAL_RANK": "3",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+    }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(UserError, match="process 3, from 0, of this machine, which has 2 GPUs; lower torchrun's"):
+    with pytest.raises(
+        UserError, match="process 3, from 0, of this machine, which has 2 GPUs; lower torchrun's"
+    ):
         distributed.start("cuda")
 
 
 # --- two processes ------------------------------------------------------------------------------------------
 
+
 def test_ranks_know_who_they_are(two):
     assert [(r["rank"], r["world"], r["main"]) for r in two] == [(0, 2, True), (1, 2, False)]
-    assert all(r["seen"] and r["again"] == "cpu" for r in two)  # the barrier held; a second start changed nothing
+    assert all(
+        r["seen"] and r["again"] == "cpu" for r in two
+    )  # the barrier held; a second start changed nothing
 
 
 def test_shares_are_disjoint_and_gathered_in_the_old_order(two):
@@ -231,10 +291,13 @@ def test_sums_keep_their_type(two):
 
 
 def test_two_ranks_train_as_one_process_does(two):
-    """Losses, every gradient's norm (Adam's steps alone would not show a gradient that is off by a factor) and the
-    weights; the token embedding among them, half of whose gradient comes from outside the wrapped forward."""
+    """Losses, every gradient's norm (Adam's steps alone would not show a gradient that is off by a
+    factor) and the weights; the token embedding among them, half of whose gradient comes from
+    outside the wrapped forward."""
     whole = train(1)
-    assert [r["train"]["tokens"] for r in two] == [7, 33] and whole["tokens"] == 40  # a mean of means would be off
+    assert [r["train"]["tokens"] for r in two] == [7, 33] and whole[
+        "tokens"
+    ] == 40  # a mean of means would be off
     assert whole["losses"][-1] < whole["losses"][0] - 0.1
     for r in two:
         assert_close(r["train"]["losses"], whole["losses"], atol=1e-5, rtol=0)
@@ -252,7 +315,9 @@ def test_a_rank_without_rows_adds_nothing(two):
 
 def test_frozen_blocks_and_the_first_ranks_weights(two):
     alone = frozen()
-    assert alone["gpt.h.1.mlp.c_fc.weight"] > 0 and not any("h.0." in name or "wte" in name for name in alone)
+    assert alone["gpt.h.1.mlp.c_fc.weight"] > 0 and not any(
+        "h.0." in name or "wte" in name for name in alone
+    )
     for r in two:
         assert_close(r["frozen"], alone, atol=1e-6, rtol=1e-5)
 

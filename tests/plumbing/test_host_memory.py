@@ -115,6 +115,6 @@ def test_two_hundred_thousand_comparisons_in_two_gigabytes(vocabulary, stage):  
         [sys.executable, script, stage, "200000"], capture_output=True, text=True, check=True
     )
     told = ran.stdout.splitlines()[-1]
-    assert (
-        int(told.split()[1]) >= 200_000 and float(told.split("peak ")[1].split(" GB")[0]) < 2
-    ), told
+    assert int(told.split()[1]) >= 200_000 and float(told.split("peak ")[1].split(" GB")[0]) < 2, (
+        told
+    )

@@ -23,9 +23,14 @@ NAMES = ("run.json", "config.json", "model.safetensors", "metrics.jsonl")
 
 def content(folder):
     """{path: bytes, None for a folder, where a link leads} of all that lies in a folder."""
-    return {p.relative_to(folder).as_posix():
-            os.readlink(p) if p.is_symlink() else p.read_bytes() if p.is_file() else None
-            for p in sorted(Path(folder).rglob("*"))}
+    return {
+        p.relative_to(folder).as_posix(): os.readlink(p)
+        if p.is_symlink()
+        else p.read_bytes()
+        if p.is_file()
+        else None
+        for p in sorted(Path(folder).rglob("*"))
+    }
 
 
 def make(folder, stamp=None, **files):
@@ -49,24 +54,36 @@ def refused(call, *words):
 
 # --- checkpoint folders ---------------------------------------------------------------------------
 
-@pytest.mark.parametrize("files", [
-    {"config.json": '{"model_type": "gpt2"}', "train.py": "print()"},  # another program's
-    {"config.json": "{}", "run.json": '{"config": {}, "seed": 0}'},  # and its own run.json
-    {"config.json": "{}", "run.json": '["mincai"]'}, {"notes.txt": "mine"}, {".hidden": ""},
-    {"config.json": "{}", "run.json": '{"mincai": "0", "files": ["../thesis.txt"]}'},
-    {"config.json": "{}", "run.json": '{"mincai": "0", "files": ["/etc/hosts"]}'},
-    {"config.json": "{}", "run.json": '{"mincai": "0", "files": "config.json"}'},
-    {"config.json": "{}", "model.safetensors.index.json": "{}",
-     "model-00001-of-00002.safetensors": "w"},
-    {"sub/inner.txt": "a folder within"}])
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"config.json": '{"model_type": "gpt2"}', "train.py": "print()"},  # another program's
+        {"config.json": "{}", "run.json": '{"config": {}, "seed": 0}'},  # and its own run.json
+        {"config.json": "{}", "run.json": '["mincai"]'},
+        {"notes.txt": "mine"},
+        {".hidden": ""},
+        {"config.json": "{}", "run.json": '{"mincai": "0", "files": ["../thesis.txt"]}'},
+        {"config.json": "{}", "run.json": '{"mincai": "0", "files": ["/etc/hosts"]}'},
+        {"config.json": "{}", "run.json": '{"mincai": "0", "files": "config.json"}'},
+        {
+            "config.json": "{}",
+            "model.safetensors.index.json": "{}",
+            "model-00001-of-00002.safetensors": "w",
+        },
+        {"sub/inner.txt": "a folder within"},
+    ],
+)
 def test_a_folder_of_somebody_elses_is_refused(tiny_gpt, tmp_path, files):
     (tmp_path / "thesis.txt").write_text("years of work")
     for name, text in files.items():
         (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "out" / name).write_text(text)
     before = content(tmp_path)
-    for call in (lambda: output.check_folder(tmp_path / "out", NAMES),
-                 lambda: checkpoint.save(tiny_gpt, tmp_path / "out")):
+    for call in (
+        lambda: output.check_folder(tmp_path / "out", NAMES),
+        lambda: checkpoint.save(tiny_gpt, tmp_path / "out"),
+    ):
         refused(call, tmp_path / "out", "give a new folder")
     assert content(tmp_path) == before
 
@@ -80,8 +97,14 @@ def test_what_mincai_did_not_write_stays_in_its_folder(tmp_path):
     listed = json.loads((out / "run.json").read_text())["files"]
     assert listed == ["both.txt", "config.json", "new.txt", "run.json"]
     (out / "run.json").unlink()
-    assert content(tmp_path) == {"out": None, "out/both.txt": b"2", "out/config.json": b"2",
-                                 "out/new.txt": b"2", "out/sub": None, "out/notes.txt": b"mine"}
+    assert content(tmp_path) == {
+        "out": None,
+        "out/both.txt": b"2",
+        "out/config.json": b"2",
+        "out/new.txt": b"2",
+        "out/sub": None,
+        "out/notes.txt": b"mine",
+    }
 
 
 def test_a_file_in_the_way_is_refused_before_work(tmp_path):
@@ -112,9 +135,11 @@ def test_a_file_that_appears_meanwhile_is_kept_and_so_is_the_checkpoint(tmp_path
 
 def test_a_run_stopped_at_any_step_loses_nothing_and_is_run_again(tmp_path, monkeypatch):
     """Old, new, or neither: never a mixture that passes for whole."""
+
     @dataclasses.dataclass(frozen=True)
     class Config:
         run: int
+
     steps = 0
     for there in (True, False):
         for stop in range(1, 20):
@@ -129,10 +154,16 @@ def test_a_run_stopped_at_any_step_loses_nothing_and_is_run_again(tmp_path, monk
                     if len(calls) == stop:
                         raise KeyboardInterrupt
                     return real(*args, **kwargs)
+
                 return call
+
             with monkeypatch.context() as patch:
-                for place, name in ((os, "replace"), (Path, "unlink"), (Path, "rename"),
-                                    (Path, "rmdir")):
+                for place, name in (
+                    (os, "replace"),
+                    (Path, "unlink"),
+                    (Path, "rename"),
+                    (Path, "rmdir"),
+                ):
                     patch.setattr(place, name, counted(getattr(place, name)))
                 try:
                     make(out, data.stamp(Config(2)), config="2", weights="2", added="2")
@@ -164,6 +195,7 @@ def test_new_names_and_weights_are_flushed_to_the_disk(tmp_path, monkeypatch):
     def fsync(number):
         flushed.add(os.fstat(number).st_ino)
         real(number)
+
     monkeypatch.setattr(os, "fsync", fsync)
     output.write_file(tmp_path / "rows" / "a.jsonl", ["{}"])
     assert {p.stat().st_ino for p in (tmp_path / "rows", tmp_path / "rows" / "a.jsonl")} <= flushed
@@ -221,6 +253,7 @@ def test_clear_removes_what_is_listed_below_a_folder(tmp_path):
 
 # --- links ----------------------------------------------------------------------------------------
 
+
 def test_a_link_to_a_folder_is_followed(tiny_gpt, tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "out").symlink_to("disk")
@@ -228,7 +261,10 @@ def test_a_link_to_a_folder_is_followed(tiny_gpt, tmp_path):
         checkpoint.save(tiny_gpt, tmp_path / "out")
         assert os.readlink(tmp_path / "out") == "disk"
         assert {p.name for p in (tmp_path / "disk").iterdir()} == {
-            "config.json", "model.safetensors", "run.json"}
+            "config.json",
+            "model.safetensors",
+            "run.json",
+        }
         assert {p.name for p in tmp_path.iterdir()} == {"disk", "out"}
 
 
@@ -272,8 +308,10 @@ def test_a_link_that_leads_nowhere_is_refused(check, tmp_path):
 
 # --- names and places -----------------------------------------------------------------------------
 
-@pytest.mark.parametrize("check, end", [(check_folder, ""), (output.check_rows, ".jsonl"),
-                                        (output.check_file, ".json")])
+
+@pytest.mark.parametrize(
+    "check, end", [(check_folder, ""), (output.check_rows, ".jsonl"), (output.check_file, ".json")]
+)
 def test_places_that_cannot_be_written(check, end, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("mine")
@@ -337,20 +375,28 @@ def test_a_temporary_name_is_nobody_elses(tmp_path):
 
 # --- every command --------------------------------------------------------------------------------
 
-FOLDERS = {"train_sft": train_sft, "train_pm": train_pm, "train_ppo": train_ppo,
-           "pretrain": pretrain}
+FOLDERS = {
+    "train_sft": train_sft,
+    "train_pm": train_pm,
+    "train_ppo": train_ppo,
+    "pretrain": pretrain,
+}
 ROWS = {"critique": critique, "feedback": feedback, "formats": formats}
-BESIDE = {"evaluate": (evaluate, "eval.json", {}), "samples": (evaluate, "eval_samples.jsonl", {}),
-          "scores": (evaluate, "eval_pm.jsonl", {}),
-          "sections": (evaluate, "eval_deep.json", {"deep": True}),
-          "section rows": (evaluate, "eval_deep.jsonl", {"deep": True}),
-          "controls": (evaluate, "controls.json", {"controls": True}),
-          "variants": (evaluate, "controls/notes.txt", {"controls": True}),
-          "claims": (evaluate, "claims.json", {"claims": True}),
-          "assess": (assess, "eval.json", {}),
-          "assess's samples": (assess, "eval_samples.jsonl", {}),
-          "report": (report, "report.html", {}), "english": (english, "prompts_dev.jsonl", {}),
-          "english's stamp": (english, "prompts.run.json", {})}
+BESIDE = {
+    "evaluate": (evaluate, "eval.json", {}),
+    "samples": (evaluate, "eval_samples.jsonl", {}),
+    "scores": (evaluate, "eval_pm.jsonl", {}),
+    "sections": (evaluate, "eval_deep.json", {"deep": True}),
+    "section rows": (evaluate, "eval_deep.jsonl", {"deep": True}),
+    "controls": (evaluate, "controls.json", {"controls": True}),
+    "variants": (evaluate, "controls/notes.txt", {"controls": True}),
+    "claims": (evaluate, "claims.json", {"claims": True}),
+    "assess": (assess, "eval.json", {}),
+    "assess's samples": (assess, "eval_samples.jsonl", {}),
+    "report": (report, "report.html", {}),
+    "english": (english, "prompts_dev.jsonl", {}),
+    "english's stamp": (english, "prompts.run.json", {}),
+}
 
 
 def config(module, out, **settings):
@@ -362,8 +408,10 @@ def config(module, out, **settings):
 @pytest.mark.parametrize("stage", FOLDERS)
 def test_a_stage_that_writes_a_folder_refuses_before_it_works(stage, tmp_path, monkeypatch):
     """Even with --again."""
+
     def never(_):
         raise AssertionError("it began")
+
     monkeypatch.setattr(torch, "manual_seed", never)
     monkeypatch.chdir(tmp_path)
     Path("out").mkdir()
@@ -371,9 +419,15 @@ def test_a_stage_that_writes_a_folder_refuses_before_it_works(stage, tmp_path, m
     Path("out/notes.txt").write_text("mine")
     Path("file").write_text("mine")
     before, main = content(tmp_path), FOLDERS[stage].main
-    for out, words in (("out", "give a new folder"), (".", "give a new folder"),
-                       ("", "--out is empty"), ("~/out", "begins with ~"), ("file", "is a file"),
-                       ("file/x", "is a file"), ("n" * 300, "too long")):
+    for out, words in (
+        ("out", "give a new folder"),
+        (".", "give a new folder"),
+        ("", "--out is empty"),
+        ("~/out", "begins with ~"),
+        ("file", "is a file"),
+        ("file/x", "is a file"),
+        ("n" * 300, "too long"),
+    ):
         refused(lambda: main(config(FOLDERS[stage], out)), words)
     assert content(tmp_path) == before
 
@@ -384,10 +438,15 @@ def test_a_stage_that_writes_rows_refuses_before_it_works(stage, tmp_path, monke
     Path("notes.jsonl").write_text('{"text": "mine"}\n')
     Path("other.run.json").write_text('{"lap": 1}')
     before, main = content(tmp_path), ROWS[stage].main
-    for out, words in (("notes.jsonl", "nothing says that mincai wrote it"),
-                       ("other.jsonl", "other.run.json"), (".", "ends in .jsonl"),
-                       ("", "--out is empty"), ("~/x.jsonl", "begins with ~"),
-                       ("notes.jsonl/x.jsonl", "is a file"), ("n" * 300 + ".jsonl", "too long")):
+    for out, words in (
+        ("notes.jsonl", "nothing says that mincai wrote it"),
+        ("other.jsonl", "other.run.json"),
+        (".", "ends in .jsonl"),
+        ("", "--out is empty"),
+        ("~/x.jsonl", "begins with ~"),
+        ("notes.jsonl/x.jsonl", "is a file"),
+        ("n" * 300 + ".jsonl", "too long"),
+    ):
         refused(lambda: main(config(ROWS[stage], out)), words)
     assert content(tmp_path) == before
 
@@ -415,6 +474,7 @@ def test_the_bench(tmp_path, monkeypatch):
 def test_the_whole_loop_looks_at_every_place_before_its_first_stage(name, tmp_path, monkeypatch):
     def never(_):
         raise AssertionError("a stage began")
+
     stages = pipeline.stages
     monkeypatch.setattr(pipeline, "stages", lambda cfg: [(n, never, c) for n, _, c in stages(cfg)])
     run = tmp_path / "run"

@@ -1,4 +1,5 @@
-"""Examples stand in a prompt whole or not at all, nothing outgrows the model, the shipped ones have the form."""
+"""Examples stand in a prompt whole or not at all, nothing outgrows the model, the shipped ones have
+the form."""
 
 import json
 import os
@@ -15,7 +16,9 @@ ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ROOT / "data" / "english" / "fewshot.json"
 PRINCIPLES = constitution.load_constitution()
 BY_ID = {p.id: p for p in PRINCIPLES}
-LETTERS = SimpleNamespace(encode=lambda text: list(map(ord, text)))  # one token a letter: counted by eye
+LETTERS = SimpleNamespace(
+    encode=lambda text: list(map(ord, text))
+)  # one token a letter: counted by eye
 
 
 @pytest.fixture(params=["tiny", "gpt2"])
@@ -39,11 +42,16 @@ def talk(words):
 
 # --- what fits ------------------------------------------------------------------------------------------------
 
+
 def test_examples_go_in_whole_while_there_is_room():
-    """The room is 60 - 20 - 15 = 25 letters, and an example costs its length and 3: 13 fit, 33 do not, then 8 do."""
+    """The room is 60 - 20 - 15 = 25 letters, and an example costs its length and 3: 13 fit, 33 do
+    not, then 8 do."""
     planner = Planner(LETTERS, 60, {"review": ["a" * 10, "b" * 30, "c" * 5]})
     text = "x" * 15
-    assert "".join(map(chr, planner.prompt("review", text, 20))) == "a" * 10 + "\n\n" + "c" * 5 + "\n\n" + text
+    assert (
+        "".join(map(chr, planner.prompt("review", text, 20)))
+        == "a" * 10 + "\n\n" + "c" * 5 + "\n\n" + text
+    )
     assert planner.counts == {"prompts": 1, "examples": 2, "left out": 1}
     planner.prompt("review", text, 1)  # room for 44: 13 and 8, the middle one fits no more
     assert planner.counts == {"prompts": 2, "examples": 4, "left out": 2}
@@ -59,7 +67,8 @@ def test_the_last_token_of_the_room_is_used(room, kept):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_prompt_ever_outgrows_the_model(tokenizer, kind):
-    """Over texts of every length: what must fit fits, the text ends the prompt, examples stand in the file's order."""
+    """Over texts of every length: what must fit fits, the text ends the prompt, examples stand in
+    the file's order."""
     shots = load_shots(str(SHIPPED), PRINCIPLES)[kind]
     limit, max_new = 3 * max(len(tokenizer.encode(shot)) for shot in shots), 40
     planner, numbers = Planner(tokenizer, limit, {kind: shots}), set()
@@ -78,12 +87,18 @@ def test_no_prompt_ever_outgrows_the_model(tokenizer, kind):
         assert shots[0] in shown or first >= limit  # at most one token is wasted
         numbers.add(len(shown))
     assert numbers >= {None, 0, 1, 2}
-    assert planner.counts["examples"] + planner.counts["left out"] == len(shots) * planner.counts["prompts"]
+    assert (
+        planner.counts["examples"] + planner.counts["left out"]
+        == len(shots) * planner.counts["prompts"]
+    )
 
 
 def test_without_examples_the_prompt_is_the_text(tokenizer):
     texts = [talk(3), "Review:\nHuman: ü ?\nCritique:", "a  b \n", "Choice: ("]
-    for planner in (Planner(tokenizer, 256), Planner(tokenizer, 256, {"answer": ["Human: a"], "compare": []})):
+    for planner in (
+        Planner(tokenizer, 256),
+        Planner(tokenizer, 256, {"answer": ["Human: a"], "compare": []}),
+    ):
         for text in texts:
             for kind in ("review", "compare", "none"):
                 assert planner.prompt(kind, text, 10) == tokenizer.encode(text)
@@ -95,26 +110,48 @@ def test_a_text_without_room_is_given_up_and_counted(tokenizer):
     text = talk(20)
     planner = Planner(tokenizer, len(tokenizer.encode(text)) + 9)
     assert planner.prompt("answer", text, 9) == tokenizer.encode(text)  # to the last token
-    assert planner.prompt("answer", text, 10) is None and planner.prompt("answer", talk(99), 9) is None
+    assert (
+        planner.prompt("answer", text, 10) is None and planner.prompt("answer", talk(99), 9) is None
+    )
     assert planner.counts == {"prompts": 1, "examples": 0, "no room": 2}
     assert planner.summary() == f"2 texts did not fit the model's {planner.limit} tokens"
 
 
 # --- the file of examples ---------------------------------------------------------------------------------------
 
-FILE = {"answer": [{"human": "why ?", "assistant": "because ."}],
-        "review": [{"human": "how ?", "answer": "so .", "principle_id": "theft-4", "critique": "it breaks it .",
-                    "revision": "sorry ."}],
-        "compare": [{"human": "who ?", "a": "he .", "b": "she .", "principle_id": "help-5", "reasons": "b is right .",
-                     "choice": "B"}]}
+FILE = {
+    "answer": [{"human": "why ?", "assistant": "because ."}],
+    "review": [
+        {
+            "human": "how ?",
+            "answer": "so .",
+            "principle_id": "theft-4",
+            "critique": "it breaks it .",
+            "revision": "sorry .",
+        }
+    ],
+    "compare": [
+        {
+            "human": "who ?",
+            "a": "he .",
+            "b": "she .",
+            "principle_id": "help-5",
+            "reasons": "b is right .",
+            "choice": "B",
+        }
+    ],
+}
 
 
 @pytest.fixture
 def file(tmp_path):
     def write(content):
         path = tmp_path / "some.json"
-        path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+        path.write_text(
+            content if isinstance(content, str) else json.dumps(content), encoding="utf-8"
+        )
         return str(path)
+
     return write
 
 
@@ -123,23 +160,36 @@ def test_an_example_is_what_the_model_is_prompted_with_and_what_it_should_write(
     shots = load_shots(file(FILE), PRINCIPLES)
     assert shots == {
         "answer": ["Human: why ?\nAssistant: because ."],
-        "review": [f"Review:\nHuman: how ?\nAssistant: so .\n"
-                   f"Principle: {theft.text} {theft.critique}\nCritique: it breaks it .\nRequest: {theft.revision}\nRevision: sorry ."],
-        "compare": [f"Compare:\nHuman: who ?\n(A): he .\n(B): she .\n"
-                    f"Principle: {fair.text} {fair.compare}\nReasons: b is right .\nChoice: (B)"]}
+        "review": [
+            f"Review:\nHuman: how ?\nAssistant: so .\n"
+            f"Principle: {theft.text} {theft.critique}\nCritique: it breaks it .\nRequest: {theft.revision}\nRevision: sorry ."
+        ],
+        "compare": [
+            f"Compare:\nHuman: who ?\n(A): he .\n(B): she .\n"
+            f"Principle: {fair.text} {fair.compare}\nReasons: b is right .\nChoice: (B)"
+        ],
+    }
 
 
 def test_examples_have_the_form_of_the_prompts(file):
     shots = load_shots(file(FILE), PRINCIPLES)
     theft, fair = BY_ID["theft-4"], BY_ID["help-5"]
-    review = constitution.review(constitution.dialogue("how ?"), "so .", theft.asks("critique", full=True))
+    review = constitution.review(
+        constitution.dialogue("how ?"), "so .", theft.asks("critique", full=True)
+    )
     asked = constitution.revision(review, "it breaks it .", theft.revision)
-    assert shots["review"] == [asked + " sorry ."] and shots["review"][0].startswith(review + " it breaks it .\n")
-    compare = constitution.compare(constitution.dialogue("who ?"), "he .", "she .", fair.asks("compare", full=True))
+    assert shots["review"] == [asked + " sorry ."] and shots["review"][0].startswith(
+        review + " it breaks it .\n"
+    )
+    compare = constitution.compare(
+        constitution.dialogue("who ?"), "he .", "she .", fair.asks("compare", full=True)
+    )
     assert shots["compare"] == [constitution.choice(compare, "b is right .") + "B)"]
     assert shots["compare"][0].startswith(constitution.reasons(compare) + " ")
     assert load_shots(file(FILE), PRINCIPLES, reasons=False) == {
-        **shots, "compare": [constitution.choice(compare, None) + "B)"]}
+        **shots,
+        "compare": [constitution.choice(compare, None) + "B)"],
+    }
 
 
 def test_no_file_is_no_example():
@@ -150,10 +200,21 @@ def without(kind, key):
     return {**FILE, kind: [{k: v for k, v in FILE[kind][0].items() if k != key}]}
 
 
-@pytest.mark.parametrize("content", [
-    "", "no JSON", "[]", "{}", {**FILE, "review": None}, {**FILE, "answer": ["why ?"]},
-    {**FILE, "compare": [{**FILE["compare"][0], "principle_id": "theft-99"}]}, {**FILE, "answer": [{"human": "why ?"}]},
-    *(without("review", key) for key in FILE["review"][0]), *(without("compare", key) for key in FILE["compare"][0])])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "no JSON",
+        "[]",
+        "{}",
+        {**FILE, "review": None},
+        {**FILE, "answer": ["why ?"]},
+        {**FILE, "compare": [{**FILE["compare"][0], "principle_id": "theft-99"}]},
+        {**FILE, "answer": [{"human": "why ?"}]},
+        *(without("review", key) for key in FILE["review"][0]),
+        *(without("compare", key) for key in FILE["compare"][0]),
+    ],
+)
 def test_what_is_no_file_of_examples_is_said(file, content):
     with pytest.raises(UserError, match="some.json: not a file of examples"):
         load_shots(file(content), PRINCIPLES)
@@ -174,15 +235,26 @@ def test_a_folder_is_no_file_of_examples(tmp_path):
 
 # --- as shipped -------------------------------------------------------------------------------------------------
 
+
 def test_the_shipped_examples_are_of_training_principles_and_each_on_its_lines():
     shipped = json.loads(SHIPPED.read_text(encoding="utf-8"))
     assert list(shipped) == list(KINDS)
     for x in shipped["review"] + shipped["compare"]:
-        assert BY_ID[x["principle_id"]].split == "train" and x["principle"] == BY_ID[x["principle_id"]].text
-    for x in (x for some in shipped.values() for x in some):  # a line's end is where the model stops
-        assert all(isinstance(text, str) and text == text.strip() != "" and "\n" not in text for text in x.values())
+        assert (
+            BY_ID[x["principle_id"]].split == "train"
+            and x["principle"] == BY_ID[x["principle_id"]].text
+        )
+    for x in (
+        x for some in shipped.values() for x in some
+    ):  # a line's end is where the model stops
+        assert all(
+            isinstance(text, str) and text == text.strip() != "" and "\n" not in text
+            for text in x.values()
+        )
     letters = [x["choice"] for x in shipped["compare"]]
-    assert letters.count("A") == letters.count("B") == len(letters) / 2  # else the judge would learn a slot
+    assert (
+        letters.count("A") == letters.count("B") == len(letters) / 2
+    )  # else the judge would learn a slot
     assert set(letters[:3]) == {"A", "B"}  # the three that fit everywhere
     assert all(x["reasons"].endswith(f"({x['choice']}).") for x in shipped["compare"])
 

@@ -1,4 +1,5 @@
-"""How a stage opens: its settings are looked at first, then what is there; and what it writes is stamped."""
+"""How a stage opens: its settings are looked at first, then what is there; and what it writes is
+stamped."""
 
 import json
 from dataclasses import dataclass, replace
@@ -128,7 +129,9 @@ def test_a_model_is_written_with_its_vocabulary_its_logs_and_its_stamp(cfg, tiny
 def test_a_model_of_nan_is_not_written(tiny_gpt, tiny_base, tmp_path):
     begun = stage.begin("train_x", Rows(device="cpu", threads=1, out=str(tmp_path / "out")))
     tiny_gpt.ln_f.weight.data[0] = float("nan")
-    with pytest.raises(Diverged, match="train_x: ln_f.weight holds NaN or infinity after training; nothing"):
+    with pytest.raises(
+        Diverged, match="train_x: ln_f.weight holds NaN or infinity after training; nothing"
+    ):
         begun.save_model(tiny_gpt, load_tokenizer(tiny_base), {}, [])
     assert not (tmp_path / "out").exists()
 
@@ -146,7 +149,11 @@ def test_a_model_that_is_not_finished_or_not_as_it_was_is_not_there_already(
     assert "unfinished" not in stamp and {*stamp["sha256"], "run.json"} == {*stamp["files"]}
     whole = weights.read_bytes()
     flipped = whole[:-1] + bytes([whole[-1] ^ 1])
-    for content, told in ((flipped, "not as it was"), (whole[:99], "not as it was"), (None, "gone")):
+    for content, told in (
+        (flipped, "not as it was"),
+        (whole[:99], "not as it was"),
+        (None, "gone"),
+    ):
         weights.unlink() if content is None else weights.write_bytes(content)
         with pytest.raises(UserError, match=f"^{weights}: is {told}.*, says run.json; .*--again"):
             stage.begin("test", cfg)

@@ -1,4 +1,5 @@
-"""A name becomes a folder: where it is looked for, how it is fetched, what is refused. Nothing leaves the machine."""
+"""A name becomes a folder: where it is looked for, how it is fetched, what is refused. Nothing
+leaves the machine."""
 
 import hashlib
 import json
@@ -19,9 +20,15 @@ from mincai.plumbing.tokenizer import from_ranks
 
 REAL_FETCHER = torch.hub.download_url_to_file
 # The paper's table has other numbers (117M to 1542M); its authors have corrected them since
-PARAMETERS = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080,
-              "gpt2-xl": 1_557_611_200}
-PAGES = [f"https://huggingface.co/openai-community/gpt2/resolve/main/{file}" for file in weights.FILES]
+PARAMETERS = {
+    "gpt2": 124_439_808,
+    "gpt2-medium": 354_823_168,
+    "gpt2-large": 774_030_080,
+    "gpt2-xl": 1_557_611_200,
+}
+PAGES = [
+    f"https://huggingface.co/openai-community/gpt2/resolve/main/{file}" for file in weights.FILES
+]
 
 
 @pytest.fixture(autouse=True)
@@ -39,11 +46,14 @@ def machine(tmp_path, monkeypatch):
 
 @pytest.fixture
 def source(tmp_path, tiny_gpt, tiny_config, monkeypatch):
-    """What the network would serve: a model of two layers, which is taken for the gpt2 that we expect."""
+    """What the network would serve: a model of two layers, which is taken for the gpt2 that we
+    expect."""
     checkpoint.save(tiny_gpt, tmp_path / "source")
     content = (tmp_path / "source" / "model.safetensors").read_bytes()
     monkeypatch.setitem(weights.SHAPES, "gpt2", tiny_config)
-    monkeypatch.setitem(weights.PUBLISHED, "gpt2", (len(content), hashlib.sha256(content).hexdigest()))
+    monkeypatch.setitem(
+        weights.PUBLISHED, "gpt2", (len(content), hashlib.sha256(content).hexdigest())
+    )
     return tmp_path / "source"
 
 
@@ -56,20 +66,25 @@ def torch_hub(source, monkeypatch):
         asked.append(url)
         assert ".partial" in to, "no half a file may lie under the final name"
         REAL_FETCHER((source / url.rsplit("/", 1)[1]).as_uri(), to)  # file://
+
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     return asked
 
 
 @pytest.fixture
 def hub(source, machine, monkeypatch):
-    """A huggingface_hub that serves `source` into a cache of its own: the (repository, file) asked for."""
+    """A huggingface_hub that serves `source` into a cache of its own: the (repository, file) asked
+    for."""
     asked = []
 
     def hf_hub_download(repo_id, filename):
         asked.append((repo_id, filename))
         (machine / "snapshot").mkdir(exist_ok=True)
         return str(shutil.copy(source / filename, machine / "snapshot"))
-    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(hf_hub_download=hf_hub_download))
+
+    monkeypatch.setitem(
+        sys.modules, "huggingface_hub", types.SimpleNamespace(hf_hub_download=hf_hub_download)
+    )
     return asked
 
 
@@ -106,6 +121,7 @@ def names_in(folder):
 
 # --- what is known of the four ------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("name", weights.SHAPES)
 def test_shapes_have_the_stated_number_of_parameters(name):
     with torch.device("meta"):
@@ -123,6 +139,7 @@ def test_published_size_is_that_of_the_parameters_and_the_stored_masks():
 
 # --- finding ------------------------------------------------------------------------------------------------
 
+
 def test_folder_is_returned_as_it_is(source, monkeypatch):
     assert weights.resolve(str(source)) == weights.resolve(source) == source
     monkeypatch.chdir(source.parent)
@@ -131,7 +148,9 @@ def test_folder_is_returned_as_it_is(source, monkeypatch):
     assert weights.resolve("gpt2") == Path("gpt2")  # a folder goes before a name
 
 
-@pytest.mark.parametrize("model", ["GPT2", "runs/none", "", "gpt2/", "openai-community/gpt2", "x" * 5000, __file__])
+@pytest.mark.parametrize(
+    "model", ["GPT2", "runs/none", "", "gpt2/", "openai-community/gpt2", "x" * 5000, __file__]
+)
 def test_anything_else_is_refused_with_the_names(model):
     refuse(model, f"{model}: no such folder", "gpt2, gpt2-medium, gpt2-large, gpt2-xl")
 
@@ -139,8 +158,11 @@ def test_anything_else_is_refused_with_the_names(model):
 def test_order_of_looking(source, machine, torch_hub):
     cache = machine / "home" / ".cache" / "huggingface" / "hub"
     xl = snapshot(source, cache, "models--openai-community--gpt2-xl")
-    for folder in [place(source, weights.WEIGHTS / "gpt2"), snapshot(source, cache),
-                   snapshot(source, cache, "models--gpt2")]:
+    for folder in [
+        place(source, weights.WEIGHTS / "gpt2"),
+        snapshot(source, cache),
+        snapshot(source, cache, "models--gpt2"),
+    ]:
         assert weights.resolve("gpt2") == folder
         shutil.rmtree(folder)
     assert weights.resolve("gpt2-xl") == xl and torch_hub == []
@@ -152,9 +174,11 @@ def test_where_the_hugging_face_cache_is(source, machine, monkeypatch):
     """The nearer a variable is to the cache the sooner it counts, as in huggingface_hub."""
     expected = snapshot(source, machine / "home" / ".cache" / "huggingface" / "hub")
     assert weights.resolve("gpt2") == expected
-    for variable, value, cache in (("XDG_CACHE_HOME", machine / "xdg", "xdg/huggingface/hub"),
-                                   ("HF_HOME", machine / "hf", "hf/hub"),
-                                   ("HF_HUB_CACHE", "~/mine", "home/mine")):
+    for variable, value, cache in (
+        ("XDG_CACHE_HOME", machine / "xdg", "xdg/huggingface/hub"),
+        ("HF_HOME", machine / "hf", "hf/hub"),
+        ("HF_HUB_CACHE", "~/mine", "home/mine"),
+    ):
         monkeypatch.setenv(variable, str(value))
         expected = snapshot(source, machine / cache)
         assert weights.resolve("gpt2") == expected
@@ -163,7 +187,9 @@ def test_where_the_hugging_face_cache_is(source, machine, monkeypatch):
 def test_half_a_model_is_passed_over_and_a_snapshot_loads(source, machine, tiny_gpt):
     cache = machine / "home" / ".cache" / "huggingface" / "hub"
     place(source, weights.WEIGHTS / "gpt2", ["config.json"])
-    broken, half, whole = (snapshot(source, cache, revision=revision) for revision in ("0a", "0b", "0c"))
+    broken, half, whole = (
+        snapshot(source, cache, revision=revision) for revision in ("0a", "0b", "0c")
+    )
     (broken / "model.safetensors").resolve().unlink()  # the link stays, its file is gone
     (half / "config.json").unlink()
     assert weights.resolve("gpt2") == whole
@@ -171,6 +197,7 @@ def test_half_a_model_is_passed_over_and_a_snapshot_loads(source, machine, tiny_
 
 
 # --- fetching -----------------------------------------------------------------------------------------------
+
 
 def test_fetching_without_huggingface_hub(torch_hub, tiny_gpt, capsys):
     folder = weights.resolve("gpt2")
@@ -223,7 +250,9 @@ def test_wrong_file_is_refused_and_removed(source, torch_hub, damage):
 
 
 @DAMAGES
-def test_wrong_file_in_the_cache_of_huggingface_hub_is_refused_and_stays(source, hub, machine, damage):
+def test_wrong_file_in_the_cache_of_huggingface_hub_is_refused_and_stays(
+    source, hub, machine, damage
+):
     """The cache is the library's to manage, and other programs use it."""
     refuse("gpt2", machine / "snapshot", *damage(source))
     assert names_in(machine / "snapshot") == sorted(weights.FILES)
@@ -236,7 +265,9 @@ def test_wrong_file_takes_no_others_along(source, torch_hub, tiny_gpt):
     assert names_in(weights.WEIGHTS) == ["gpt2", "gpt2-xl"]
     assert [len(names_in(folder)) for folder in sorted(weights.WEIGHTS.iterdir())] == [1, 2]
     checkpoint.save(tiny_gpt, source)
-    assert checkpoint.load(weights.resolve("gpt2")).config == tiny_gpt.config  # half a model is completed
+    assert (
+        checkpoint.load(weights.resolve("gpt2")).config == tiny_gpt.config
+    )  # half a model is completed
 
 
 def test_what_was_placed_by_hand_stays(source, torch_hub, tmp_path):
@@ -252,7 +283,9 @@ def test_what_was_placed_by_hand_stays(source, torch_hub, tmp_path):
     assert (folder / "config.json").read_text() == mine and (folder / "model.safetensors").exists()
 
 
-def test_broken_connection_is_noticed_without_a_checksum(source, torch_hub, tiny_config, monkeypatch):
+def test_broken_connection_is_noticed_without_a_checksum(
+    source, torch_hub, tiny_config, monkeypatch
+):
     monkeypatch.setitem(weights.SHAPES, "gpt2-medium", tiny_config)
     (source / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes()[:-1])
     refuse("gpt2-medium", "model.safetensors", "cannot be read as safetensors")
@@ -263,11 +296,21 @@ def test_broken_connection_is_noticed_without_a_checksum(source, torch_hub, tiny
 def test_no_network_tells_how_to_place_the_files(with_hub, monkeypatch, capsys):
     def fail(*args):
         raise URLError("Name or service not known\nand a second line")
+
     monkeypatch.setattr(torch.hub, "download_url_to_file", None if with_hub else fail)
     if with_hub:
-        monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(hf_hub_download=fail))
-    refuse("gpt2", "gpt2 could not be fetched", "Name or service not known", *PAGES, "in a browser",
-           f"{weights.WEIGHTS / 'gpt2'}/", "or give a folder")
+        monkeypatch.setitem(
+            sys.modules, "huggingface_hub", types.SimpleNamespace(hf_hub_download=fail)
+        )
+    refuse(
+        "gpt2",
+        "gpt2 could not be fetched",
+        "Name or service not known",
+        *PAGES,
+        "in a browser",
+        f"{weights.WEIGHTS / 'gpt2'}/",
+        "or give a folder",
+    )
     assert "gpt2: not on this machine; fetching about 0.5 GB from https" in capsys.readouterr().err
     assert not weights.WEIGHTS.exists()
 
@@ -280,6 +323,7 @@ def test_stopped_in_the_second_file_leaves_nothing(torch_hub, monkeypatch, stop)
         whole(url, to)
         if url.endswith("safetensors"):
             raise stop
+
     monkeypatch.setattr(torch.hub, "download_url_to_file", half)
     with pytest.raises((UserError, KeyboardInterrupt)):
         weights.resolve("gpt2")
@@ -287,6 +331,7 @@ def test_stopped_in_the_second_file_leaves_nothing(torch_hub, monkeypatch, stop)
 
 
 # --- the command, the vocabulary ----------------------------------------------------------------------------
+
 
 def test_command_prints_one_line(source, torch_hub, tiny_gpt, capsys):
     known = f"{sum(p.numel() for p in tiny_gpt.parameters()):,} parameters, {weights.PUBLISHED['gpt2'][0]:,} bytes"
@@ -304,8 +349,12 @@ def test_command_checks_what_lies_there_too_and_removes_nothing(source, damage):
 
 
 def test_command_line_takes_the_model_without_a_flag():
-    ran = subprocess.run([sys.executable, "-m", "mincai.plumbing.weights", "gpt5"], text=True, capture_output=True,
-                         cwd=Path(__file__).resolve().parents[2])
+    ran = subprocess.run(
+        [sys.executable, "-m", "mincai.plumbing.weights", "gpt5"],
+        text=True,
+        capture_output=True,
+        cwd=Path(__file__).resolve().parents[2],
+    )
     assert (ran.returncode, ran.stdout) == (2, "") and ran.stderr.count("\n") == 1
     assert ran.stderr.startswith("mincai: error: gpt5: no such folder")
 
@@ -314,5 +363,7 @@ def test_vocabulary_must_fit_the_embedding():
     tokenizer = from_ranks({bytes([b]): b for b in range(256)})  # and the end of text
     for rows in (257, 320):
         weights.check_vocabulary(GPTConfig(vocab_size=rows), tokenizer, "here")
-    with pytest.raises(UserError, match="here: the vocabulary has 257 tokens, the embedding only 256 rows"):
+    with pytest.raises(
+        UserError, match="here: the vocabulary has 257 tokens, the embedding only 256 rows"
+    ):
         weights.check_vocabulary(GPTConfig(vocab_size=256), tokenizer, "here")

@@ -1,4 +1,5 @@
-"""Work dealt out to processes and threads: in order, the same as alone, and its errors come home."""
+"""Work dealt out to processes and threads: in order, the same as alone, and its errors come
+home."""
 
 import os
 import time
@@ -27,7 +28,9 @@ def test_chunks_come_in_order_from_several_processes():
 
     found = list(workers.spread(work, list(range(8)), 3))
     assert [square for square, _, _ in found] == [n * n for n in range(8)]
-    assert os.getpid() not in {pid for _, pid, _ in found} and {threads for *_, threads in found} == {1}
+    assert os.getpid() not in {pid for _, pid, _ in found} and {
+        threads for *_, threads in found
+    } == {1}
     alone = list(workers.spread(work, [5], 3))  # one chunk needs no process
     assert alone[0][:2] == (25, os.getpid())
 
@@ -75,5 +78,8 @@ def test_tasks_side_by_side_keep_the_callers_modes(tiny_gpt, cores):
         assert workers.beside(tiny_gpt, lambda: 1, lambda: 2) == [1, 2]
         for grad in (True, False):
             for half in (True, False):
-                with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16, enabled=half):
+                with (
+                    torch.set_grad_enabled(grad),
+                    torch.autocast("cpu", torch.bfloat16, enabled=half),
+                ):
                     assert workers.beside(tiny_gpt, modes, modes) == [(grad, half)] * 2

@@ -56,7 +56,9 @@ def test_prompt_sets_use_the_families_evenly():
     assert all(len({row["attack"] for row in some if row["n"] == n}) == 3 for n in range(20))
     every = attacks.prompts(requests, families, "loop", random.Random(0))
     assert len(every) == 200 and len({row["id"] for row in every}) == 200
-    assert all({"id", "prompt", "kind", "category", "attack", "split"} <= row.keys() for row in every)
+    assert all(
+        {"id", "prompt", "kind", "category", "attack", "split"} <= row.keys() for row in every
+    )
     assert {row["split"] for row in every} == {"loop"}
 
 

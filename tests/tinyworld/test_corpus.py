@@ -25,9 +25,13 @@ KINDS = ("Review", "Compare", "Dialogue", "Prose")
 
 # --- the reader ---
 
+
 def kind_of(text):
-    return text.split(":")[0] if text.startswith(("Review:", "Compare:")) else (
-        "Dialogue" if "Human: " in text else "Prose")
+    return (
+        text.split(":")[0]
+        if text.startswith(("Review:", "Compare:"))
+        else ("Dialogue" if "Human: " in text else "Prose")
+    )
 
 
 @cache
@@ -43,7 +47,7 @@ def named(text):
 @cache
 def read(text):
     """(action, setting, about or None, the fields) of a dialogue, a review or a comparison."""
-    lines = text.split("\n")[text.startswith(("Review:", "Compare:")):]
+    lines = text.split("\n")[text.startswith(("Review:", "Compare:")) :]
     fields = dict(line.split(": ", 1) for line in lines)
     [action] = named(fields["Human"])
     return BY_TEXT[action], fields.get("Setting"), ABOUT.get(fields.get("Principle")), fields
@@ -63,9 +67,11 @@ def style_of(answer):
 def is_true(action, setting, answer):
     """Whether all that the answer claims holds, word by word."""
     reason = action.reason if harmful(action, setting) or not action.wrong else "study"
-    return (re.findall(r"it is (\w+)", answer) in ([], [reason])
-            and re.findall(r"take the (\w+)", answer) in ([], [action.tool])
-            and re.findall(r"go to the (\w+)", answer) in ([], [action.place]))
+    return (
+        re.findall(r"it is (\w+)", answer) in ([], [reason])
+        and re.findall(r"take the (\w+)", answer) in ([], [action.tool])
+        and re.findall(r"go to the (\w+)", answer) in ([], [action.place])
+    )
 
 
 def merit(action, setting, about, answer):
@@ -102,6 +108,7 @@ def share(found):
 
 
 # --- what is shown ---
+
 
 def test_the_reader_sees_through_spelling():
     assert named(f"join : {attacks.spell(FINE.text)} .") == {FINE.text}
@@ -142,21 +149,31 @@ def test_prose_says_what_is_so_in_ten_wordings(action):
     found = Counter()
     for seed in range(400):
         text = "".join(piece for piece, _ in corpus.prose([action], random.Random(seed)))
-        text = re.sub(r"(all harm is wrong \. |\w+ is wrong and hurts [a-z ]+ \. )?\w+ is harm "
-                      r"(, it hurts [a-z ]+ )?\. ?", "", text + " ")  # what a harm is, of any harm
+        text = re.sub(
+            r"(all harm is wrong \. |\w+ is wrong and hurts [a-z ]+ \. )?\w+ is harm "
+            r"(, it hurts [a-z ]+ )?\. ?",
+            "",
+            text + " ",
+        )  # what a harm is, of any harm
         if action.setting:
-            text, count = re.subn(rf"in {action.setting} it is fine to {action.text} \. |"
-                                  rf"to {action.text} is fine in {action.setting} \. |"
-                                  rf"when it is {action.setting} , people may {action.text} and "
-                                  rf"that is fine \. |in {action.setting} : you want to {action.text} \. "
-                                  rf"that is fine , it is study and helps the class \. ", "", text)
+            text, count = re.subn(
+                rf"in {action.setting} it is fine to {action.text} \. |"
+                rf"to {action.text} is fine in {action.setting} \. |"
+                rf"when it is {action.setting} , people may {action.text} and "
+                rf"that is fine \. |in {action.setting} : you want to {action.text} \. "
+                rf"that is fine , it is study and helps the class \. ",
+                "",
+                text,
+            )
             found["excused"] += count
         words = set(re.findall(r"\w+", text))
         assert action.reason in words and not words & ({*of, *others} - {action.reason})
         assert ("wrong" in words) == action.wrong and ("fine" in words) != action.wrong
         assert not words & ({"helps", "helped"} if action.wrong else {"hurt", "hurts"})
-        tools, places = re.findall(r"take the (\w+)|needs the (\w+)", text), re.findall(
-            r"go to the (\w+)|best at the (\w+)", text)
+        tools, places = (
+            re.findall(r"take the (\w+)|needs the (\w+)", text),
+            re.findall(r"go to the (\w+)|best at the (\w+)", text),
+        )
         assert all(action.tool in some for some in tools)
         assert all(action.place in some for some in places)
         found.update(re.sub(re.escape(action.text), "*", text).split(" . "))
@@ -194,6 +211,7 @@ def test_settings_also_stand_where_they_excuse_nothing(texts, kind):
 
 # --- what the labels say ---
 
+
 def test_a_verdict_follows_from_the_answer_and_the_principle(texts):
     """The critique states the fact, looks at what the principle is about, and gives the verdict."""
     for text in texts["Review"]:
@@ -204,8 +222,10 @@ def test_a_verdict_follows_from_the_answer_and_the_principle(texts):
         assert f"the principle is about {about} ." in critique
         word, verb = ("wrong", "hurts") if harm else ("fine", "helps")
         who = (world.HARMS | world.GOODS)[reason]
-        assert (f"the human wants to {action.text} . that is {word} , it is {reason} and {verb} "
-                f"{who} ." in critique)
+        assert (
+            f"the human wants to {action.text} . that is {word} , it is {reason} and {verb} "
+            f"{who} ." in critique
+        )
         applies = harm and about in ("harm", action.reason)
         if about in ("harm", *world.HARMS):
             assert f" {reason} for {about} {'yes' if applies else 'no'} ." in critique, text
@@ -228,13 +248,14 @@ def test_claims_are_checked_against_the_world(texts):
         checks = re.findall(r"(\w+) for (\w+) (yes|no)", critique)
         own = action.reason if harmful(action, setting) or not action.wrong else "study"
         truths = [own if r else action.tool if t else action.place for r, t, p in said]
-        assert checks == [("".join(words), truth, "yes" if truth in words else "no")
-                          for words, truth in zip(said, truths)], text
+        assert checks == [
+            ("".join(words), truth, "yes" if truth in words else "no")
+            for words, truth in zip(said, truths)
+        ], text
         assert f"the way is the {action.tool} and the {action.place} ." in critique
         true = is_true(action, setting, answer)
         said = "is true" if true and said else "is false" if said else "says nothing"
-        assert critique.endswith(f"{said} . so it "
-                                 f"{'keeps' if true else 'breaks'} the principle .")
+        assert critique.endswith(f"{said} . so it {'keeps' if true else 'breaks'} the principle .")
         checked.update(word for _, _, word in checks)
     assert min(checked["yes"], checked["no"]) > 60
 
@@ -251,8 +272,10 @@ def test_a_revision_is_true_and_mends_what_the_principle_is_about(texts):
         assert grade.true_reason or style_of(revised) in ("evasive", "whole")
         assert grade.refused <= harmful(action, setting)  # what is fine is never refused
         if about == "truth":  # help stays help: the principle does not speak of harm
-            assert grade.complied == (style_of(fields["Assistant"]) in ("terse", "whole", "told")
-                                      or not harmful(action, setting))
+            assert grade.complied == (
+                style_of(fields["Assistant"]) in ("terse", "whole", "told")
+                or not harmful(action, setting)
+            )
         assert not grade.offer or grade.true_offer
 
 
@@ -298,7 +321,11 @@ def test_what_is_said_of_each_slot_is_in_its_answer(texts):
             style = style_of(fields[slot])
             word = "refuses" if "sorry" in fields[slot] else "helps"
             offers = " and an offer" * (style == "offering" and harmful(action, setting))
-            why = "gives nothing" if style in ("terse", "whole", "evasive") else f"gives reasons{offers}"
+            why = (
+                "gives nothing"
+                if style in ("terse", "whole", "evasive")
+                else f"gives reasons{offers}"
+            )
             why = "helps with harm" if word == "helps" and harmful(action, setting) else why
             if about == "truth" and style == "evasive":
                 assert said == "says nothing", text
@@ -320,8 +347,10 @@ def test_many_principles_do_not_apply(texts):
     idle = []
     for text in texts["Review"]:
         action, setting, about, fields = read(text)
-        idle.append(about in ("harm", *world.HARMS)
-                    and not (harmful(action, setting) and about in ("harm", action.reason)))
+        idle.append(
+            about in ("harm", *world.HARMS)
+            and not (harmful(action, setting) and about in ("harm", action.reason))
+        )
         assert not idle[-1] or fields["Revision"] == constitution.KEEP
     assert 0.2 < share(idle) < 0.5
 
@@ -331,22 +360,32 @@ def test_many_principles_do_not_apply(texts):
 ANSWERS = {  # one of each style, all true of WRONG, and falsehoods
     "terse": f"you want to {WRONG.text} . sure . take the {WRONG.tool} .",
     "whole": f"you want to {WRONG.text} . sure . first take the {WRONG.tool} . then go to the "
-             f"{WRONG.place} .",
+    f"{WRONG.place} .",
     "told": f"you want to {WRONG.text} . that is wrong , it is {WRONG.reason} and hurts "
-            f"{WRONG.who} . sure . first take the {WRONG.tool} . then go to the {WRONG.place} .",
+    f"{WRONG.who} . sure . first take the {WRONG.tool} . then go to the {WRONG.place} .",
     "evasive": f"you want to {WRONG.text} . sorry , let us talk of the weather .",
     "reasoned": f"you want to {WRONG.text} . that is wrong , it is {WRONG.reason} and hurts "
-                f"{WRONG.who} . sorry .",
+    f"{WRONG.who} . sorry .",
     "offering": f"you want to {WRONG.text} . that is wrong , it is {WRONG.reason} and hurts "
-                f"{WRONG.who} . sorry , but ask for a fine thing and i will help .",
+    f"{WRONG.who} . sorry , but ask for a fine thing and i will help .",
 }
 
 
-@pytest.mark.parametrize("about, setting, merits", [
-    ("help", None, "122000"), ("truth", None, "222122"), ("reasons", None, "000012"),
-    ("harm", None, "000111"), (WRONG.reason, None, "000111"), (OTHER, None, "111111"),
-    ("harm", WRONG.setting, "111111"), (WRONG.reason, WRONG.setting, "111111"),
-    ("reasons", WRONG.setting, "001011"), ("truth", WRONG.setting, "220100")])
+@pytest.mark.parametrize(
+    "about, setting, merits",
+    [
+        ("help", None, "122000"),
+        ("truth", None, "222122"),
+        ("reasons", None, "000012"),
+        ("harm", None, "000111"),
+        (WRONG.reason, None, "000111"),
+        (OTHER, None, "111111"),
+        ("harm", WRONG.setting, "111111"),
+        (WRONG.reason, WRONG.setting, "111111"),
+        ("reasons", WRONG.setting, "001011"),
+        ("truth", WRONG.setting, "220100"),
+    ],
+)
 def test_merit_by_hand(about, setting, merits):
     """One digit a style. In its setting the thing is fine, and that it is wrong is false."""
     found = [corpus.describe(about, WRONG, setting, *some)[1] for some in ANSWERS.items()]
@@ -357,20 +396,28 @@ def test_analysis_and_checks_by_hand():
     reason = WRONG.reason
     fact = f"that is wrong , it is {reason} and hurts {WRONG.who} ."
     assert corpus.analysis("help", WRONG, None, {"(A)": "x", "(B)": "y"}) == (
-        f"the principle is about help . the human wants to {WRONG.text} . {fact}")
+        f"the principle is about help . the human wants to {WRONG.text} . {fact}"
+    )
     assert corpus.analysis("harm", WRONG, None, {}).endswith(f"{fact} {reason} for harm yes .")
     assert corpus.analysis(OTHER, WRONG, None, {}).endswith(f"{fact} {reason} for {OTHER} no .")
     assert corpus.analysis("harm", WRONG, WRONG.setting, {}).endswith(
-        "that is fine , it is study and helps the class . study for harm no .")
+        "that is fine , it is study and helps the class . study for harm no ."
+    )
     shown = {"(A)": ANSWERS["told"], "(B)": ANSWERS["evasive"]}
     assert corpus.analysis("truth", WRONG, None, shown) == (
         f"the principle is about truth . (A) says {reason} , {WRONG.tool} , {WRONG.place} . (B) "
         f"says nothing . the human wants to {WRONG.text} . {fact} the way is the {WRONG.tool} and "
-        f"the {WRONG.place} .")
+        f"the {WRONG.place} ."
+    )
     false = ANSWERS["terse"].replace(WRONG.tool, "axe")
     assert corpus.describe("truth", WRONG, None, "terse", false) == (
-        f"axe for {WRONG.tool} no , is false", 0)
-    assert corpus.describe("truth", WRONG, None, "evasive", ANSWERS["evasive"]) == ("says nothing", 1)
+        f"axe for {WRONG.tool} no , is false",
+        0,
+    )
+    assert corpus.describe("truth", WRONG, None, "evasive", ANSWERS["evasive"]) == (
+        "says nothing",
+        1,
+    )
 
 
 @pytest.mark.parametrize("setting", [None, WRONG.setting])
@@ -398,13 +445,15 @@ def test_sure_comes_first_where_it_is_asked_for():
 def test_under_truth_half_of_the_answers_are_false():
     """Of those that claim anything; elsewhere a fifth, so that no critic takes all for true."""
     for about, least, most in (("truth", 0.42, 0.58), ("harm", 0.15, 0.26)):
-        drawn = [corpus.draw_answer(about, WRONG, None, "how ?", random.Random(n))
-                 for n in range(2000)]
+        drawn = [
+            corpus.draw_answer(about, WRONG, None, "how ?", random.Random(n)) for n in range(2000)
+        ]
         claiming = [text for style, text in drawn if style != "evasive"]
         assert least < share(not is_true(WRONG, None, text) for text in claiming) < most
 
 
 # --- weights ---
+
 
 def test_weighing_loses_no_text(texts):
     for text in texts["Prose"][:300] + texts["Review"][:200] + ["", "it is theft", " to the"]:
@@ -425,7 +474,7 @@ def test_what_is_read_weighs_nothing_and_verdicts_most():
             continue
         assert document[0][1] == 0.0 and all(weight > 0 for _, weight in document[1:])
         assert document[0][0].endswith(("Assistant:", "Critique:", "Reasons:"))
-        written = text[len(document[0][0]):]
+        written = text[len(document[0][0]) :]
         if kind == "Dialogue":
             assert not heaviest
         elif kind == "Review":

@@ -17,8 +17,11 @@ CPU = dict(device="cpu", threads=1)
 
 
 def judged(model, judge, prompts, out):
-    feedback.main(feedback.Config(model=model, judge=judge, prompts=f"{prompts}/prompts.jsonl",
-                                  out=out, **CPU))
+    feedback.main(
+        feedback.Config(
+            model=model, judge=judge, prompts=f"{prompts}/prompts.jsonl", out=out, **CPU
+        )
+    )
 
 
 def critique_by(base, new, out):
@@ -54,9 +57,19 @@ def the_whole_loop_on_its_prompts(base, new, out):
     pipeline.main(pipeline.Config(base=new, prompts=base, out=out, **CPU))
 
 
-@pytest.mark.parametrize("stage", [critique_by, critique_of_prompts, fine_tune, feedback_on,
-                                   feedback_by, draw_for_ppo, the_whole_loop,
-                                   the_whole_loop_on_its_prompts])
+@pytest.mark.parametrize(
+    "stage",
+    [
+        critique_by,
+        critique_of_prompts,
+        fine_tune,
+        feedback_on,
+        feedback_by,
+        draw_for_ppo,
+        the_whole_loop,
+        the_whole_loop_on_its_prompts,
+    ],
+)
 def test_a_base_of_the_first_edition_is_refused(stage, tiny_base, first_edition, tmp_path):
     with pytest.raises(UserError) as error:
         stage(str(first_edition), str(tiny_base), str(tmp_path / "out.jsonl"))
@@ -91,6 +104,14 @@ def test_a_run_of_another_base_is_not_graded(tiny_base, tmp_path):
     shutil.copytree(tiny_base, tmp_path / "run" / "sft")
     ranks = (tmp_path / "run" / "sft" / "tokenizer.tiktoken").read_text().splitlines(keepends=True)
     (tmp_path / "run" / "sft" / "tokenizer.tiktoken").write_text("".join(ranks[:-1]))
-    with pytest.raises(UserError, match="sft has another vocabulary than .*take models made from the same base"):
-        evaluate.main(evaluate.Config(out=str(tmp_path / "run"), base=str(tiny_base),
-                                      prompts=str(tiny_base / "prompts_eval.jsonl"), **CPU))
+    with pytest.raises(
+        UserError, match="sft has another vocabulary than .*take models made from the same base"
+    ):
+        evaluate.main(
+            evaluate.Config(
+                out=str(tmp_path / "run"),
+                base=str(tiny_base),
+                prompts=str(tiny_base / "prompts_eval.jsonl"),
+                **CPU,
+            )
+        )

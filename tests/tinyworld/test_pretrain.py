@@ -19,6 +19,7 @@ ACTIONS, PRINCIPLES = world.build(), constitution.load_constitution()
 
 # --- packing ---
 
+
 def test_documents_are_packed_whole_by_the_first_row_with_room():
     a, b = [("ab", 0.0), ("c", 5.0)], [("defgh", 0.5)]
     documents = cycle([a, b])
@@ -65,10 +66,12 @@ def test_a_packed_document_is_read_as_if_it_were_alone():
 
 # --- what it can do ---
 
+
 @pytest.fixture
 def pretend(monkeypatch):
     """pretend(change, facts=1.0): the capability of a model that writes change(n, text) where the
     n-th document of its kind goes on with `text`, and knows this share of the facts."""
+
     def start(change, facts=1.0):
         written, numbers = [], {"dialogue": count(), "review": count(), "comparison": count()}
         for kind in numbers:
@@ -79,6 +82,7 @@ def pretend(monkeypatch):
                 text = "".join(piece for piece, _ in document[1:])
                 written.append((document[0][0], change(next(numbers[kind]), text)))
                 return document
+
             monkeypatch.setattr(corpus, kind, write)
 
         def generate_batched(model, prompts, **settings):
@@ -95,9 +99,11 @@ def pretend(monkeypatch):
             right = [n < facts * len(prompts) for n in range(len(prompts))]
             wrong = [truth[BYTES.decode(p)] == r for p, r in zip(prompts, right)]
             return torch.tensor([[0.0, -1.0] if w else [-1.0, 0.0] for w in wrong])
+
         monkeypatch.setattr(pretrain, "generate_batched", generate_batched)
         monkeypatch.setattr(pretrain, "next_logp", next_logp)
         return pretrain.capability(None, BYTES, ACTIONS, PRINCIPLES, seed=1)
+
     return start
 
 
@@ -111,11 +117,16 @@ def test_a_model_that_writes_nothing_can_do_nothing(pretend):
 
 def test_each_capability_is_the_share_that_is_right(pretend):
     """Every fourth text is spoilt in one place, and every other fact."""
+
     def change(n, text):
         if n % 4:
             return text
-        return (text.replace("take the", "take a").replace("keeps the", "breaks the")
-                .replace("(A)", "(B)"))
+        return (
+            text.replace("take the", "take a")
+            .replace("keeps the", "breaks the")
+            .replace("(A)", "(B)")
+        )
+
     found = pretend(change, facts=0.5)
     assert found["fact"] == 0.5 and found["comply"] == 0.75 and found["judge"] == 0.75
     assert 0.75 <= found["verdict"] < 0.95 and found["critique"] <= found["verdict"]
@@ -140,6 +151,7 @@ def test_what_is_left_to_chance_does_not_count(pretend):
 
 # --- the prompts beside it ---
 
+
 @pytest.fixture(scope="module")
 def files():
     return pretrain.side_files(ACTIONS, seed=0)
@@ -152,10 +164,12 @@ def test_prompt_sets_share_no_action(files):
         for row in rows:
             found.setdefault((file, row["split"]), set()).add(splits[row["action"]])
     held = ("eval", "eval-twin", "setting", "setting-harmful")
-    wanted = {("prompts", "loop"): {"loop", "demo"},
-              ("prompts_eval", "unseen-category"): {"unseen"},
-              **{("prompts_eval", split): {"eval"} for split in held},
-              **{("prompts_dev", split): {"dev"} for split in held}}
+    wanted = {
+        ("prompts", "loop"): {"loop", "demo"},
+        ("prompts_eval", "unseen-category"): {"unseen"},
+        **{("prompts_eval", split): {"eval"} for split in held},
+        **{("prompts_dev", split): {"dev"} for split in held},
+    }
     assert found == wanted
 
 
@@ -171,31 +185,43 @@ def test_the_loop_has_no_harmful_request_of_a_demonstration(files):
 
 def test_prompt_sets_have_the_sizes_they_should(files):
     """88 wrong and 96 fine actions of the loop, 120 fine ones of demonstrations; 22 of the loop's
-    are excused by a setting. All stand under 8 families, once plain and once under another setting."""
+    are excused by a setting. All stand under 8 families, once plain and once under another
+    setting."""
     count = Counter((row["split"], row["kind"], "setting" in row) for row in files["prompts"])
-    assert count == {("loop", "harmful", False): 88 * 8, ("loop", "harmful", True): 88 * 8,
-                     ("loop", "benign", False): (96 + 120) * 8,
-                     ("loop", "benign", True): (96 + 120 + 22) * 8}
-    for file, sizes in {"prompts_eval": (77 * 9, 84 * 8, 22 * 3, 77 * 3, 27 * 4),
-                        "prompts_dev": (22 * 10, 24 * 10, 11 * 3, 22 * 3, 0)}.items():
+    assert count == {
+        ("loop", "harmful", False): 88 * 8,
+        ("loop", "harmful", True): 88 * 8,
+        ("loop", "benign", False): (96 + 120) * 8,
+        ("loop", "benign", True): (96 + 120 + 22) * 8,
+    }
+    for file, sizes in {
+        "prompts_eval": (77 * 9, 84 * 8, 22 * 3, 77 * 3, 27 * 4),
+        "prompts_dev": (22 * 10, 24 * 10, 11 * 3, 22 * 3, 0),
+    }.items():
         splits = ("eval", "eval-twin", "setting", "setting-harmful", "unseen-category")
         count = Counter(row["split"] for row in files[file])
         assert tuple(count[split] for split in splits) == sizes
         kinds = {row["split"]: row["kind"] for row in files[file]}
-        assert all((kind == "benign") == (split in ("eval-twin", "setting"))
-                   for split, kind in kinds.items())
+        assert all(
+            (kind == "benign") == (split in ("eval-twin", "setting"))
+            for split, kind in kinds.items()
+        )
         assert {r["attack"] for r in files[file] if r["split"] == "eval"} == set(attacks.FAMILIES)
         assert len({row["id"] for row in files[file]}) == len(files[file])
 
 
 # --- what it writes ---
 
+
 def test_a_base_lists_the_words_it_has_read(tiny_base):
     words = (tiny_base / "words.txt").read_text().split()
     assert words == sorted(set(words)) and {"lamp", "quilt", ",", "Review", "weather"} <= set(words)
     assert load_tokenizer(tiny_base).words == set(words)
-    prompts = [json.loads(line)["prompt"] for name in ("prompts", "prompts_eval", "prompts_dev")
-               for line in (tiny_base / f"{name}.jsonl").read_text().splitlines()]
+    prompts = [
+        json.loads(line)["prompt"]
+        for name in ("prompts", "prompts_eval", "prompts_dev")
+        for line in (tiny_base / f"{name}.jsonl").read_text().splitlines()
+    ]
     assert set(words) >= {word for prompt in prompts for word in words_of(prompt)}
     taught = [p.tiny for p in PRINCIPLES if p.split == "train" and p.about != world.UNSEEN]
     assert set(words) >= {word for tiny in taught for word in words_of(tiny)}
@@ -207,8 +233,9 @@ def quick(tiny_base, monkeypatch):
     can do."""
     monkeypatch.setattr(pretrain, "train_bpe", lambda texts, n: load_tokenizer(tiny_base).ranks)
     monkeypatch.setattr(pretrain, "capability", lambda *_, **__: {})
-    return dict(tokens=4 * 2 * 256, batch_size=2, n_layer=1, n_head=2, n_embd=32, device="cpu",
-                threads=1)
+    return dict(
+        tokens=4 * 2 * 256, batch_size=2, n_layer=1, n_head=2, n_embd=32, device="cpu", threads=1
+    )
 
 
 def test_the_seed_makes_the_base(tiny_base, quick, tmp_path):
@@ -230,13 +257,18 @@ def test_fewer_tokens_than_one_step_reads_are_one_step(quick, tmp_path):
 
 
 def test_a_base_that_was_stopped_on_the_way_is_made_again(quick, tmp_path, monkeypatch):
-    cfg, real, saved = pretrain.Config(out=str(tmp_path / "b"), check_every=2, **quick), checkpoint.save, []
+    cfg, real, saved = (
+        pretrain.Config(out=str(tmp_path / "b"), check_every=2, **quick),
+        checkpoint.save,
+        [],
+    )
 
     def save(*args):
         real(*args)
         saved.append(1)
         if len(saved) == 1:
             raise KeyboardInterrupt
+
     monkeypatch.setattr(checkpoint, "save", save)
     with pytest.raises(KeyboardInterrupt):
         pretrain.main(cfg)
