@@ -23,6 +23,7 @@ import sys
 import threading
 
 import torch
+from tqdm import tqdm
 
 from mincai import UserError
 from mincai.plumbing import memory, workers
@@ -126,7 +127,7 @@ def run(main, Config, description="", argv=None):
         sys.stdout.flush()
     except (UserError, torch.cuda.OutOfMemoryError) as error:  # torch.cuda: for torch 2.4
         told = error if isinstance(error, UserError) else memory.shortage(error)
-        print(f"mincai: error: {told}", file=sys.stderr)
+        tqdm.write(f"mincai: error: {told}", file=sys.stderr)  # below any progress bar
         sys.exit(getattr(error, "code", 2))
     except KeyboardInterrupt:
         number = ended[0] if ended else signal.SIGINT
