@@ -9,8 +9,7 @@ different answers go to the judge, the pretrained model, with one principle draw
 describes both, then chooses, and its log-probs of "A" and "B" are the label (Bai et al. 2022,
 section 4.1). Both orders are judged and averaged, because small judges prefer a slot (Lee et al.
 2023, 2309.00267). With --ensemble n, n principles are drawn for each pair and their labels
-averaged, which the paper found steadier. A judge is any function (conversations, a, b, principles)
--> Verdicts.
+averaged, which the paper found steadier. Another judge is another `judge`.
 """
 
 import itertools

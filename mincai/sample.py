@@ -22,6 +22,8 @@ from mincai.losses import gather_logp
 from mincai.model import GPT, KVCache, attention_mask, positions_of
 from mincai.plumbing import workers
 
+SHARED = 64  # tokens; fewer that rows begin with are read again in each of them
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -30,9 +32,7 @@ class Samples:
     ids: torch.Tensor  # (B, R) long
     mask: torch.Tensor  # (B, R) bool, True up to and including the stop token
     logp: torch.Tensor  # (B, R) float32, of the distribution that was sampled
-    after: torch.Tensor | None = (
-        None  # (B, V) float32, logits after answer and `then`, if asked for
-    )
+    after: torch.Tensor | None  # (B, V) float32, logits after answer and `then`, if asked for
 
     def lists(self) -> list[list[int]]:
         """The tokens of each row, the stop token included."""
@@ -40,9 +40,7 @@ class Samples:
         return [row[:n] for row, n in zip(self.ids.tolist(), lengths)]
 
 
-SHARED = 64  # tokens; fewer that rows begin with are read again in each of them
-
-# --- padding ------------------------------------------------------------------------------------------------
+# --- padding --------------------------------------------------------------------------------------
 
 
 def left_pad(prompts: list[list[int]], device=None):
@@ -74,7 +72,7 @@ def cache_dtype(model):
     return model.wte.weight.dtype
 
 
-# --- one token ----------------------------------------------------------------------------------------------
+# --- one token ------------------------------------------------------------------------------------
 
 
 def pick(logits, uniform, temperature):
@@ -106,7 +104,7 @@ def _is_stop(ids, stop):
     return (ids[..., None] == stop).any(-1)
 
 
-# --- many tokens --------------------------------------------------------------------------------------------
+# --- many tokens ----------------------------------------------------------------------------------
 
 
 def shared_prefix(prompts) -> int:
@@ -326,10 +324,8 @@ def generate_batched(
     uniforms = torch.zeros(len(prompts) * n, max_new)
     if temperature > 0:
         uniforms = torch.rand(len(prompts) * n, max_new, generator=generator, device=where)
-    answers, parts = (
-        [None] * len(uniforms),
-        chunks([len(p) for p in prompts], max(1, batch_size // n)),
-    )
+    answers = [None] * len(uniforms)
+    parts = chunks([len(p) for p in prompts], max(1, batch_size // n))
 
     def write(chunk):
         places = [i * n + k for i in chunk for k in range(n)]

@@ -3,7 +3,7 @@ every sample.
 
     python -m mincai.lab.evaluate runs/tiny                         the table, eval.json (about a minute)
     python -m mincai.lab.evaluate runs/tiny --deep                  keywords, settings, conflicts, doubt: eval_deep.json
-    python -m mincai.lab.evaluate runs/tiny --controls              the run again, with a cause taken away: controls.json
+    python -m mincai.lab.evaluate runs/tiny --controls    the run without its causes: controls.json
     python -m mincai.lab.evaluate runs/tiny,runs/seed1 --claims     what is claimed of the method, and what was found
 
 The requests, two attack families, a quarter of the principles and one harm category were seen by no

@@ -1,7 +1,7 @@
 """Log-probs of given tokens, after prompts or of whole answers, and answers' scores. Token ids in,
 numbers out.
 
-Prompts are padded on the right here, where nothing is sampled: causal attention then needs no mask.
+Answers are padded on the right, where nothing is sampled: causal attention then needs no mask.
 Shapes: B rows, C channels, V vocabulary.
 """
 
@@ -11,7 +11,7 @@ from mincai.losses import gather_logp
 from mincai.model import GPT, ScalarModel
 from mincai.plumbing import distributed, workers
 from mincai.plumbing.data import right_pad
-from mincai.sample import check_room, chunks, read, shared_prefix
+from mincai.sample import check_room, chunks, read
 
 
 @torch.no_grad()
@@ -22,16 +22,8 @@ def next_logp(model: GPT, prompts, ids: list[int], batch_size=32) -> torch.Tenso
     lengths = [len(p) for p in prompts]
     for chunk in chunks(lengths, batch_size):
         check_room(model, [lengths[i] for i in chunk], 0)
-        some = [prompts[i] for i in chunk]
-        if shared_prefix(some):
-            _, _, logits = read(model, some, 0)
-            out[chunk] = torch.log_softmax(logits, dim=-1)[:, ids].cpu()
-            continue
-        tokens, valid = right_pad(some, model.device)
-        rows = torch.arange(len(chunk), device=model.device)
-        last = model(tokens)[rows, valid.sum(1) - 1]  # (B, C)
-        logp = torch.log_softmax(model.unembed(last), dim=-1)  # (B, V)
-        out[chunk] = logp[:, ids].cpu()
+        _, _, logits = read(model, [prompts[i] for i in chunk], 0)  # (B, V)
+        out[chunk] = torch.log_softmax(logits, dim=-1)[:, ids].cpu()
     return out
 
 

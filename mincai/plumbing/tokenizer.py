@@ -37,6 +37,7 @@ class Tokenizer:
         how = dict(pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=control)
         self.encoding = tiktoken.Encoding("mincai", **how)
         self.n_vocab = self.encoding.n_vocab
+        self.silent = frozenset(control.values())
         self.newline = self.encode("\n")[-1]
 
     def encode(self, text: str) -> list[int]:
@@ -44,8 +45,7 @@ class Tokenizer:
 
     def decode(self, ids) -> str:
         """Text of these ids; control tokens, end-of-text among them, are left out."""
-        silent = set(self.control.values())
-        return self.encoding.decode([i for i in ids if i not in silent])
+        return self.encoding.decode([i for i in ids if i not in self.silent])
 
     def unread(self, text: str) -> list[str]:
         """Words of the text that are not in `words`, each once; none where none are listed."""

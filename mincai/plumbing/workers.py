@@ -30,14 +30,16 @@ def use(cores: int) -> None:
 def fit(model) -> None:
     """One thread for PyTorch if this model is a small one, else as many as there are cores to
     use."""
-    small = model.device.type == "cpu" and model.config.n_embd <= SMALL
-    torch.set_num_threads(1 if small else _cores)
+    torch.set_num_threads(1 if _small(model) else _cores)
 
 
 def number(model) -> int:
     """How many pieces of this model's work may go on at once."""
-    small = model.device.type == "cpu" and model.config.n_embd <= SMALL
-    return _cores if small and distributed.world() == 1 else 1
+    return _cores if _small(model) and distributed.world() == 1 else 1
+
+
+def _small(model) -> bool:
+    return model.device.type == "cpu" and model.config.n_embd <= SMALL
 
 
 def beside(model, *tasks) -> list:
@@ -67,7 +69,8 @@ def spread(work, chunks: list, processes: int):
     turn, found = context.Value("i", 0), context.Queue()
 
     def run():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us, by SIGTERM
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not as it would itself be ended
         torch.set_num_threads(1)
         while True:
             with turn.get_lock():

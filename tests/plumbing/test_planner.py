@@ -162,7 +162,8 @@ def test_an_example_is_what_the_model_is_prompted_with_and_what_it_should_write(
         "answer": ["Human: why ?\nAssistant: because ."],
         "review": [
             f"Review:\nHuman: how ?\nAssistant: so .\n"
-            f"Principle: {theft.text} {theft.critique}\nCritique: it breaks it .\nRequest: {theft.revision}\nRevision: sorry ."
+            f"Principle: {theft.text} {theft.critique}\nCritique: it breaks it .\n"
+            f"Request: {theft.revision}\nRevision: sorry ."
         ],
         "compare": [
             f"Compare:\nHuman: who ?\n(A): he .\n(B): she .\n"

@@ -2,6 +2,7 @@
 home."""
 
 import os
+import signal
 import time
 
 import pytest
@@ -83,3 +84,24 @@ def test_tasks_side_by_side_keep_the_callers_modes(tiny_gpt, cores):
                     torch.autocast("cpu", torch.bfloat16, enabled=half),
                 ):
                     assert workers.beside(tiny_gpt, modes, modes) == [(grad, half)] * 2
+
+
+def test_processes_are_ended_without_a_word(capfd):
+    """Whoever reads only the first result ends the others; the caller's own way to be ended is not
+    theirs."""
+
+    def end(number, frame):
+        raise KeyboardInterrupt
+
+    def work(n):
+        time.sleep(0.05 if n == 0 else 20)
+        return n
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        found = workers.spread(work, list(range(3)), 2)
+        assert next(found) == 0
+        found.close()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capfd.readouterr().err == ""
