@@ -188,19 +188,22 @@ def main(cfg: Config) -> dict:
     model.freeze(pm.gpt, cfg.freeze)
     optimizer = optim.adamw(pm, cfg.lr)
     net = distributed.wrap(pm)
-    log = []
+    kept = stage.training(model=pm, optimizer=optimizer)
+    todo = [
+        (epoch, batch)
+        for epoch in range(1, cfg.epochs + 1)
+        for batch in data.length_batches(lengths, cfg.batch_size, shuffle)
+    ]
 
     # --- the loop ---
-    bar = tqdm(total=steps, desc="pm", unit="step", disable=not distributed.is_main())
-    for epoch in range(1, cfg.epochs + 1):
-        for batch in data.length_batches(lengths, cfg.batch_size, shuffle):
-            lr = optim.learning_rate(cfg.lr, WARMUP, len(log), steps, fall="line")
-            rows, place = [train[i] for i in batch], f"train_pm, step {len(log) + 1} of {steps}"
-            metrics = step(net, optimizer, rows, lr, cfg, stage, place)
-            log.append({"step": len(log) + 1, "epoch": epoch, **metrics, "lr": lr})
-            bar.update()
-            bar.set_postfix(loss=f"{metrics['loss']:.3f}", accuracy=f"{metrics['accuracy']:.2f}")
-    bar.close()
+    bar = tqdm(todo[kept.steps :], desc="pm", unit="step", disable=not distributed.is_main())
+    for epoch, batch in bar:
+        lr = optim.learning_rate(cfg.lr, WARMUP, kept.steps, steps, fall="line")
+        rows, number = [train[i] for i in batch], kept.steps + 1
+        place = f"train_pm, step {number} of {steps}"
+        metrics = step(net, optimizer, rows, lr, cfg, stage, place)
+        kept.step({"step": number, "epoch": epoch, **metrics, "lr": lr})
+        bar.set_postfix(loss=f"{metrics['loss']:.3f}", accuracy=f"{metrics['accuracy']:.2f}")
 
     # --- what came of it; measured before normalising, while a difference of scores is still a log-odds ---
     with stage.precision():
@@ -208,6 +211,7 @@ def main(cfg: Config) -> dict:
         generator = torch.Generator().manual_seed(cfg.seed + 1)
         sampler = stage.load(folder)
         mean, std = normalise(pm, sampler, prompts, tokenizer.eot, 2 * size, generator)
+    log = kept.log
     result = {f"val_{k}": v for k, v in found.items()}
     result |= {"train_loss": log[-1]["loss"] if log else None, "score_mean": mean, "score_std": std}
     result |= {"pairs": len(train), "held": len(held), "dropped": dict(dropped), "steps": steps}

@@ -134,6 +134,16 @@ def learning_rate(cfg, top, u, first):
     return top * rise * (1 - (u - 1) / cfg.updates)
 
 
+def next_beta(cfg, log) -> float:
+    """The price of KL in the next update, after these rows of metrics. With --kl-target it moves
+    gently (Ziegler et al. 2019, equation 4)."""
+    last = log[-1] if log else {}
+    if not cfg.kl_target or "beta" not in last:
+        return cfg.beta
+    error = min(max(last["kl"] / cfg.kl_target - 1, -0.2), 0.2)
+    return last["beta"] * (1 + error * cfg.batch_size / KL_HORIZON)
+
+
 def same_prompts(cfg, harmful, benign):
     """What `look` asks: the same prompts in every run, as many as fill batches of --batch-size or
     LOOKED_AT."""
@@ -211,7 +221,7 @@ def main(cfg: Config, watch=None) -> dict:
     if dropped > len(harmful + benign):
         stage.warn("most prompts are too long for the model; lower --max-new, or give shorter ones")
     turns = shuffled(harmful, order), shuffled(benign, order)
-    beta, log, shown, same = cfg.beta, [], [], same_prompts(cfg, harmful, benign)
+    same, shown = same_prompts(cfg, harmful, benign), []
 
     def measured():
         """Where the policy stands: its answers to the same prompts."""
@@ -225,19 +235,27 @@ def main(cfg: Config, watch=None) -> dict:
         with torch.no_grad(), stage.precision():
             return {f"dev_{name}": float(number) for name, number in watch(policy).items()}
 
-    before, dev = measured(), watched()
-    if dev:
-        log.append({"update": 0, **dev})
+    before = measured()
+    parts = dict(policy=policy, critic=critic, sampling=sampling)
+    parts |= dict(adam=policy_learner.optimizer, critic_adam=critic_learner.optimizer)
+    kept = stage.training(notes=shown, **parts)  # the networks may be a stopped run's from here on
+    log = kept.log
+    if not log and (dev := watched()):
+        kept.add({"update": 0, **dev})
         stage.say(f"update 0: {in_words(dev)}")
 
     # --- the loop ---
-    bar = tqdm(range(cfg.updates), desc="ppo", unit="update", disable=not distributed.is_main())
-    for u in (done + 1 for done in bar):
+    bar = tqdm(range(1, cfg.updates + 1), desc="ppo", disable=not distributed.is_main())
+    for u in bar:
         tick = time.time()
         n_benign = round(cfg.batch_size / 2)
         prompts = [*islice(turns[0], cfg.batch_size - n_benign), *islice(turns[1], n_benign)]
         mixed = torch.randperm(cfg.batch_size, generator=order)  # both kinds in each minibatch
         prompts = [prompts[i] for i in mixed.tolist()]
+        if u <= kept.steps:  # learnt from before a stop: drawn again for what is drawn next
+            list(ppo.orders(cfg.batch_size, cfg.epochs, order))
+            continue
+        beta = next_beta(cfg, log)
         with stage.precision():
             batch = ppo.rollout(*nets, prompts, generator=sampling, **settings)
             scores, ended = ppo.score(batch, score_fn, stop=stop, missing_eos_penalty=MISSING_EOS)
@@ -262,19 +280,17 @@ def main(cfg: Config, watch=None) -> dict:
         row |= {"lr": lr, "critic_lr": critic_lr, "episodes": u * cfg.batch_size}
         row["episodes_per_s"] = cfg.batch_size / (time.time() - tick)
         due = u % max(PRINT_EVERY, cfg.updates // 30) == 0 or u == cfg.updates
-        log.append(row | watched() if due else row)
+        row |= watched() if due else {}
         bar.set_postfix(score=f"{row['score']:+.2f}", kl=f"{row['kl_exact']:.2f}")
-        for line in warnings(log, gap=1e-3 if cfg.dtype == "float32" else 0.3):
+        for line in warnings([*log, row], gap=1e-3 if cfg.dtype == "float32" else 0.3):
             stage.warn(line)
         if due:
             names = "score", "kl_exact", "beta", "entropy", "length", "eos", "explained", "clipfrac"
             some = examples(batch, scores, beta, tokenizer.decode)
             shown += [{"update": u, **sample} for sample in some]
-            lines = [f"update {u}: {in_words(log[-1], *names)}", *show_samples(some)]
+            lines = [f"update {u}: {in_words(row, *names)}", *show_samples(some)]
             stage.say("\n".join(lines))
-        if cfg.kl_target > 0:  # Ziegler et al. 2019, equation 4: beta moves gently
-            error = min(max(row["kl"] / cfg.kl_target - 1, -0.2), 0.2)
-            beta *= 1 + error * cfg.batch_size / KL_HORIZON
+        kept.step(row)
 
     # --- what came of it ---
     after = measured()

@@ -123,39 +123,43 @@ def main(cfg: Config) -> dict:
     with stage.precision():
         before = mean_loss(model, held, cfg.micro_batch or cfg.batch_size)
     net = distributed.wrap(model)
-    log = []
+    kept = stage.training(model=model, optimizer=optimizer)
+    todo = [
+        (epoch, batch)
+        for epoch in range(1, cfg.epochs + 1)
+        for batch in data.length_batches(lengths, cfg.batch_size, shuffle)
+    ]
 
     # --- the loop ---
-    bar = tqdm(total=steps, desc="sft", unit="step", disable=not distributed.is_main())
-    for epoch in range(1, cfg.epochs + 1):
-        for batch in data.length_batches(lengths, cfg.batch_size, shuffle):
-            parts = []
-            for rows, counts in data.micro_batches([train[i][1:] for i in batch], cfg.micro_batch):
-                ids, targets, loss_mask = data.sft_batch(rows, stage.device)
-                parts.append((ids, targets, loss_mask & counts))
-            # one divisor for the whole step: a mean of means would weigh the tokens of short
-            # answers more
-            total = distributed.total(sum(int(loss_mask.sum()) for _, _, loss_mask in parts))
-            loss_sum = 0.0
-            for k, (ids, targets, loss_mask) in enumerate(parts):
-                with distributed.no_sync(net, last=k == len(parts) - 1):
-                    with stage.precision():
-                        logits = model.unembed(net(ids))  # (B, T-1, V)
-                    loss, _ = sft_loss(logits, targets, loss_mask, total=total)
-                    (loss * distributed.world()).backward()
-                loss_sum += float(loss.detach())
-            lr = optim.learning_rate(cfg.lr, WARMUP, len(log), steps)
-            place = f"train_sft, step {len(log) + 1} of {steps}"
-            norm = optim.step(optimizer, model, lr, place)
-            row = {"step": len(log) + 1, "epoch": epoch, "loss": distributed.total(loss_sum)}
-            log.append(row | {"tokens": total, "grad_norm": norm, "lr": lr})
-            bar.update()
-            bar.set_postfix(loss=f"{row['loss']:.3f}")
-    bar.close()
+    bar = tqdm(todo[kept.steps :], desc="sft", unit="step", disable=not distributed.is_main())
+    for epoch, batch in bar:
+        parts = []
+        for rows, counts in data.micro_batches([train[i][1:] for i in batch], cfg.micro_batch):
+            ids, targets, loss_mask = data.sft_batch(rows, stage.device)
+            parts.append((ids, targets, loss_mask & counts))
+        # one divisor for the whole step: a mean of means would weigh the tokens of short
+        # answers more
+        total = distributed.total(sum(int(loss_mask.sum()) for _, _, loss_mask in parts))
+        loss_sum = 0.0
+        for k, (ids, targets, loss_mask) in enumerate(parts):
+            with distributed.no_sync(net, last=k == len(parts) - 1):
+                with stage.precision():
+                    logits = model.unembed(net(ids))  # (B, T-1, V)
+                loss, _ = sft_loss(logits, targets, loss_mask, total=total)
+                (loss * distributed.world()).backward()
+            loss_sum += float(loss.detach())
+        step = kept.steps + 1
+        lr = optim.learning_rate(cfg.lr, WARMUP, kept.steps, steps)
+        place = f"train_sft, step {step} of {steps}"
+        norm = optim.step(optimizer, model, lr, place)
+        row = {"step": step, "epoch": epoch, "loss": distributed.total(loss_sum)}
+        kept.step(row | {"tokens": total, "grad_norm": norm, "lr": lr})
+        bar.set_postfix(loss=f"{row['loss']:.3f}")
 
     # --- what came of it ---
     with stage.precision():
         after = mean_loss(model, held, cfg.micro_batch or cfg.batch_size)
+    log = kept.log
     metrics = {"loss": log[-1]["loss"] if log else None, "val_before": before, "val_after": after}
     metrics |= {"rows": len(train), "held": len(held), "dropped": dict(dropped), "steps": steps}
     metrics["seconds"] = stage.seconds()

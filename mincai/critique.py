@@ -92,6 +92,7 @@ class Writer:
     planner: Planner
     cfg: Config
     generator: torch.Generator
+    journal: object = None  # see plumbing/progress.py
 
     @property
     def stop(self) -> set[int]:
@@ -106,6 +107,7 @@ class Writer:
         if fits:
             some, cfg = [prompts[i] for i in fits], self.cfg
             how = dict(temperature=temperature, generator=self.generator, desc=desc)
+            how["journal"] = self.journal
             found = generate_batched(
                 self.model, some, cfg.max_new, self.stop, cfg.batch_size, **how
             )
@@ -206,7 +208,7 @@ def main(cfg: Config) -> dict:
     stage.plan_memory("sample", config, "--batch-size", **sizes)
     formats.warn_unread(rows, tokenizer, cfg.model)
     planner = Planner(tokenizer, config.block_size, load_shots(cfg.fewshot, every))
-    writer = Writer(stage.load(folder), planner, cfg, generator)
+    writer = Writer(stage.load(folder), planner, cfg, generator, stage.journal())
     chosen = data.choose(rows, "harmful", cfg.harmful, rng) * cfg.responses
     chosen += data.choose(rows, "benign", cfg.helpful, rng)
     items = []

@@ -80,7 +80,7 @@ class Verdicts:
 
 
 def judge_once(
-    model, planner, heads, *, reasons=True, max_new=80, batch_size=128, desc=None
+    model, planner, heads, *, reasons=True, max_new=80, batch_size=128, desc=None, journal=None
 ) -> tuple[list[float | None], list[str]]:
     """P(the first slot), normalised over the two letters, and the reasons written.
 
@@ -97,11 +97,13 @@ def judge_once(
     letters = [tokenizer.encode(letter)[0] for letter in "AB"]
     if reasons:
         stop, then = {tokenizer.eot, tokenizer.newline}, tokenizer.encode(constitution.CHOICE)
-        texts, logp = generate_then(model, prompts, max_new, stop, batch_size, then, letters, desc)
+        texts, logp = generate_then(
+            model, prompts, max_new, stop, batch_size, then, letters, desc, journal
+        )
         for i, ids in zip(fits, texts):
             written[i] = constitution.clean(tokenizer.decode(ids))
     else:
-        logp = next_logp(model, prompts, letters, batch_size)  # (N, 2), like the other
+        logp = next_logp(model, prompts, letters, batch_size, journal)  # (N, 2), like the other
     if not torch.isfinite(logp).all():
         raise Diverged(
             "the judge's log-probs of (A) and (B) are no finite numbers; look at --judge"
@@ -162,6 +164,7 @@ class Models:
     judge: torch.nn.Module
     planner: Planner
     generator: torch.Generator
+    journal: object = None  # see plumbing/progress.py
 
 
 def answers_of(sampler, n, conversations, models, cfg, shown) -> list[list[tuple[int, ...]]]:
@@ -183,7 +186,7 @@ def answers_of(sampler, n, conversations, models, cfg, shown) -> list[list[tuple
     if not n or not fits:
         return answers
     stop = {tokenizer.eot, tokenizer.newline} if shown else {tokenizer.eot}
-    how = dict(generator=models.generator, n=n, desc="answers")
+    how = dict(generator=models.generator, n=n, desc="answers", journal=models.journal)
     prompts = [prompts[i] for i in fits]
     found = generate_batched(sampler, prompts, cfg.max_new, stop, cfg.batch_size, **how)
     for number, ids in enumerate(found):
@@ -227,6 +230,7 @@ def compare_rows(cfg, rows, principles, models, rng) -> tuple[list[dict], float]
     ]
     sides, votes, out = list(zip(*texts)), [], []
     how = dict(reasons=cfg.reasons, max_new=cfg.max_new, batch_size=cfg.batch_size, desc="judging")
+    how["journal"] = models.journal
     for number in range(cfg.ensemble if pairs else 0):
         asks = [some[number].asks("compare", planner.full) for some in drawn]
         votes.append(judge(models.judge, planner, conversations, *sides, asks, **how))
@@ -290,7 +294,7 @@ def main(cfg: Config) -> dict:
     formats.warn_unread(rows, tokenizer, cfg.model)
     judging, model = map(stage.load, folders)
     planner = Planner(tokenizer, config.block_size, load_shots(cfg.fewshot, every, cfg.reasons))
-    models = Models(model, judging, planner, generator)
+    models = Models(model, judging, planner, generator, stage.journal())
     if distributed.rank():
         rng.seed(seed)
     totals = Counter()

@@ -180,6 +180,12 @@ class Steps:
     precision: Callable = nullcontext
 
 
+def orders(rows: int, epochs: int, generator):
+    """The order of the rows in each epoch: as they are in the first, see the note above."""
+    for epoch in range(epochs):
+        yield torch.arange(rows) if epoch == 0 else torch.randperm(rows, generator=generator)
+
+
 def update(
     policy: Learner, critic: Learner, batch: Rollout, adv, returns, how: Steps, generator
 ) -> dict:
@@ -197,8 +203,7 @@ def update(
     B, rank, world = len(batch.ids), distributed.rank(), distributed.world()
     assert B % how.minibatches == 0, (B, how.minibatches)
     steps, largest, norms = [], [], {}
-    for epoch in range(how.epochs):
-        order = torch.arange(B) if epoch == 0 else torch.randperm(B, generator=generator)
+    for order in orders(B, how.epochs, generator):
         for rows in order.view(how.minibatches, -1):
             for learner in (policy, critic):
                 learner.optimizer.zero_grad(set_to_none=True)

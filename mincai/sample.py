@@ -311,55 +311,76 @@ def _decode_graph(d: Drawing, logits):
 
 
 def generate_batched(
-    model, prompts, max_new, stop, batch_size=64, temperature=1.0, generator=None, n=1, desc=None
+    model,
+    prompts,
+    max_new,
+    stop,
+    batch_size=64,
+    temperature=1.0,
+    generator=None,
+    n=1,
+    desc=None,
+    journal=None,
 ) -> list[list[int]]:
     """`generate` for any number of prompts, batch_size rows at a time -> token lists, prompt-major
     as there.
 
     Prompts of similar length share a batch, so little is padded. A row's random numbers are drawn
     in the order of the prompts, whatever the batches, so batch_size does not change what is
-    sampled. desc: the name of a progress bar, None for none.
+    sampled. desc, journal: see `by_chunks`.
     """
     where = model.device if generator is None else generator.device
-    uniforms = torch.zeros(len(prompts) * n, max_new)
+    uniforms = torch.zeros(len(prompts), n, max_new)
     if temperature > 0:
         uniforms = torch.rand(len(prompts) * n, max_new, generator=generator, device=where)
-    answers = [None] * len(uniforms)
-    parts = chunks([len(p) for p in prompts], max(1, batch_size // n))
+        uniforms = uniforms.view(len(prompts), n, max_new)
 
     def write(chunk):
-        places = [i * n + k for i in chunk for k in range(n)]
-        some, how = [prompts[i] for i in chunk], dict(n=n, uniforms=uniforms[places])
-        return places, generate(model, some, max_new, stop, temperature, **how).lists()
+        some, how = [prompts[i] for i in chunk], dict(n=n, uniforms=uniforms[chunk].flatten(0, 1))
+        rows = generate(model, some, max_new, stop, temperature, **how).lists()
+        return [rows[k * n : (k + 1) * n] for k in range(len(chunk))]
 
-    with tqdm(total=len(answers), desc=desc, disable=desc is None, unit="sample") as bar:
-        for places, written in workers.spread(write, parts, workers.number(model)):
-            for place, answer in zip(places, written):
-                answers[place] = answer
-            bar.update(len(places))
-    return answers
+    lengths = [len(p) for p in prompts]
+    answers = by_chunks(write, lengths, max(1, batch_size // n), model, desc, journal)
+    return [answer for some in answers for answer in some]
 
 
-def generate_then(model: GPT, prompts, max_new: int, stop, batch_size, then, of, desc=None):
+def generate_then(
+    model: GPT, prompts, max_new: int, stop, batch_size, then, of, desc=None, journal=None
+):
     """What `generate_batched` writes at temperature 0, and what the model makes of it: (token
     lists, log-probs (N, len(of)) float32 on the CPU of the tokens `of`, after answer and
     `then`)."""
-    answers, after = [None] * len(prompts), torch.empty(len(prompts), len(of))
 
     def write(chunk):
         some, uniforms = [prompts[i] for i in chunk], torch.zeros(len(chunk), max_new)
         samples = generate(model, some, max_new, stop, 0.0, uniforms=uniforms, then=then)
         logp = torch.log_softmax(samples.after, dim=-1)[:, of]
-        return chunk, samples.lists(), logp.cpu().numpy()
+        return list(zip(samples.lists(), logp.tolist()))
 
-    with tqdm(total=len(answers), desc=desc, disable=desc is None, unit="sample") as bar:
-        parts = chunks([len(p) for p in prompts], batch_size)
-        for places, written, logp in workers.spread(write, parts, workers.number(model)):
-            for place, answer in zip(places, written):
-                answers[place] = answer
-            after[places] = torch.from_numpy(logp)
-            bar.update(len(places))
-    return answers, after
+    found = by_chunks(write, [len(p) for p in prompts], batch_size, model, desc, journal)
+    logp = torch.tensor([logp for _, logp in found]).reshape(-1, len(of))
+    return [answer for answer, _ in found], logp
+
+
+def by_chunks(work, lengths, size, model, desc=None, journal=None) -> list:
+    """What work(chunk) gives, a result for each item of a list of their numbers, in the items'
+    order.
+
+    lengths: of the items, of which `size` make a chunk. desc: the name of a progress bar, None for
+    none. journal: where results are written down as they come; those that it holds already are not
+    made again (plumbing/progress.py).
+    """
+    found = journal.begin() if journal else {}
+    left = [i for i in range(len(lengths)) if i not in found]
+    parts = [[left[k] for k in chunk] for chunk in chunks([lengths[i] for i in left], size)]
+    with tqdm(total=len(left), desc=desc, disable=desc is None, unit="prompt") as bar:
+        for part, results in zip(parts, workers.spread(work, parts, workers.number(model))):
+            if journal:
+                journal.add(part, results)
+            found.update(zip(part, results))
+            bar.update(len(part))
+    return [found[i] for i in range(len(lengths))]
 
 
 def chunks(lengths, size):

@@ -85,14 +85,14 @@ def fake_judge(monkeypatch):
     def start(tokenizer, write, choose):
         letters = [tokenizer.encode(letter)[0] for letter in "AB"]
 
-        def generate_then(model, prompts, max_new, stop, batch_size, then, of, desc=None):
+        def generate_then(model, prompts, max_new, stop, batch_size, then, of, *_):
             assert of == letters
             written = write(prompts)
             return written, choose(
                 [tokenizer.decode([*p, *w[:-1], *then]) for p, w in zip(prompts, written)]
             )
 
-        def next_logp(model, prompts, ids, batch_size):
+        def next_logp(model, prompts, ids, batch_size, journal=None):
             assert ids == letters
             return choose([tokenizer.decode(prompt) for prompt in prompts])
 

@@ -134,7 +134,7 @@ def run(main, Config, description="", argv=None):
         told = (
             "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
         )
-        print(f"\nmincai: {told}; finished stages are kept", file=sys.stderr)
+        print(f"\nmincai: {told}; what is done is kept, the same command goes on", file=sys.stderr)
         sys.exit(128 + number)
     except BrokenPipeError:
         os.dup2(

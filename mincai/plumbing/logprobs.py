@@ -11,20 +11,23 @@ from mincai.losses import gather_logp
 from mincai.model import GPT, ScalarModel
 from mincai.plumbing import distributed, workers
 from mincai.plumbing.data import right_pad
-from mincai.sample import check_room, chunks, read
+from mincai.sample import by_chunks, check_room, read
 
 
 @torch.no_grad()
-def next_logp(model: GPT, prompts, ids: list[int], batch_size=32) -> torch.Tensor:
-    """Log-probs of `ids` as the token after each prompt: (N, len(ids)) float32 on the CPU."""
+def next_logp(model: GPT, prompts, ids: list[int], batch_size=32, journal=None) -> torch.Tensor:
+    """Log-probs of `ids` as the token after each prompt: (N, len(ids)) float32 on the CPU.
+    journal: see sample.by_chunks."""
     assert all(prompts), "an empty prompt"
-    out = torch.empty(len(prompts), len(ids))
     lengths = [len(p) for p in prompts]
-    for chunk in chunks(lengths, batch_size):
+
+    def score(chunk):
         check_room(model, [lengths[i] for i in chunk], 0)
         _, _, logits = read(model, [prompts[i] for i in chunk], 0)  # (B, V)
-        out[chunk] = torch.log_softmax(logits, dim=-1)[:, ids].cpu()
-    return out
+        return torch.log_softmax(logits, dim=-1)[:, ids].tolist()
+
+    found = by_chunks(score, lengths, batch_size, model, journal=journal)
+    return torch.tensor(found).reshape(-1, len(ids))
 
 
 @torch.no_grad()
@@ -32,7 +35,6 @@ def answer_logp(model: GPT, prompts, answers, batch_size=32) -> list[torch.Tenso
     """Log-prob of each answer token after its prompt and the answer so far: a float32 CPU tensor
     per answer."""
     assert len(prompts) == len(answers), (len(prompts), len(answers))
-    out = [None] * len(prompts)
     lengths = [len(p) + len(a) for p, a in zip(prompts, answers)]
 
     def score(chunk):
@@ -42,14 +44,10 @@ def answer_logp(model: GPT, prompts, answers, batch_size=32) -> list[torch.Tenso
         places = [(row, column) for row, span in enumerate(spans) for column in span]
         row, column = torch.tensor(places, device=model.device).long().reshape(-1, 2).T  # (N,) both
         hidden = model(tokens)[row, column - 1]  # (N, C): token i is predicted at i - 1
-        return gather_logp(model.unembed(hidden), tokens[row, column]).cpu().numpy()
+        logp = gather_logp(model.unembed(hidden), tokens[row, column])
+        return [piece.tolist() for piece in logp.split([len(answers[i]) for i in chunk])]
 
-    parts = chunks(lengths, batch_size)
-    for chunk, logp in zip(parts, workers.spread(score, parts, workers.number(model))):
-        pieces = torch.from_numpy(logp).split([len(answers[i]) for i in chunk])
-        for i, piece in zip(chunk, pieces):
-            out[i] = piece
-    return out
+    return [torch.tensor(logp) for logp in by_chunks(score, lengths, batch_size, model)]
 
 
 def end_scores(pm: ScalarModel, rows) -> torch.Tensor:

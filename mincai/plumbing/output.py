@@ -30,7 +30,7 @@ IN_THE_WAY = "is in the way, and mincai did not write it"
 
 
 @contextlib.contextmanager
-def _writing(path, advice=ANOTHER):
+def writing(path, advice=ANOTHER):
     """Turn what writing to the path raises into a UserError."""
     try:
         yield
@@ -51,7 +51,7 @@ def check_folder(folder, names) -> None:
         raise UserError(f"{folder}: is a file; give a folder to save the model in")
     if real.is_dir():
         own = _own(real)
-        if not own and any(path.name != ".partial" for path in real.iterdir()):
+        if not own and any(path.name not in (".partial", ".progress") for path in real.iterdir()):
             told = "holds files, but no run.json that says mincai wrote them; give a new folder"
             raise UserError(f"{folder}: {told}")
         _refuse_strangers(real, own.union(names), own, MEND)
@@ -73,7 +73,7 @@ def check_file(path, voucher=None, mark: str = "") -> None:
     if real.is_dir():
         raise UserError(f"{path}: is a folder; give a file")
     if os.path.exists(real):
-        ours = mark.encode() in real.read_bytes() if mark else _stamp(voucher or real)
+        ours = mark.encode() in real.read_bytes() if mark else stamp_of(voucher or real)
         if not ours:
             raise UserError(f"{path}: is there, and nothing says that mincai wrote it; {MEND}")
 
@@ -111,7 +111,7 @@ def _place(path) -> Path:
         raise UserError(f"{text}: is a link that leads nowhere; mend it, or give another --out")
     above = next(path for path in (*real.parents, real) if os.path.exists(path))
     where = real if os.path.isdir(real) else above
-    with _writing(text):
+    with writing(text):
         if not os.path.isdir(where):
             raise NotADirectoryError(0, f"{where} is a file")
         if not os.access(where, os.R_OK | os.W_OK | os.X_OK):
@@ -126,7 +126,7 @@ def _place(path) -> Path:
 # --- whose is it? ---------------------------------------------------------------------------------
 
 
-def _stamp(path):
+def stamp_of(path):
     """The content of a JSON file that mincai wrote, a dict; None for any other, and for none."""
     try:
         found = json.loads(Path(path).read_bytes())
@@ -138,7 +138,7 @@ def _stamp(path):
 def _listed(path, key="files"):
     """The files that a stamp lists, a set of names; empty without a stamp, and for one whose names
     lead out of the folder."""
-    names = (_stamp(path) or {}).get(key)
+    names = (stamp_of(path) or {}).get(key)
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         return set()
     paths = [PurePosixPath(name) for name in names]
@@ -197,9 +197,13 @@ def write_file(path, texts, before=None) -> None:
     Replaces a file that is there: whether it may is what check_file answers. A link is followed.
     before: called when all is on the disk, before the file gets its name."""
     real = Path(os.path.realpath(path))
-    temporary = real.with_name(f".{uuid.uuid4().hex}.tmp")  # nobody else's, and short enough
-    with _writing(path):
+    # nobody else's, and short enough; by its beginning the next one finds what a killed one has left
+    name = hashlib.sha256(os.fsencode(real.name)).hexdigest()[:16]
+    temporary = real.with_name(f".{name}.{uuid.uuid4().hex[:16]}.tmp")
+    with writing(path):
         real.parent.mkdir(parents=True, exist_ok=True)
+        for left in real.parent.glob(f".{name}.*.tmp"):
+            left.unlink(missing_ok=True)
         with open(temporary, "x", encoding="utf-8", newline="\n") as file:
             try:
                 file.writelines(texts)
@@ -211,10 +215,10 @@ def write_file(path, texts, before=None) -> None:
             except BaseException:  # Ctrl-C included
                 temporary.unlink()
                 raise
-    _flush(real.parent)
+    flush(real.parent)
 
 
-def _flush(path):
+def flush(path):
     """A file's bytes, or a folder's names, to the disk, where the platform can: before that, a
     power cut may take back a file, or its new name."""
     with contextlib.suppress(OSError):
@@ -237,7 +241,7 @@ def begin(folder, names) -> Path:
     that was stopped has left there goes."""
     check_folder(folder, names)
     work = partial(folder)
-    with _writing(work):
+    with writing(work):
         if work.is_dir():
             _remove(work, _left(work))
         work.mkdir(parents=True, exist_ok=True)
@@ -257,15 +261,15 @@ def finish(work, folder, stamp: dict) -> None:
     names = {name for name in _left(work) if (work / name).is_file()} | {"run.json"}
     made = sorted(names - {"run.json"})
     for name in made:
-        _flush(work / name)
+        flush(work / name)
     stamp = {"mincai": mincai.__version__, **stamp, "files": sorted(names)}
     stamp["sha256"] = {name: sha256(work / name) for name in made}
     write_file(work / "run.json", [json.dumps(stamp, ensure_ascii=False, indent=2) + "\n"])
-    with _writing(folder, f"what it lacks is in {work}"):
+    with writing(folder, f"what it lacks is in {work}"):
         if not os.path.lexists(real):
             (work / LIST).unlink()
             work.rename(real)
-            _flush(real.parent)
+            flush(real.parent)
             return
         own = _own(real)
         _refuse_strangers(real, names, own, f"the checkpoint is in {work}")
@@ -275,7 +279,7 @@ def finish(work, folder, stamp: dict) -> None:
         for name in sorted(names, key=lambda name: (name == "run.json", name == "config.json")):
             (real / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(work / name, real / name)
-            _flush((real / name).parent)
+            flush((real / name).parent)
         _remove(work, names | {LIST})
 
 

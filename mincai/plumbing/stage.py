@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from mincai import Diverged
-from mincai.plumbing import checkpoint, cli, data, distributed, memory, output
+from mincai.plumbing import checkpoint, cli, data, distributed, memory, output, progress
 from mincai.plumbing.cli import arg
 from mincai.plumbing.weights import common_tokenizer, resolve
 
@@ -79,6 +79,20 @@ class Stage:
         """Tell what memory this takes, before any is taken; see memory.announce."""
         memory.announce(kind, config, self.device, flags, dtype=self.cfg.dtype, **sizes)
 
+    def journal(self) -> progress.Journal:
+        """Where what is sampled is written down as it comes, and found again by a later run."""
+        found = progress.Journal(self.cfg, self.inputs)
+        if found.held:
+            self.say(f"goes on with what {found.path.parent} holds")
+        return found
+
+    def training(self, notes=None, **parts) -> progress.Training:
+        """The state of a training, set to where an earlier run was stopped; see there."""
+        found = progress.Training(self.cfg, self.inputs, parts, [] if notes is None else notes)
+        if found.steps:
+            self.say(f"goes on after step {found.steps}, from {found.path.parent}")
+        return found
+
     def save_rows(self, rows, stamp) -> None:
         """Write the output, a JSONL file, and its sidecar. The processes go through the rows
         together.
@@ -92,6 +106,7 @@ class Stage:
                 {out.name: rows},
                 lambda: data.stamp(self.cfg, inputs=self.inputs, **stamp()),
             )
+            progress.clear(self.cfg.out)
         else:
             for _ in rows:
                 pass
@@ -112,6 +127,8 @@ class Stage:
         for name, rows in {"metrics": log, **more}.items():
             extra[f"{name}.jsonl"] = "".join(json.dumps(row) + "\n" for row in rows)
         checkpoint.save(model, self.cfg.out, extra)
+        if finished:
+            progress.clear(self.cfg.out)
 
 
 def begin(name: str, cfg: Settings) -> Stage | None:
@@ -126,8 +143,10 @@ def begin(name: str, cfg: Settings) -> Stage | None:
     device = distributed.start(cli.pick_device(cfg.device))
     stage = Stage(name, cfg, device, threads, started, data.inputs(cfg))
     if data.done(cfg.out, cfg, cfg.again):
+        progress.clear(cfg.out)
         stage.say(f"{cfg.out} is there already, made with these settings (--again to redo)")
         return None
     cfg.check_out()
+    progress.check(cfg)
     torch.manual_seed(cfg.seed)
     return stage

@@ -240,9 +240,13 @@ def main(cfg: Config) -> dict:
     else:
         batches = (pack(documents, tokenizer, cfg.block_size, cfg.batch_size) for _ in range(steps))
     net = torch.compile(model) if cfg.compile else model
-    history, bar = [], tqdm(range(steps), desc="pretrain", mininterval=5)
+    kept = stage.training(model=model, optimizer=optimizer)
+    bar = tqdm(range(steps), desc="pretrain", mininterval=5)
     for step in bar:
-        batch = [part.to(stage.device, non_blocking=True) for part in next(batches)]
+        batch = next(batches)
+        if step < kept.steps:  # learnt before a stop
+            continue
+        batch = [part.to(stage.device, non_blocking=True) for part in batch]
         ids, targets, positions, weights, segments = batch
         with stage.precision():
             hidden = net(ids, positions, segment_mask(segments))
@@ -253,12 +257,15 @@ def main(cfg: Config) -> dict:
         optim.step(optimizer, model, learning_rate(cfg.lr, step, steps), place)
         if step % 50 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
-        if (step + 1) % cfg.check_every == 0 or step + 1 == steps:
+        last = step + 1 == steps
+        if (step + 1) % cfg.check_every == 0 or last:
             row = {"step": step + 1, "loss": loss.item(), "seconds": round(stage.seconds())}
             row |= capability(model, tokenizer, actions, principles, seed=1)
-            history.append(row)
+            kept.add(row)
             tqdm.write(" ".join(f"{k} {v:.3g}" for k, v in row.items()))
-            stage.save_model(model, tokenizer, row, history, step + 1 == steps, **files)
+            stage.save_model(model, tokenizer, row, kept.log, last, **files)
+        if not last:  # after the last there is nothing to go on with
+            kept.step()
     stage.say(f"{cfg.out} after {steps:,} steps and {stage.seconds():.0f} s: {row}")
     return row
 

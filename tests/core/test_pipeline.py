@@ -298,7 +298,7 @@ def fails(run, tmp_path, capsys):
             )
         err = capsys.readouterr().err
         lines = [
-            line for line in err.splitlines() if line and "sample/s" not in line
+            line for line in err.splitlines() if line and "prompt/s" not in line
         ]  # no progress bars
         assert stopped.value.code == 2 and not any("Traceback" in line for line in lines)
         if "unrecognized" not in lines[-1]:  # argparse shows the usage first

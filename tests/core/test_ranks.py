@@ -43,6 +43,7 @@ def rows_of(stage, world, monkeypatch, rank):
         ("share", lambda items: items),
         ("merge", lambda items: items),
         ("total", lambda x: x),
+        ("world", lambda: 2),
         ("is_main", lambda: True),
         ("barrier", lambda: None),
     ):

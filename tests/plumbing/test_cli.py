@@ -294,7 +294,7 @@ def test_a_signal_is_a_line_and_its_exit_code(name):
     )
     word = "interrupted" if name == "SIGINT" else f"ended by {name}"
     assert ran.returncode == 128 + getattr(signal, name)
-    assert ran.stderr.strip() == f"mincai: {word}; finished stages are kept"
+    assert ran.stderr.strip() == f"mincai: {word}; what is done is kept, the same command goes on"
 
 
 def test_who_reads_only_the_head_gets_no_traceback():

@@ -63,7 +63,7 @@ def test_the_judges_prompts_wait_in_little_memory(monkeypatch):
     """300 prompts of more than 700 tokens; as Python's integers they would hold megabytes."""
     worst, words, asked = [], "word " * 60, "Human: " + "is it so " * 40
 
-    def next_logp(model, prompts, ids, batch_size):
+    def next_logp(model, prompts, ids, batch_size, journal=None):
         assert all(len(prompt) > 700 for prompt in prompts)
         worst.append(tracemalloc.get_traced_memory()[0])
         return torch.zeros(len(prompts), 2)

@@ -1,0 +1,237 @@
+"""What a stage has done so far: one that was stopped goes on from there, and ends with the same
+bits.
+
+While a stage works, a folder lies beside its output: sft.progress for sft, revisions.progress for
+revisions.jsonl. It holds
+
+    run.json             settings and hashes of the inputs: what is begun with others starts anew
+    chunks-0.jsonl       what was sampled, a line for every chunk of rows (Journal)
+    state.safetensors    weights, optimisers and generators of a training (Training)
+    metrics.jsonl        a row for each of its steps, as they come
+
+and goes when the output has its name. Sampling and training are what takes hours, and are taken
+up where they were; all that lies between is computed again, from the same seeds.
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from mincai import UserError
+from mincai.plumbing import data, distributed, output
+
+# A training's state is saved this often (seconds), or less often where saving takes more than a
+# fiftieth of the time
+SAVE_EVERY, SHARE = 60.0, 1 / 50
+
+
+def place(out) -> Path:
+    """Where the progress of this output is kept: beside it, or inside a folder beside which
+    nothing may be written."""
+    real = Path(os.path.realpath(out))
+    inside = real.is_dir() and not os.access(real.parent, os.W_OK)
+    return real / ".progress" if inside else real.with_name(f"{_name(real)}.progress")
+
+
+def _name(real):
+    return real.stem if real.suffix == ".jsonl" else real.name
+
+
+def _files(processes):
+    chunks = [f"chunks-{i}.jsonl" for i in range(processes)]
+    return ["run.json", "state.safetensors", "state.new", "metrics.jsonl", *chunks]
+
+
+def check(cfg) -> None:
+    """Look at what an earlier run of this stage has left. UserError where it was begun with other
+    settings or inputs, unless cfg.again: then it goes, as it does where nothing was saved yet."""
+    folder, world = place(cfg.out), distributed.world()
+    if not os.path.lexists(folder):
+        return
+    if folder.is_dir() and all(path.suffix == ".tmp" for path in folder.iterdir()):
+        return  # stopped before it had its run.json, which is written again
+    stamp = output.stamp_of(folder / "run.json") or {}
+    saved = any((folder / name).is_file() for name in _files(world)[1:])
+    try:
+        if saved and stamp.get("processes") == world:
+            data.done(folder, cfg)
+            return
+    except UserError:
+        if not cfg.again:
+            raise
+    distributed.barrier()  # all have looked
+    clear(cfg.out)
+    distributed.barrier()
+
+
+def clear(out) -> None:
+    """Remove what was kept for this output, if anything was."""
+    if distributed.is_main() and os.path.lexists(place(out)):
+        output.clear(place(out))
+
+
+def _begin(cfg, inputs) -> Path:
+    """The folder of this stage's progress, made if it is not there."""
+    folder, world = place(cfg.out), distributed.world()
+    if distributed.is_main() and not (folder / "run.json").exists():
+        stamp = data.stamp(cfg, inputs=inputs, processes=world, unfinished=True)
+        data.write_json(folder / "run.json", stamp | {"files": _files(world)})
+    distributed.barrier()
+    return folder
+
+
+class Journal:
+    """Results in a file, chunk by chunk, of calls that come in the same order in every run.
+
+    A line that was cut short is dropped, with all after it.
+    """
+
+    def __init__(self, cfg, inputs):
+        self.path = _begin(cfg, inputs) / f"chunks-{distributed.rank()}.jsonl"
+        with output.writing(self.path):
+            self.file = open(self.path, "a+b")
+        self.held = self.file.tell() > 0  # whether an earlier run has left something
+        self.file.seek(0)
+        self.call, self.line = -1, None  # the call that goes on; a line of a later one
+
+    def begin(self) -> dict:
+        """{item: result} of what an earlier run has left of the call that now begins."""
+        self.call += 1
+        found = {}
+        while (line := self.line or self._read()) and line["call"] == self.call:
+            found.update(zip(line["items"], line["results"]))
+            line = self.line = None
+        self.line = line
+        return found
+
+    def _read(self):
+        start, line = self.file.tell(), self.file.readline()
+        try:
+            if line.endswith(b"\n"):
+                return json.loads(line)
+        except ValueError:
+            pass
+        self.file.truncate(start)
+        return None
+
+    def add(self, items: list[int], results: list) -> None:
+        """Write down what came of these items of the call; results are what JSON can hold."""
+        assert self.line is None, "what was written down belongs to another run"
+        line = {"call": self.call, "items": items, "results": results}
+        with output.writing(self.path):
+            self.file.write(json.dumps(line).encode() + b"\n")
+            self.file.flush()
+
+
+class Training:
+    """Rows of metrics as they come, and now and then the state of all that a training changes.
+
+    parts: modules, optimisers and generators by name; they are set to what an earlier run has saved.
+    steps and log say how far that is: the caller goes on after as many steps, and has to have drawn
+    for those what it draws from other generators. notes: a list of JSON that is saved besides.
+    """
+
+    def __init__(self, cfg, inputs, parts: dict, notes: list):
+        folder = _begin(cfg, inputs)
+        self.parts, self.notes = parts, notes
+        self.path, self.rows = folder / "state.safetensors", folder / "metrics.jsonl"
+        self.steps, self.log = 0, []
+        if self.path.exists():
+            self._restore()
+        distributed.barrier()  # all have read
+        self.file = None
+        if distributed.is_main():
+            self._cut()
+        self.saved, self.wait = time.monotonic(), SAVE_EVERY
+
+    def _restore(self):
+        try:
+            with safe_open(self.path, "pt") as file:
+                kept = {name: file.get_tensor(name) for name in file.keys()}
+                told = json.loads(file.metadata()["progress"])
+            with open(self.rows, "rb") as rows:
+                self.log = [json.loads(rows.readline()) for _ in range(told["rows"])]
+        except (OSError, SafetensorError, ValueError) as error:
+            told = f"cannot be read ({error}); add --again to begin anew"
+            raise UserError(f"{self.path.parent}: {told}") from None
+        self.steps = told["steps"]
+        self.notes[:] = told["notes"]
+        for name, part in self.parts.items():
+            some = {
+                k.removeprefix(f"{name}/"): v for k, v in kept.items() if k.startswith(f"{name}/")
+            }
+            _set(part, some)
+
+    def _cut(self):
+        """Open the file of metrics behind the rows of the saved state."""
+        with output.writing(self.rows):
+            self.file = open(self.rows, "ab+")
+            self.file.seek(0)
+            for _ in self.log:
+                self.file.readline()
+            self.file.truncate(self.file.tell())
+
+    def add(self, row: dict) -> None:
+        """A row of metrics that belongs to no step."""
+        self.log.append(row)
+        if self.file:
+            with output.writing(self.rows):
+                self.file.write(json.dumps(row).encode() + b"\n")
+                self.file.flush()
+
+    def step(self, row: dict | None = None) -> None:
+        """One more step is done, and this row of metrics came of it; save the state if it is
+        time."""
+        if row is not None:
+            self.add(row)
+        self.steps += 1
+        started = time.monotonic()
+        if started - self.saved < self.wait:
+            return
+        if distributed.is_main():
+            self._save()
+        self.saved = time.monotonic()
+        self.wait = max(SAVE_EVERY, (self.saved - started) / SHARE)
+
+    def _save(self):
+        kept = {
+            f"{name}/{k}": v for name, part in self.parts.items() for k, v in _get(part).items()
+        }
+        told = {"steps": self.steps, "rows": len(self.log), "notes": self.notes}
+        work = self.path.with_suffix(".new")
+        with output.writing(self.path):
+            os.fsync(self.file.fileno())
+            save_file(kept, work, metadata={"progress": json.dumps(told)})
+            output.flush(work)
+            os.replace(work, self.path)
+            output.flush(work.parent)
+
+
+def _get(part) -> dict:
+    """{name: tensor on the CPU} of a module, an optimiser or a generator."""
+    if isinstance(part, torch.Generator):
+        return {"state": part.get_state()}
+    if isinstance(part, torch.optim.Optimizer):
+        states = part.state_dict()["state"].items()
+        some = {f"{i}/{key}": value for i, state in states for key, value in state.items()}
+    else:
+        some = part.state_dict()
+    return {name: value.detach().cpu().contiguous() for name, value in some.items()}
+
+
+def _set(part, kept: dict) -> None:
+    if isinstance(part, torch.Generator):
+        part.set_state(kept["state"])
+    elif isinstance(part, torch.optim.Optimizer):
+        states = {}
+        for name, value in kept.items():
+            i, key = name.split("/")
+            states.setdefault(int(i), {})[key] = value
+        part.load_state_dict({"state": states, "param_groups": part.state_dict()["param_groups"]})
+    else:
+        part.load_state_dict(kept)
