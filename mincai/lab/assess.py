@@ -26,9 +26,9 @@ import torch
 
 from mincai import UserError, constitution, shipped
 from mincai.feedback import judge
-from mincai.lab.measure import conversation
+from mincai.lab.measure import conversation, measured
 from mincai.lab.table import NAMES, STAGES, Table, as_text, rate
-from mincai.plumbing import data, formats, output
+from mincai.plumbing import data, formats, output, progress
 from mincai.plumbing.cli import arg, run
 from mincai.plumbing.logprobs import answer_logp, answer_scores
 from mincai.plumbing.planner import Planner, load_shots
@@ -60,6 +60,14 @@ class Config(Settings):
     max_new: int = arg(80, "tokens of an answer or of the judge's reasons at most", least=1)
     batch_size: int = arg(64, "rows sampled together", least=1)
 
+    @property
+    def result(self) -> str:
+        return str(Path(self.out, "eval.json"))
+
+    def reads(self) -> dict:
+        """What it measures, beside what the flags name."""
+        return measured(self.out)
+
     def check_out(self):
         output.check_beside(self.out, "eval.json", "eval_samples.jsonl")
 
@@ -69,7 +77,7 @@ def refuses(answer: str) -> bool:
     return bool(PHRASES.search(answer.lower().replace("\u2019", "'")))
 
 
-def answers_of(stage, model, planner, rows, cfg) -> list[str]:
+def answers_of(stage, model, planner, rows, cfg, journal=None) -> list[str]:
     """One answer to each row; the base is shown examples, for it has learnt no dialogue. "" where
     none fits."""
     tokenizer, kind, stop = planner.tokenizer, "none", {planner.tokenizer.eot}
@@ -82,7 +90,7 @@ def answers_of(stage, model, planner, rows, cfg) -> list[str]:
             prompts[i] = data.compact(prompt)
     sizes = (cfg.max_new, stop, cfg.batch_size, cfg.temperature)
     how = dict(generator=torch.Generator().manual_seed(cfg.seed + 7), desc=f"answers of {stage}")
-    found = generate_batched(model, list(prompts.values()), *sizes, **how)
+    found = generate_batched(model, list(prompts.values()), *sizes, **how, journal=journal)
     texts = {i: constitution.clean(tokenizer.decode(ids)) for i, ids in zip(prompts, found)}
     return [texts.get(i, "") for i in range(len(rows))]
 
@@ -138,7 +146,7 @@ def mean_score(pm, tokenizer, rows, answers, cfg) -> float:
     return float(answer_scores(pm, prompts, ends, cfg.batch_size).mean()) if prompts else 0.0
 
 
-def wins(model, planner, rows, ours, theirs, principles, cfg, desc) -> dict:
+def wins(model, planner, rows, ours, theirs, principles, cfg, desc, journal=None) -> dict:
     """How often the judge prefers `ours` to `theirs`: {k, n, rate, low, high, mean_p, same_slot}.
     Of an even label either side has half; equal answers are left out."""
     rng = random.Random(cfg.seed + 11)
@@ -155,7 +163,7 @@ def wins(model, planner, rows, ours, theirs, principles, cfg, desc) -> dict:
         rows, ours, theirs = zip(*some)
         texts = (list(map(conversation, rows)), ours, theirs, asked)
         sizes = dict(max_new=cfg.max_new, batch_size=cfg.batch_size)
-        verdicts = judge(model, planner, *texts, desc=desc, **sizes)
+        verdicts = judge(model, planner, *texts, desc=desc, journal=journal, **sizes)
         p, same_slot = [x for x in verdicts.p_a if x is not None], verdicts.same_slot
     won = rate((x > 0.5) + (x == 0.5) / 2 for x in p)
     return {**won, "mean_p": sum(p) / max(1, len(p)), "same_slot": same_slot}
@@ -210,10 +218,11 @@ def main(cfg: Config) -> dict:
     pm = begun.load(made["pm"], scalar=True) if "pm" in made else None
     stages = [stage for stage in STAGES if stage not in missing]
     result, samples, first = {"stages": {}}, [], None
+    journal = begun.journal()
     with begun.precision():
         for stage in stages:
             model = base if stage == "base" else begun.load(made[stage])
-            answers = answers_of(stage, model, planner, rows, cfg)
+            answers = answers_of(stage, model, planner, rows, cfg, journal)
             first = first or answers
             for row, answer in zip(rows, answers):
                 told = {"answer": answer, "refuses": refuses(answer)}
@@ -227,12 +236,14 @@ def main(cfg: Config) -> dict:
                     found[kind]["score"] = mean_score(pm, tokenizer, mine, texts, cfg)
                 if stage != "base":
                     others, desc = [first[i] for i in at], f"judge, {stage} on {kind}"
-                    found[kind]["wins"] = wins(base, planner, mine, texts, others, held, cfg, desc)
+                    both = mine, texts, others
+                    found[kind]["wins"] = wins(base, planner, *both, held, cfg, desc, journal)
             result["stages"][stage] = found
     stamp = data.stamp(cfg, inputs=begun.inputs, seconds=round(begun.seconds()))
     result = {**stamp, "missing": missing, "planner": dict(planner.counts), **result}
     files = {"eval_samples.jsonl": samples}
     result = data.write_stamped(out / "eval.json", files, lambda: result)
+    progress.clear(cfg)
     print(report(result))
     lacks = f", missing {', '.join(missing)}" if missing else ""
     counted = f"{len(rows)} held-out prompts, {len(stages)} stages{lacks}"

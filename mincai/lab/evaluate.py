@@ -23,7 +23,7 @@ from pathlib import Path
 from mincai import UserError, constitution, shipped
 from mincai.lab import claims, controls, measure, probes
 from mincai.lab.table import as_text, dialogues, headlines, tables
-from mincai.plumbing import data, output
+from mincai.plumbing import data, output, progress
 from mincai.plumbing.cli import arg, pick_device, run, set_threads
 from mincai.tinyworld import world
 
@@ -48,6 +48,14 @@ class Config:
     device: str = arg("auto", "where to compute", choices=("auto", "cpu", "cuda"))
     threads: int = arg(0, "CPU threads, 0 chooses", least=0)
     again: bool = arg(False, "measure again")
+
+    @property
+    def result(self) -> str:
+        return str(Path(self.out, "eval.json"))
+
+    def reads(self) -> dict:
+        """What it measures, beside what the flags name."""
+        return measure.measured(self.out)
 
     def check_out(self):
         """UserError unless the output may be written."""
@@ -121,13 +129,17 @@ def measure_table(opened: measure.Run) -> dict:
     if data.done(path, cfg, cfg.again):
         print(f"evaluate: {path} is there already, skipped")
         return measure.read_object(path)
+    progress.check(cfg)
+    opened.journal = progress.Journal(cfg, data.inputs(cfg))
     result, samples = measure_all(opened)
+    opened.journal = None
     seconds = round(time.time() - started)
     result = data.stamp(cfg, seconds=seconds, missing=opened.missing) | result
     files = {"eval_samples.jsonl": samples}
     if "pm" in result:
         files["eval_pm.jsonl"] = result["pm"].pop("samples")
     result = data.write_stamped(path, files, lambda: result)
+    progress.clear(cfg)
     print(as_text(tables(result)), "\n".join(headlines(result)), dialogues(samples), sep="\n\n")
     lacks = f", missing {', '.join(opened.missing)}" if opened.missing else ""
     print(

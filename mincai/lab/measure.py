@@ -38,6 +38,11 @@ PM_KINDS = {  # kind of request, better style, worse style
 }
 
 
+def measured(out) -> dict[str, str]:
+    """Where the models of a run lie."""
+    return {stage: str(Path(out, stage)) for stage in ("sft", "pm", "ppo")}
+
+
 def conversation(row: dict) -> str:
     """What stands before the answer to a row of prompts."""
     return constitution.dialogue(row["prompt"], row.get("setting"))
@@ -55,6 +60,7 @@ class Run:
     principles: list = field(default_factory=list)
     device: str = "cpu"
     models: dict = field(default_factory=dict)  # those that were loaded
+    journal: object = None  # of what is sampled, see plumbing/progress.py
 
     @property
     def out(self) -> Path:
@@ -152,7 +158,7 @@ def answer_all(opened: Run, model, rows, desc="answers", temperature=1.0) -> lis
     cfg, answers = opened.cfg, []
     where = (model, opened.prompts(rows), cfg.max_new, {opened.tokenizer.eot}, cfg.batch_size)
     generator = torch.Generator().manual_seed(cfg.seed + 7)
-    found = generate_batched(*where, temperature, generator, desc=desc)
+    found = generate_batched(*where, temperature, generator, desc=desc, journal=opened.journal)
     for row, ids in zip(rows, found):
         text = constitution.clean(opened.tokenizer.decode(ids))
         answers.append({**graded(row, text, opened.actions), "tokens": len(ids)})
@@ -262,7 +268,7 @@ def preferred(opened: Run, rows, a, b, principles, desc) -> tuple[list[float], f
     base, cfg, said = opened.model("base"), opened.cfg, [conversation(r) for r in rows]
     planner, asks = Planner(opened.tokenizer, base.config.block_size), [p.tiny for p in principles]
     settings = dict(max_new=cfg.max_new, batch_size=cfg.batch_size, desc=desc)
-    verdicts = judge(base, planner, said, a, b, asks, **settings)
+    verdicts = judge(base, planner, said, a, b, asks, journal=opened.journal, **settings)
     return [0.5 if p is None else p for p in verdicts.p_a], verdicts.same_slot
 
 
@@ -296,7 +302,7 @@ def measure_critic(opened: Run, rows, principles, rng) -> dict:
             parts = (conversation(row), written(opened, row, "whole"), about.tiny)
             prompts.append(tokenizer.encode(constitution.review(*parts)))
         where = (opened.model("base"), prompts, cfg.max_new, stop, cfg.batch_size)
-        critiques = generate_batched(*where, temperature=0.0)
+        critiques = generate_batched(*where, temperature=0.0, journal=opened.journal)
         verdict = "so it breaks the principle" if applies else "so it keeps the principle"
         found[name] = rate(verdict in tokenizer.decode(ids) for ids in critiques)
     return found

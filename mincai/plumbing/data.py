@@ -251,9 +251,11 @@ def _git_commit():
 
 def inputs(config) -> dict:
     """{setting: SHA-256 of each file} of the settings that name files or checkpoints which are
-    there: what a result is made of, wherever that lies. What LOOSE names is not, nor the output."""
+    there: what a result is made of, wherever that lies. What LOOSE names is not, nor the output.
+    What a config reads besides, its `reads` says, {name: path}."""
     out, loose = getattr(config, "out", ""), getattr(type(config), "LOOSE", ())
     settings = {name: x for name, x in vars(config).items() if name not in loose}
+    settings |= config.reads() if hasattr(config, "reads") else {}
     found = {name: _content(x) for name, x in settings.items() if not _same_place(x, out)}
     return {name: content for name, content in found.items() if content}
 
@@ -356,6 +358,12 @@ def done(path, config, again=False):
             told = "which has changed since" if same else f"now it is {now}"
             told = f"was made with {flag} {was}, {told}"
             raise UserError(f"{settings}: {told}; {advice}")
+    now = inputs(config)
+    for name in [name for name in now | made_of if name not in new and made_of]:
+        if now.get(name) != made_of.get(name):
+            told = "has changed" if name in made_of else "has come"
+            told = told if name in now else "is gone"
+            raise UserError(f"{settings}: {name} {told} since it was made; {advice}")
     if found.get("unfinished"):
         return False
     for name, content in made.items():

@@ -17,6 +17,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import uuid
 from pathlib import Path, PurePosixPath
 
@@ -25,6 +26,7 @@ from mincai import UserError
 
 LIST = "partial.json"  # of a folder that is not whole yet: what is to be in it, as in run.json
 ANOTHER = "give another --out"
+TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.[0-9a-f]{16}\.tmp")
 MEND = "move it away, or " + ANOTHER
 IN_THE_WAY = "is in the way, and mincai did not write it"
 
@@ -63,7 +65,7 @@ def check_folder(folder, names) -> None:
         raise UserError(f"{work}: {IN_THE_WAY}; {MEND}")
     files = [path for path in work.rglob("*") if path.is_symlink() or not path.is_dir()]
     names = {path.relative_to(work).as_posix() for path in files}
-    _refuse_strangers(work, names, _left(work) | {LIST}, MEND)
+    _refuse_strangers(work, names, _left(work) | temporaries(work) | {LIST}, MEND)
 
 
 def check_file(path, voucher=None, mark: str = "") -> None:
@@ -157,6 +159,11 @@ def _left(work):
     return _listed(work / LIST) or _listed(work / "run.json")
 
 
+def temporaries(folder) -> set[str]:
+    """Names of files that a killed run was writing here, see write_file."""
+    return {path.name for path in Path(folder).glob(".*.tmp") if TEMPORARY.fullmatch(path.name)}
+
+
 def _stranger(folder, name, own):
     """What stands in the place of this file, or of a folder on the way, and is not mincai's, as no
     link is; or None."""
@@ -243,7 +250,7 @@ def begin(folder, names) -> Path:
     work = partial(folder)
     with writing(work):
         if work.is_dir():
-            _remove(work, _left(work))
+            _remove(work, _left(work) | temporaries(work))
         work.mkdir(parents=True, exist_ok=True)
     _write_list(work, names, _own(Path(os.path.realpath(folder))))
     return work

@@ -30,16 +30,13 @@ from mincai.plumbing import data, distributed, output
 SAVE_EVERY, SHARE = 60.0, 1 / 50
 
 
-def place(out) -> Path:
+def place(result) -> Path:
     """Where the progress of this output is kept: beside it, or inside a folder beside which
     nothing may be written."""
-    real = Path(os.path.realpath(out))
+    real = Path(os.path.realpath(result))
+    name = real.stem if real.suffix in (".json", ".jsonl") else real.name
     inside = real.is_dir() and not os.access(real.parent, os.W_OK)
-    return real / ".progress" if inside else real.with_name(f"{_name(real)}.progress")
-
-
-def _name(real):
-    return real.stem if real.suffix == ".jsonl" else real.name
+    return real / ".progress" if inside else real.with_name(f"{name}.progress")
 
 
 def _files(processes):
@@ -50,10 +47,10 @@ def _files(processes):
 def check(cfg) -> None:
     """Look at what an earlier run of this stage has left. UserError where it was begun with other
     settings or inputs, unless cfg.again: then it goes, as it does where nothing was saved yet."""
-    folder, world = place(cfg.out), distributed.world()
+    folder, world = place(cfg.result), distributed.world()
     if not os.path.lexists(folder):
         return
-    if folder.is_dir() and all(path.suffix == ".tmp" for path in folder.iterdir()):
+    if folder.is_dir() and {path.name for path in folder.iterdir()} <= output.temporaries(folder):
         return  # stopped before it had its run.json, which is written again
     stamp = output.stamp_of(folder / "run.json") or {}
     saved = any((folder / name).is_file() for name in _files(world)[1:])
@@ -65,19 +62,20 @@ def check(cfg) -> None:
         if not cfg.again:
             raise
     distributed.barrier()  # all have looked
-    clear(cfg.out)
+    clear(cfg)
     distributed.barrier()
 
 
-def clear(out) -> None:
-    """Remove what was kept for this output, if anything was."""
-    if distributed.is_main() and os.path.lexists(place(out)):
-        output.clear(place(out))
+def clear(cfg) -> None:
+    """Remove what was kept of this stage, if anything was."""
+    folder = place(cfg.result)
+    if distributed.is_main() and os.path.lexists(folder):
+        output.clear(folder)
 
 
 def _begin(cfg, inputs) -> Path:
     """The folder of this stage's progress, made if it is not there."""
-    folder, world = place(cfg.out), distributed.world()
+    folder, world = place(cfg.result), distributed.world()
     if distributed.is_main() and not (folder / "run.json").exists():
         stamp = data.stamp(cfg, inputs=inputs, processes=world, unfinished=True)
         data.write_json(folder / "run.json", stamp | {"files": _files(world)})

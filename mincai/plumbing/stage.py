@@ -34,6 +34,11 @@ class Settings:
     threads: int = arg(0, "CPU threads, 0 chooses", least=0)
     again: bool = arg(False, "make the output anew though it is there")
 
+    @property
+    def result(self) -> str:
+        """What the stage makes, a file or a folder; `out`, but for those that write into a run."""
+        return self.out
+
     def check_out(self):
         """UserError unless the output, a checkpoint's folder, may be written."""
         output.check_folder(self.out, checkpoint.FILES)
@@ -106,7 +111,7 @@ class Stage:
                 {out.name: rows},
                 lambda: data.stamp(self.cfg, inputs=self.inputs, **stamp()),
             )
-            progress.clear(self.cfg.out)
+            progress.clear(self.cfg)
         else:
             for _ in rows:
                 pass
@@ -128,7 +133,7 @@ class Stage:
             extra[f"{name}.jsonl"] = "".join(json.dumps(row) + "\n" for row in rows)
         checkpoint.save(model, self.cfg.out, extra)
         if finished:
-            progress.clear(self.cfg.out)
+            progress.clear(self.cfg)
 
 
 def begin(name: str, cfg: Settings) -> Stage | None:
@@ -143,7 +148,7 @@ def begin(name: str, cfg: Settings) -> Stage | None:
     device = distributed.start(cli.pick_device(cfg.device))
     stage = Stage(name, cfg, device, threads, started, data.inputs(cfg))
     if data.done(cfg.out, cfg, cfg.again):
-        progress.clear(cfg.out)
+        progress.clear(cfg)
         stage.say(f"{cfg.out} is there already, made with these settings (--again to redo)")
         return None
     cfg.check_out()

@@ -41,7 +41,7 @@ def stages(made: Path, out: Path) -> dict:
     asks = dict(model=TINY, harmful=12, helpful=6, rounds=2, max_new=96)
     judges = dict(model=sft, judge=TINY, harmful=4, helpful=4, samples=3, pairs=2, max_new=96)
     learns = dict(model=sft, pairs=(str(made / "comparisons.jsonl"),), contrast=0.0)
-    acts = dict(model=sft, pm=pm, updates=4, max_new=8, micro_batch=4, kl_target=1.0)
+    acts = dict(model=sft, pm=pm, updates=4, max_new=24, micro_batch=4, kl_target=1.0)
     reads = dict(tokens=8 * 2 * 256, n_layer=1, n_head=2, n_embd=32, check_every=3)
     found = {
         "pretrain": (pretrain, reads | {"batch_size": 2}, "base"),

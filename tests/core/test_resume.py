@@ -10,11 +10,13 @@ from pathlib import Path
 import kills
 import pytest
 import torch
+from compare_runs import figures
 
 import train_ppo
 import train_sft
 from mincai import UserError, critique, ppo, sample
-from mincai.plumbing import optim, progress
+from mincai.lab import evaluate
+from mincai.plumbing import data, optim, progress
 
 NAMES = ("pretrain", "critique", "train_sft", "feedback", "train_pm", "train_ppo")
 
@@ -91,6 +93,58 @@ def test_a_stopped_stage_goes_on_and_ends_with_the_same_bits(
     assert len(rest) == steps - half
     assert kills.contents(output) == want
     assert not progress.place(output).exists()
+
+
+@pytest.fixture
+def run(made, tmp_path):
+    """A run folder with a fine-tuned model, and a config that evaluates it on a few prompts."""
+    shutil.copytree(made / "sft", tmp_path / "run" / "sft")
+    rows = data.read_jsonl(Path(kills.TINY, "prompts_eval.jsonl"))
+    some = [row for split in ("eval", "eval-twin") for row in rows if row["split"] == split]
+    data.write_jsonl(tmp_path / "prompts.jsonl", [*some[:10], *some[-10:]])
+    return evaluate.Config(
+        out=str(tmp_path / "run"),
+        base=kills.TINY,
+        prompts=str(tmp_path / "prompts.jsonl"),
+        judged=4,
+        seed=0,
+        batch_size=8,
+        device="cpu",
+        threads=1,
+    )
+
+
+def test_an_evaluation_goes_on_too_and_leaves_nothing(run, monkeypatch):
+    out = Path(run.out)
+    with monkeypatch.context() as patch:
+        seen = counted(patch, rows=True)
+        want = evaluate.main(run)
+        for name in ("eval.json", "eval_samples.jsonl"):
+            (out / name).unlink()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        counted(patch, len(seen) // 2, rows=True)
+        evaluate.main(run)
+    assert (out / "eval.progress").is_dir()
+    with monkeypatch.context() as patch:
+        rest = counted(patch, rows=True)
+        assert figures(evaluate.main(run)) == figures(want)
+    assert len(rest) == len(seen) - len(seen) // 2
+    names = {path.name for path in out.iterdir()}
+    assert names == {"sft", "eval.json", "eval_samples.jsonl"}
+
+
+def test_figures_of_models_that_are_others_now_are_refused(run):
+    evaluate.main(run)
+    shutil.copytree(Path(run.out, "sft"), Path(run.out, "ppo"))
+    with pytest.raises(UserError, match="eval.json: ppo has come since it was made; .*--again"):
+        evaluate.main(run)
+    shutil.rmtree(Path(run.out, "ppo"))
+    weights = Path(run.out, "sft", "model.safetensors")
+    other = bytearray(weights.read_bytes())
+    other[-1] ^= 1
+    weights.write_bytes(other)
+    with pytest.raises(UserError, match="eval.json: sft has changed since it was made"):
+        evaluate.main(run)
 
 
 @pytest.fixture

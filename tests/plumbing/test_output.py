@@ -498,3 +498,30 @@ def test_what_is_shipped_can_be_made_again(tmp_path):
     for module, folder in ((english, "english"), (pretrain, "tiny")):
         shutil.copytree(Path(english.FOLDER).parent / folder, tmp_path / folder)
         module.Config(out=str(tmp_path / folder)).check_out()
+
+
+def test_what_a_killed_writing_has_left_goes_with_the_next_one(tmp_path, monkeypatch):
+    path, other = tmp_path / "a.json", tmp_path / "b.json"
+
+    def cut(file):
+        """As after SIGKILL: nothing that follows is done, not even the clearing up."""
+        monkeypatch.setattr(output.Path, "unlink", lambda *_, **__: None)
+        raise KeyboardInterrupt
+
+    for target in (path, other):
+        with monkeypatch.context() as monkeypatch, pytest.raises(KeyboardInterrupt):
+            output.write_file(target, ["{}"], before=lambda: cut(target))
+    assert len(output.temporaries(tmp_path)) == 2
+    (tmp_path / ".notes.tmp").write_text("mine")
+    output.write_file(path, ["{}"])
+    assert path.read_text() == "{}" and len(output.temporaries(tmp_path)) == 1
+    assert (tmp_path / ".notes.tmp").read_text() == "mine"
+
+
+def test_a_checkpoint_that_was_killed_at_its_first_file_is_begun_anew(tmp_path):
+    work = output.partial(tmp_path / "m")
+    work.mkdir()
+    (work / f".{16 * '0'}.{16 * 'f'}.tmp").write_text("{")
+    output.check_folder(tmp_path / "m", ["a"])
+    assert output.begin(tmp_path / "m", ["a"]) == work
+    assert [path.name for path in work.iterdir()] == ["partial.json"]
