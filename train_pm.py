@@ -31,7 +31,7 @@ import torch
 from tqdm import tqdm
 
 from mincai import UserError, model, shipped
-from mincai.constitution import dialogue
+from mincai.constitution import conversation_of
 from mincai.losses import preference_loss
 from mincai.plumbing import cli, data, distributed, formats, health, optim
 from mincai.plumbing.cli import arg
@@ -78,7 +78,7 @@ def read_pairs(path, tokenizer, limit):
     from."""
     pairs, dropped, texts = [], Counter(), {}
     for row in formats.read_pairs(path, tokenizer, dropped):
-        text = dialogue(row["prompt"], row.get("setting"))
+        text = conversation_of(row)
         text = texts.setdefault(text, text)  # one string for all pairs of a prompt
         prompt = tokenizer.encode(text)
         if row["a_ids"] == row["b_ids"]:
@@ -100,7 +100,7 @@ def some_prompts(cfg, pairs, tokenizer, limit):
     else:
         rows, rng = formats.loop_prompts(cfg.prompts), random.Random(cfg.seed)
         kinds = [data.choose(rows, kind, NORMALISED // 2, rng) for kind in ("harmful", "benign")]
-        texts = [dialogue(row["prompt"], row.get("setting")) for rows in kinds for row in rows]
+        texts = [conversation_of(row) for rows in kinds for row in rows]
     room = min(ANSWER, limit // 2)
     prompts = [prompt for prompt in map(tokenizer.encode, texts) if len(prompt) + room <= limit]
     if not prompts:

@@ -36,7 +36,7 @@ import torch
 from tqdm import tqdm
 
 from mincai import Diverged, UserError, ppo, shipped
-from mincai.constitution import dialogue
+from mincai.constitution import conversation_of
 from mincai.plumbing import cli, distributed, formats
 from mincai.plumbing.cli import arg
 from mincai.plumbing.health import examples, nothing_learnt, show_samples, warnings
@@ -102,7 +102,7 @@ def read_prompts(cfg, tokenizer, limit) -> tuple[list, list, int]:
     rows = formats.loop_prompts(cfg.prompts)
     formats.warn_unread(rows, tokenizer, cfg.model)
     for row in rows:
-        ids = tokenizer.encode(dialogue(row["prompt"], row.get("setting")))
+        ids = tokenizer.encode(conversation_of(row))
         if len(ids) + cfg.max_new > limit:
             dropped += 1
         else:

@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from mincai import UserError, shipped
-from mincai.constitution import dialogue
+from mincai.constitution import conversation_of
 from mincai.losses import sft_loss
 from mincai.plumbing import cli, data, distributed, formats, optim
 from mincai.plumbing.cli import arg
@@ -66,7 +66,7 @@ def read(cfg, tokenizer, limit) -> tuple[list, Counter]:
             raise UserError(
                 f"{where}: the revision is empty; write an answer, or leave the row out"
             )
-        text = dialogue(row["prompt"], row.get("setting"))
+        text = conversation_of(row)
         prompt, answers = tokenizer.encode(text), answers_of(row, cfg.learn)
         dropped["never revised"] += not answers
         for said in answers:
@@ -140,20 +140,22 @@ def main(cfg: Config) -> dict:
         # one divisor for the whole step: a mean of means would weigh the tokens of short
         # answers more
         total = distributed.total(sum(int(loss_mask.sum()) for _, _, loss_mask in parts))
-        loss_sum = 0.0
+        loss_sum, accuracy = 0.0, 0.0
         for k, (ids, targets, loss_mask) in enumerate(parts):
             with distributed.no_sync(net, last=k == len(parts) - 1):
                 with stage.precision():
                     logits = model.unembed(net(ids))  # (B, T-1, V)
-                loss, _ = sft_loss(logits, targets, loss_mask, total=total)
+                loss, found = sft_loss(logits, targets, loss_mask, total=total)
                 (loss * distributed.world()).backward()
-            loss_sum += float(loss.detach())
+            loss_sum += float(found["loss"])
+            accuracy += float(found["accuracy"])
         step = kept.steps + 1
         lr = optim.learning_rate(cfg.lr, WARMUP, kept.steps, steps)
         place = f"train_sft, step {step} of {steps}"
         norm = optim.step(optimizer, model, lr, place)
         row = {"step": step, "epoch": epoch, "loss": distributed.total(loss_sum)}
-        kept.step(row | {"tokens": total, "grad_norm": norm, "lr": lr})
+        row |= {"accuracy": distributed.total(accuracy), "tokens": total}
+        kept.step(row | {"grad_norm": norm, "lr": lr})
         bar.set_postfix(loss=f"{row['loss']:.3f}")
 
     # --- what came of it ---

@@ -131,6 +131,11 @@ def dialogue(prompt: str, setting: str | None = None) -> str:
     return (f"Setting: {setting}\n" if setting else "") + f"Human: {prompt}\nAssistant:"
 
 
+def conversation_of(row: dict) -> str:
+    """The same of a row of prompts, which may lack a setting."""
+    return dialogue(row["prompt"], row.get("setting"))
+
+
 def review(conversation: str, answer: str, principle: str) -> str:
     """conversation: as `dialogue` gives it. Ends where the critique begins."""
     return f"Review:\n{conversation} {answer}\nPrinciple: {principle}\nCritique:"

@@ -215,7 +215,7 @@ def main(cfg: Config) -> dict:
     for row in chosen:
         item = {"id": row["id"], "prompt": row["prompt"]}
         item |= {key: row.get(key, default) for key, default in KEPT.items()}
-        item["conversation"] = constitution.dialogue(row["prompt"], row.get("setting"))
+        item["conversation"] = constitution.conversation_of(row)
         items.append(item)
     if distributed.rank():
         rng.seed(seed)

@@ -88,7 +88,8 @@ def judge_once(
     """
     tokenizer = planner.tokenizer
     if reasons:  # the letter is read off the cache that the reasons were written with
-        room = max_new + 8  # CHOICE follows
+        then = tokenizer.encode(constitution.CHOICE)
+        room = max_new + len(then)
         prompts = [planner.prompt("compare", constitution.reasons(head), room) for head in heads]
     else:
         prompts = [planner.prompt("compare", constitution.choice(head), 1) for head in heads]
@@ -96,7 +97,7 @@ def judge_once(
     prompts, written = [data.compact(prompts[i]) for i in fits], [""] * len(heads)
     letters = [tokenizer.encode(letter)[0] for letter in "AB"]
     if reasons:
-        stop, then = {tokenizer.eot, tokenizer.newline}, tokenizer.encode(constitution.CHOICE)
+        stop = {tokenizer.eot, tokenizer.newline}
         texts, logp = generate_then(
             model, prompts, max_new, stop, batch_size, then, letters, desc, journal
         )
@@ -215,7 +216,7 @@ def compare_rows(cfg, rows, principles, models, rng) -> tuple[list[dict], float]
     """The rows of the output for these prompts, and the share of pairs won by the same slot in both
     orders."""
     planner = models.planner
-    asked = [constitution.dialogue(row["prompt"], row.get("setting")) for row in rows]
+    asked = list(map(constitution.conversation_of, rows))
     mine = answers_of(models.model, cfg.samples, asked, models, cfg, False)
     others = answers_of(models.judge, cfg.base_samples, asked, models, cfg, planner.full)
     pairs, drawn = [], []  # (row, a, b), and the principles that it is judged by
@@ -224,7 +225,7 @@ def compare_rows(cfg, rows, principles, models, rng) -> tuple[list[dict], float]
     for row, _, _ in pairs:
         targets = (row["category"], *HARMFUL) if row.get("category") else ORDINARY
         drawn.append(draw_principles(principles, targets, cfg.ensemble, rng))
-    conversations = [constitution.dialogue(r["prompt"], r.get("setting")) for r, _, _ in pairs]
+    conversations = [constitution.conversation_of(row) for row, _, _ in pairs]
     texts = [
         [constitution.clean(planner.tokenizer.decode(side)) for side in two] for _, *two in pairs
     ]

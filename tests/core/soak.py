@@ -44,7 +44,12 @@ def main(model, pm, updates=500, out="") -> int:
     with tempfile.TemporaryDirectory() as folder:
         prompts = str(ROOT / "data" / "tiny" / "prompts.jsonl")
         cfg = train_ppo.Config(
-            model=model, pm=pm, prompts=prompts, updates=int(updates), out=f"{folder}/ppo"
+            model=model,
+            pm=pm,
+            prompts=prompts,
+            updates=int(updates),
+            batch_size=32,
+            out=f"{folder}/ppo",
         )
         train_ppo.main(cfg)
         rows = [json.loads(line) for line in Path(cfg.out, "metrics.jsonl").open()]
