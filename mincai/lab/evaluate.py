@@ -23,7 +23,7 @@ from pathlib import Path
 from mincai import UserError, constitution, shipped
 from mincai.lab import claims, controls, measure, probes
 from mincai.lab.table import as_text, dialogues, headlines, tables
-from mincai.plumbing import data, output
+from mincai.plumbing import data, lock, output
 from mincai.plumbing.cli import arg, pick_device, run, set_threads
 from mincai.tinyworld import world
 
@@ -109,9 +109,10 @@ def measure_deep(opened: measure.Run) -> None:
     """eval_deep.json: made, or read where it is there, and printed."""
     cfg, path, started = opened.cfg, opened.out / "eval_deep.json", time.time()
     if not data.done(path, cfg, cfg.again):
-        found, rows = probes.measure(opened)
-        made = data.stamp(cfg, seconds=round(time.time() - started)) | found
-        data.write_stamped(path, {"eval_deep.jsonl": rows}, lambda: made)
+        with lock.alone(path):
+            found, rows = probes.measure(opened)
+            made = data.stamp(cfg, seconds=round(time.time() - started)) | found
+            data.write_stamped(path, {"eval_deep.jsonl": rows}, lambda: made)
     print(as_text(probes.tables(measure.read_object(path))), flush=True)
 
 
@@ -121,13 +122,14 @@ def measure_table(opened: measure.Run) -> dict:
     if data.done(path, cfg, cfg.again):
         print(f"evaluate: {path} is there already, skipped")
         return measure.read_object(path)
-    result, samples = measure_all(opened)
-    seconds = round(time.time() - started)
-    result = data.stamp(cfg, seconds=seconds, missing=opened.missing) | result
-    files = {"eval_samples.jsonl": samples}
-    if "pm" in result:
-        files["eval_pm.jsonl"] = result["pm"].pop("samples")
-    result = data.write_stamped(path, files, lambda: result)
+    with lock.alone(path):
+        result, samples = measure_all(opened)
+        seconds = round(time.time() - started)
+        result = data.stamp(cfg, seconds=seconds, missing=opened.missing) | result
+        files = {"eval_samples.jsonl": samples}
+        if "pm" in result:
+            files["eval_pm.jsonl"] = result["pm"].pop("samples")
+        result = data.write_stamped(path, files, lambda: result)
     print(as_text(tables(result)), "\n".join(headlines(result)), dialogues(samples), sep="\n\n")
     lacks = f", missing {', '.join(opened.missing)}" if opened.missing else ""
     print(
@@ -166,7 +168,8 @@ def main(cfg: Config) -> dict:
     if cfg.deep:
         measure_deep(opened)
     if cfg.controls:
-        controls.main(opened)
+        with lock.alone(opened.out / "controls"):
+            controls.main(opened)
     return result
 
 

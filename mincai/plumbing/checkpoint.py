@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from mincai import UserError
 from mincai.model import GPT, GPTConfig, ScalarModel
-from mincai.plumbing import data, output, tokenizer, workers
+from mincai.plumbing import data, lock, output, tokenizer, workers
 
 # A model on disk, with its vocabulary for us and for other libraries; words.txt is there for a
 # small one only
@@ -72,19 +72,20 @@ def save(model: GPT | ScalarModel, folder, extra: dict | None = None) -> None:
     files["config.json"] = json.dumps(config, indent=2) + "\n"
     # safetensors asks for contiguous copies
     tensors = {k: v.detach().cpu().contiguous() for k, v in _to_file(model, gpt).items()}
-    work = output.begin(folder, {"model.safetensors", *files})
-    try:
-        save_file(tensors, work / "model.safetensors", metadata={"format": "pt"})
+
+    def write(work):
+        try:
+            save_file(tensors, work / "model.safetensors", metadata={"format": "pt"})
+        except SafetensorError as error:  # the disk is full, for one
+            raise OSError(0, str(error)) from None
         mask = os.umask(0)  # safetensors 0.8 writes for its owner alone, whatever the umask
         os.umask(mask)
         os.chmod(work / "model.safetensors", 0o666 & ~mask)
-        for name, content in files.items():
-            content = content.encode("utf-8") if isinstance(content, str) else content
-            (work / name).write_bytes(content)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{work}: cannot be written ({reason}); give another --out") from None
-    output.finish(work, folder, stamp)
+
+    with lock.alone(folder):
+        work = output.begin(folder, {"model.safetensors", *files})
+        output.fill(work, files, write)
+        output.finish(work, folder, stamp)
 
 
 def _to_file(model, gpt):

@@ -36,7 +36,7 @@ from pathlib import Path
 
 from mincai import UserError
 from mincai.constitution import dialogue
-from mincai.plumbing import data, distributed, output
+from mincai.plumbing import data, distributed, lock, output
 from mincai.plumbing.cli import arg, run
 from mincai.plumbing.tokenizer import WORDS
 from mincai.plumbing.turns import QUOTED, Unusable, asked, quote, transcript
@@ -543,8 +543,9 @@ def main(cfg: Config) -> dict:
     told = ", ".join(f"{count} {why}" for why, count in left.items()) or "none"
     if not written:
         raise UserError(f"{cfg.source}: no row is left to write ({told}); make more of them")
-    data.write_jsonl(cfg.out, written)
-    data.write_json(data.sidecar(cfg.out), data.stamp(cfg, form=form))
+    with lock.alone(cfg.out):
+        data.write_jsonl(cfg.out, written)
+        data.write_json(data.sidecar(cfg.out), data.stamp(cfg, form=form))
     counts = f"{len(written)} of {len(found)} {form} in TRL's format"
     print(f"formats: {counts}; left out: {told} -> {cfg.out}")
     return {"written": len(written), **left}

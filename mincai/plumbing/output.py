@@ -22,6 +22,7 @@ from pathlib import Path, PurePosixPath
 
 import mincai
 from mincai import UserError
+from mincai.plumbing import lock
 
 LIST = "partial.json"  # of a folder that is not whole yet: what is to be in it, as in run.json
 ANOTHER = "give another --out"
@@ -51,7 +52,7 @@ def check_folder(folder, names) -> None:
         raise UserError(f"{folder}: is a file; give a folder to save the model in")
     if real.is_dir():
         own = _own(real)
-        if not own and any(path.name != ".partial" for path in real.iterdir()):
+        if not own and any(p.name not in (".partial", lock.INSIDE) for p in real.iterdir()):
             told = "holds files, but no run.json that says mincai wrote them; give a new folder"
             raise UserError(f"{folder}: {told}")
         _refuse_strangers(real, own.union(names), own, MEND)
@@ -241,8 +242,30 @@ def begin(folder, names) -> Path:
         if work.is_dir():
             _remove(work, _left(work))
         work.mkdir(parents=True, exist_ok=True)
-    _write_list(work, names, _own(Path(os.path.realpath(folder))))
+    with _discarded(work):
+        _write_list(work, names, _own(Path(os.path.realpath(folder))))
     return work
+
+
+@contextlib.contextmanager
+def _discarded(work):
+    """What `begin` started goes again where it cannot be written: the disk may be full."""
+    try:
+        yield
+    except UserError:
+        with contextlib.suppress(OSError):
+            _remove(work, _left(work))
+        raise
+
+
+def fill(work, files: dict, write=lambda work: None) -> None:
+    """Write what `begin` is to hold: {name: bytes or str}, and what `write` does. If that cannot
+    be, nothing of it stays."""
+    with _discarded(work), _writing(work):
+        write(work)
+        for name, content in files.items():
+            content = content.encode("utf-8") if isinstance(content, str) else content
+            (work / name).write_bytes(content)
 
 
 def finish(work, folder, stamp: dict) -> None:
@@ -260,7 +283,8 @@ def finish(work, folder, stamp: dict) -> None:
         _flush(work / name)
     stamp = {"mincai": mincai.__version__, **stamp, "files": sorted(names)}
     stamp["sha256"] = {name: sha256(work / name) for name in made}
-    write_file(work / "run.json", [json.dumps(stamp, ensure_ascii=False, indent=2) + "\n"])
+    with _discarded(work):
+        write_file(work / "run.json", [json.dumps(stamp, ensure_ascii=False, indent=2) + "\n"])
     with _writing(folder, f"what it lacks is in {work}"):
         if not os.path.lexists(real):
             (work / LIST).unlink()

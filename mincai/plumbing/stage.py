@@ -11,14 +11,14 @@ stage.save_model(model, tokenizer, metrics, log)
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from mincai import Diverged
-from mincai.plumbing import checkpoint, cli, data, distributed, memory, output
+from mincai.plumbing import checkpoint, cli, data, distributed, lock, memory, output
 from mincai.plumbing.cli import arg
 from mincai.plumbing.weights import common_tokenizer, resolve
 
@@ -49,6 +49,7 @@ class Stage:
     threads: int
     started: float
     inputs: dict  # of what it reads: files may change while it works
+    place: lock.Held | None = None  # the output, held until it is there or the stage is dropped
 
     def say(self, text: str) -> None:
         """Print above any progress bar, once however many processes there are."""
@@ -92,6 +93,7 @@ class Stage:
                 {out.name: rows},
                 lambda: data.stamp(self.cfg, inputs=self.inputs, **stamp()),
             )
+            self.place.release()
         else:
             for _ in rows:
                 pass
@@ -112,13 +114,15 @@ class Stage:
         for name, rows in {"metrics": log, **more}.items():
             extra[f"{name}.jsonl"] = "".join(json.dumps(row) + "\n" for row in rows)
         checkpoint.save(model, self.cfg.out, extra)
+        if finished:
+            self.place.release()
 
 
 def begin(name: str, cfg: Settings) -> Stage | None:
     """Check the settings, join the other processes, choose device and threads, look at the output.
 
     None where the output is there already, made with these settings. UserError for settings that
-    cannot be, and for an output that may not be written.
+    cannot be, and for an output that may not be written, or that another run is writing.
     """
     started = time.time()
     cli.check(cfg)
@@ -129,5 +133,10 @@ def begin(name: str, cfg: Settings) -> Stage | None:
         stage.say(f"{cfg.out} is there already, made with these settings (--again to redo)")
         return None
     cfg.check_out()
+    if distributed.is_main():
+        stage = replace(stage, place=lock.Held(cfg.out))
+        if distributed.world() == 1 and data.done(cfg.out, cfg, cfg.again):
+            stage.say(f"{cfg.out} has been made meanwhile")
+            return None
     torch.manual_seed(cfg.seed)
     return stage
