@@ -132,8 +132,7 @@ def load(folder, device="cpu", scalar=False, new_head=False) -> GPT | ScalarMode
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; check the path, or run the stage that makes it")
-    config = read_config(folder)
-    tensors = _read_weights(folder)
+    config, tensors = output.steady(folder, lambda: (_config(folder), _read_weights(folder)))
     for prefix, inner in WRAPPED.items():
         if any(name.startswith(prefix) for name in tensors):
             told = f"weights are named {prefix}*, as a wrapper around a model is saved"
@@ -194,6 +193,10 @@ def _fill(model, tensors, folder):
 
 def read_config(folder) -> GPTConfig:
     """config.json of a checkpoint folder; UserError for any other architecture than GPT-2's."""
+    return output.steady(folder, lambda: _config(folder))
+
+
+def _config(folder):
     path = Path(folder) / "config.json"
     content = data.read_object(path, "a checkpoint folder holds config.json and model.safetensors")
     c = {"tie_word_embeddings": True, "layer_norm_epsilon": 1e-5, **content}

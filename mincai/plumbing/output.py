@@ -17,6 +17,7 @@ import errno
 import hashlib
 import json
 import os
+import time
 import uuid
 from pathlib import Path, PurePosixPath
 
@@ -24,6 +25,7 @@ import mincai
 from mincai import UserError
 from mincai.plumbing import lock
 
+PATIENCE = 2  # seconds
 LIST = "partial.json"  # of a folder that is not whole yet: what is to be in it, as in run.json
 ANOTHER = "give another --out"
 MEND = "move it away, or " + ANOTHER
@@ -296,11 +298,42 @@ def finish(work, folder, stamp: dict) -> None:
         _write_list(work, names, names | own)
         _remove(real, {"run.json"})
         _remove(real, own - names | {"config.json"})
-        for name in sorted(names, key=lambda name: (name == "run.json", name == "config.json")):
-            (real / name).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(work / name, real / name)
-            _flush((real / name).parent)
+        for some in (names - {"config.json", "run.json"}, names & {"config.json"}, {"run.json"}):
+            for name in sorted(some):
+                (real / name).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(work / name, real / name)
+            for inner in (*_inner(some), ""):
+                _flush(real / inner)
         _remove(work, names | {LIST})
+
+
+def steady(folder, read):
+    """What `read`, a function, gives of a checkpoint that may be replaced meanwhile: it waits for
+    the milliseconds that this takes, and reads again if it has met files of two checkpoints."""
+    while True:
+        before, error = _settled(folder), None
+        try:
+            found = read()
+        except UserError as raised:
+            error = raised
+        if _settled(folder) == before:
+            if error:
+                raise error
+            return found
+
+
+def _settled(folder):
+    """What changes with the checkpoint in a folder, when none is on its way there: `finish` moves
+    the new stamp last, long after the old one has gone. One that was stopped is not waited for."""
+    stamp, until = Path(folder, "run.json"), time.time() + PATIENCE
+    while True:
+        try:
+            found = os.stat(stamp)
+            return found.st_ino, found.st_mtime_ns
+        except OSError:
+            if time.time() > until or not Path(folder, ".partial", "run.json").exists():
+                return None
+        time.sleep(0.005)
 
 
 def clear(folder) -> None:

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ import train_ppo
 import train_sft
 from mincai import UserError, critique, feedback
 from mincai.lab import assess, bench, english, evaluate, report
+from mincai.model import GPT
 from mincai.plumbing import checkpoint, data, formats, output
 from mincai.tinyworld import pretrain
 
@@ -186,6 +189,55 @@ def test_a_run_stopped_at_any_step_loses_nothing_and_is_run_again(tmp_path, monk
             assert (out / "weights.txt").read_text() == "3" and data.done(out, Config(3))
             assert not out.with_name(out.name + ".partial").exists()
     assert steps > 12
+
+
+def test_a_reader_meets_the_old_checkpoint_or_the_new_one(tiny_gpt, tmp_path, monkeypatch):
+    """Whenever it comes while one is replaced; and a run that was stopped there is not waited for
+    without end."""
+    out, replace, found, readers = tmp_path / "m", os.replace, [], []
+
+    def model(value, n_layer):
+        with torch.no_grad():
+            made = GPT(dataclasses.replace(tiny_gpt.config, n_layer=n_layer))
+            for parameter in made.parameters():
+                parameter.fill_(value)
+        return made
+
+    def read():
+        try:
+            read = checkpoint.load(out)
+            values = (
+                float(x) for p in read.parameters() for x in (p.detach().min(), p.detach().max())
+            )
+            found.append({read.config.n_layer, *values})
+        except UserError as error:
+            found.append(error)
+
+    def slow(*names):
+        readers.append(threading.Thread(target=read))
+        readers[-1].start()
+        time.sleep(0.01)
+        replace(*names)
+
+    checkpoint.save(model(1, 1), out, {"metrics.jsonl": "{}"})
+    monkeypatch.setattr(os, "replace", slow)
+    for n in (2, 1):
+        checkpoint.save(model(n, n), out, {"metrics.jsonl": "{}"})
+    for reader in readers:
+        reader.join()
+    assert len(found) == 14 and {1.0} in found and {2.0} in found
+    assert all(one in ({1.0}, {2.0}) for one in found), found
+
+    def stopped(old, new):
+        if Path(new).name == "config.json" and Path(new).parent == out:
+            raise KeyboardInterrupt
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", stopped)
+    monkeypatch.setattr(output, "PATIENCE", 0.05)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(model(3, 3), out)
+    refused(lambda: checkpoint.load(out), out / "config.json", "no such file")
 
 
 def test_new_names_and_weights_are_flushed_to_the_disk(tmp_path, monkeypatch):
