@@ -256,7 +256,7 @@ def _discarded(work):
         yield
     except UserError:
         with contextlib.suppress(OSError):
-            _remove(work, _left(work))
+            _remove(work, _left(work) | {LIST})
         raise
 
 

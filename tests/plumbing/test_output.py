@@ -1,5 +1,6 @@
 """What a person has stays: every output beside, over and under files that mincai did not write."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -301,6 +302,63 @@ def test_clear_removes_what_is_listed_below_a_folder(tmp_path):
     data.write_json(root / "run.json", {"mincai": "0", "files": listed})
     output.clear(root)
     assert sorted(content(root)) == ["one", "one/notes.txt", "theirs", "theirs/run.json"]
+
+
+# --- a disk without room --------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def room(size):
+    """No file can grow beyond this, as on a disk that is nearly full."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_checkpoint_without_room_leaves_all_as_it_was(there, tiny_gpt, tmp_path):
+    out, told = tmp_path / "new" / "m", set()
+    extra = {"metrics.jsonl": "{}\n" * 100_000, "run.json": {"config": {}, "long": "x" * 400_000}}
+    if there:
+        checkpoint.save(tiny_gpt, out, extra)
+        (out / "notes.txt").write_text("mine")
+    before = content(tmp_path)
+    for size in (0, 10, 50, 200, 1_000, 100_000, 250_000, 350_000):
+        with room(size), pytest.raises(UserError) as caught:
+            checkpoint.save(tiny_gpt, out, extra)
+        line = str(caught.value)
+        assert line.endswith("cannot be written (File too large); give another --out"), line
+        told.add(Path(line.partition(":")[0]).name)
+        assert content(tmp_path) == before
+    work = ".partial" if there else "m.partial"  # there, the list holds more
+    assert told == {".m.lock", "partial.json", work, "run.json"}
+    checkpoint.save(tiny_gpt, out, extra)
+
+
+def test_rows_without_room_leave_all_as_they_were(tmp_path):
+    path = tmp_path / "new" / "eval.json"
+    rows = {"eval_samples.jsonl": [{"n": n} for n in range(1000)]}
+    for size in (0, 10, 500, 2_000):
+        with room(size):
+            refused(lambda: data.write_stamped(path, rows, dict), "cannot be written (File too")
+        assert not list(path.parent.iterdir())
+        path.parent.rmdir()
+    data.write_stamped(path, rows, dict)
+    before = content(tmp_path)
+    for size in (0, 10, 500, 2_000):
+        with room(size):
+            refused(lambda: data.write_stamped(path, rows, dict), "cannot be written (File too")
+        assert content(tmp_path) == before
+    (tmp_path / "run").mkdir()
+    with room(100):
+        refused(
+            lambda: report.main(report.Config(out=str(tmp_path / "run"))), "report.html: cannot be"
+        )
+    assert not list((tmp_path / "run").iterdir())
 
 
 # --- links ----------------------------------------------------------------------------------------
