@@ -16,7 +16,6 @@ one token each in both vocabularies.
 """
 
 import json
-import math
 import random
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -24,6 +23,7 @@ from pathlib import Path
 from mincai import DATA, UserError
 
 PATH = DATA / "constitution.json"
+MOST = 1e9  # of a weight
 KEEP = "keep the answer ."  # a revision that says: the answer stands. Copying it out would only add errors.
 
 
@@ -59,7 +59,8 @@ def _principle(row, n: int) -> Principle:
     made = Principle(**{"id": f"own-{n}", "text": "", "tiny": row.get("text", ""), **row})
     for field in fields(Principle):
         value = getattr(made, field.name)
-        if not isinstance(value, str) if field.type is str else not 0 <= value < math.inf:
+        number = type(value) in (int, float) and 0 <= value <= MOST
+        if not isinstance(value, str) if field.type is str else not number:
             raise ValueError(f"principle {n}: {field.name} is {value!r}")
     if not made.text.strip() or made.split not in ("train", "held"):
         raise ValueError(f"principle {n} needs a text, and a split that is train or held")
@@ -70,6 +71,8 @@ def load_constitution(path=PATH) -> list[Principle]:
     """The principles of a JSON list of sentences or objects, or of {"principles": that list}.
     An object needs a text only. UserError for any other file."""
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: is no file; give a file of principles")
     try:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
         rows = rows if isinstance(rows, list) else rows["principles"]
@@ -99,7 +102,8 @@ def select(principles, without: str = "", split: str = "train") -> list[Principl
         raise UserError(
             f"no principle or target is called {', '.join(sorted(unknown))}; targets: {', '.join(targets)}"
         )
-    kept = [p for p in principles if p.split == split and not {p.id, p.target} & names]
+    some = [p for p in principles if p.split == split and not {p.id, p.target} & names]
+    kept = [p for p in some if p.weight > 0]  # the others would never be drawn
     if not kept:
         raise UserError("no principle is left of the constitution; loosen --without")
     return kept

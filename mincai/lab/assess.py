@@ -16,7 +16,6 @@ The phrases are a string match as in Zou et al. 2023 (2307.15043): cheap, open, 
 answers.
 """
 
-import json
 import random
 import re
 from dataclasses import dataclass
@@ -190,7 +189,7 @@ def main(cfg: Config) -> dict:
         raise UserError(f"{out}: no such run folder; {advice}")
     if data.done(out / "eval.json", cfg, cfg.again):
         print(f"assess: {out / 'eval.json'} is there already, skipped")
-        return json.loads((out / "eval.json").read_text())
+        return data.read_object(out / "eval.json")
     begun = begin("assess", cfg)
     rng = random.Random(cfg.seed)
     rows = [r for r in formats.read_prompts(cfg.prompts) if r.get("split") in SPLITS]

@@ -18,7 +18,6 @@ category.
 
 import base64
 import codecs
-import json
 import random
 from collections import Counter
 from dataclasses import dataclass
@@ -65,17 +64,19 @@ class Config:
 
 def load_attacks(path) -> dict[str, dict]:
     """{family: {held, encoding, templates}}; UserError where a template lacks its one {request}."""
-    with data.readable(path):
-        content = Path(path).read_bytes()
     try:
-        families = json.loads(content)["families"]
+        families = data.from_json(data.read_bytes(path))["families"]
         for name, family in families.items():
             if not {"held", "encoding", "templates"} <= family.keys():
                 raise ValueError(f"family {name!r}: needs held, encoding and templates")
             if family["encoding"] not in ENCODINGS or not isinstance(family["held"], bool):
                 raise ValueError(f"family {name!r}: encoding or held")
             templates = family["templates"]
-            if not templates or any(t.count("{request}") != 1 for t in templates):
+            if (
+                not templates
+                or not isinstance(templates, list)
+                or any(t.count("{request}") != 1 for t in templates)
+            ):
                 raise ValueError(f"family {name!r}: every template needs {{request}} once")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         advice = f"not a file of attacks ({error}); data/english/attacks.json shows the form"

@@ -14,7 +14,6 @@ temperature 1, as in training; beside them stand the greedy ones.
 """
 
 import dataclasses
-import json
 import random
 import time
 from dataclasses import dataclass
@@ -113,7 +112,9 @@ def measure_deep(opened: measure.Run) -> None:
             found, rows = probes.measure(opened)
             made = data.stamp(cfg, seconds=round(time.time() - started)) | found
             data.write_stamped(path, {"eval_deep.jsonl": rows}, lambda: made)
-    print(as_text(probes.tables(measure.read_object(path))), flush=True)
+    with measure.as_written(path.parent, path.name):
+        text = as_text(probes.tables(measure.read_object(path)))
+    print(text, flush=True)
 
 
 def measure_table(opened: measure.Run) -> dict:
@@ -143,8 +144,8 @@ def seed_of(run: Path) -> int:
     """The seed that a run was evaluated with, else made with; 0 if neither is known."""
     for path in (run / "eval.json", run / "sft" / "run.json"):
         try:
-            return int(json.loads(path.read_text(encoding="utf-8"))["config"]["seed"])
-        except (OSError, ValueError, KeyError, TypeError):
+            return int(data.from_json(data.read_bytes(path))["config"]["seed"])
+        except (UserError, ValueError, KeyError, TypeError, OverflowError):
             continue  # not there, or not ours: whoever reads it next says what is wrong with it
     return 0
 
@@ -153,8 +154,11 @@ def main(cfg: Config) -> dict:
     runs = [Path(part) for part in cfg.out.split(",")]
     cfg.check_out()
     if cfg.claims:
-        found = claims.measure(runs)
-        print(as_text(claims.tables(found)))
+        files = "eval.json, eval_deep.json, controls.json or ppo/run.json"
+        with measure.as_written(cfg.out, files):
+            found = claims.measure(runs)
+            text = as_text(claims.tables(found))
+        print(text)
         data.write_json(runs[0] / "claims.json", data.stamp(cfg) | found)
         return found
     if len(runs) > 1:

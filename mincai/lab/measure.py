@@ -6,7 +6,7 @@ preference model to held-out pairs of which one answer is better by the world's 
 trains.
 """
 
-import json
+import contextlib
 import math
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -131,10 +131,20 @@ def read_object(path: Path) -> dict | None:
     if not path.exists():
         return None
     try:
-        return dict(json.loads(path.read_bytes()).items())
-    except (OSError, ValueError, RecursionError, AttributeError) as error:
+        return dict(data.from_json(data.read_bytes(path)).items())
+    except (ValueError, AttributeError) as error:
         why = f"cannot be read as a JSON object ({error})"
         raise UserError(f"{path}: {why}; make it again, with --again") from None
+
+
+@contextlib.contextmanager
+def as_written(place, files):
+    """UserError where these files of a run hold something else than was written there."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        why = f"{files} is not as this version writes it ({error!r:.200}); make it again"
+        raise UserError(f"{place}: {why}") from None
 
 
 # ---- policies ----

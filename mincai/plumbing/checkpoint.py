@@ -8,6 +8,7 @@ a downloaded file runs whatever code is in it.
 
 import dataclasses
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -35,6 +36,9 @@ SPECIAL = ("bos_token_id", "eos_token_id")  # in config.json for other libraries
 # GPTConfig's fields in their order, as config.json calls them
 SIZES = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
 KEYS = (*SIZES, "layer_norm_epsilon", "tie_word_embeddings")
+MOST = 10**7  # any size, and any weight but a head's: what is larger overflows on the way
+LAYERS = 1000  # to put more together takes minutes
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 BOTH = "get the model.safetensors and config.json of one model"
 # What model.py is; a file that leaves one out means the first value. Both names of the tanh GELU
 # mean one formula
@@ -182,13 +186,20 @@ def _fill(model, tensors, folder):
         if found != wanted:  # as they lie in the file
             told = f"weight {name} has shape {found}, but config.json asks for {wanted}"
             raise UserError(f"{folder}: {told}; {BOTH}")
-        if not torch.isfinite(tensors[name]).all():
-            told = f"weight {name} holds NaN or infinity"
+        if tensors[name].dtype not in FLOATS:
+            told = f"weight {name} is of {tensors[name].dtype}".replace("torch.", "")
+            raise UserError(f"{folder}: {told}; only floating-point weights can be loaded")
+    # Copies: what is read stays mapped to the file, which somebody may write over
+    copies = {k: v.float().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
+    for name, weight in copies.items():
+        largest = float(weight.abs().max())  # NaN if one of them is
+        most = math.inf if name in HEAD.values() else MOST
+        if not largest < most:
+            what = f"{largest:.3g}" if math.isfinite(largest) else "NaN or infinity"
+            told = f"weight {name} holds {what}"
             raise UserError(
                 f"{folder}: {told}; get the file again, or look at the run that made it"
             )
-    # Copies: what is read stays mapped to the file, which somebody may write over
-    copies = {k: v.float().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
     model.load_state_dict(copies, assign=True)
 
 
@@ -209,16 +220,17 @@ def _config(folder):
 
     need("model_type", c.get("model_type") == "gpt2", "only 'gpt2' can be loaded")
     for key in SIZES:
-        whole = type(c.get(key)) is int and c[key] > 0
-        need(key, whole, "it must be a whole number above 0")
+        most = LAYERS if key == "n_layer" else MOST
+        whole = type(c.get(key)) is int and 0 < c[key] <= most
+        need(key, whole, f"it must be a whole number above 0, and at most {most:,}")
     for key, values in FIXED.items():
         need(key, c.get(key, values[0]) in values, f"only {values[0]!r} can be loaded")
     need("n_inner", c.get("n_inner") in (None, 4 * c["n_embd"]), "only 4 * n_embd can be loaded")
     need("n_embd", c["n_embd"] % c["n_head"] == 0, f"it must be a multiple of n_head {c['n_head']}")
     need("tie_word_embeddings", type(c["tie_word_embeddings"]) is bool, "it must be true or false")
     epsilon = c["layer_norm_epsilon"]
-    positive = type(epsilon) in (int, float) and epsilon > 0
-    need("layer_norm_epsilon", positive, "it must be a number above 0")
+    small = type(epsilon) is float and 0 < epsilon < 1
+    need("layer_norm_epsilon", small, "it must be a number above 0 and below 1")
     return GPTConfig(*(c[key] for key in KEYS))
 
 
@@ -230,7 +242,7 @@ def _read_weights(folder):
         names = data.read_object(index).get("weight_map")
         shards = [*names.values()] if isinstance(names, dict) and names else [names]
         for shard in shards:
-            if not re.fullmatch(r"[^/\\]+\.safetensors", str(shard)):  # stays inside the folder
+            if not re.fullmatch(r"[^/\\\0]+\.safetensors", str(shard)):  # stays inside the folder
                 told = f"weight_map names {shard!r}; only .safetensors files beside it are read"
                 raise UserError(f"{index}: {told}")
     tensors = {}

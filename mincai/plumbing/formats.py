@@ -109,8 +109,8 @@ def table_rows(path, file):
 def list_rows(path, file):
     """The same of one JSON list; a text in it is a prompt."""
     try:
-        rows = json.loads(file.read())
-    except (ValueError, RecursionError) as error:
+        rows = data.from_json(file.read())
+    except ValueError as error:
         raise UserError(f"{path}: not a JSON list ({error})") from None
     for n, row in enumerate(rows, 1):
         row = {"prompt": row} if isinstance(row, str) else row
@@ -298,8 +298,10 @@ def question(row, where):
 
 def own_prompt(row, where):
     """The row, checked."""
-    texts = ("prompt", "kind", "setting", "category", "attack")
+    texts = ("prompt", "kind", "setting", "category", "attack", "action", "split")
     need(row, ("id", "prompt", "kind"), where, text=texts)
+    if not isinstance(row["id"], (str, int)):
+        raise UserError(f"{where}: id is a {type(row['id']).__name__}; write text or a number")
     if row["kind"] not in ("harmful", "benign"):
         raise UserError(f"{where}: kind is {row['kind']!r}; give harmful or benign")
     return row

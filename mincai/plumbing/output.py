@@ -75,6 +75,8 @@ def check_file(path, voucher=None, mark: str = "") -> None:
     real = _place(path)
     if real.is_dir():
         raise UserError(f"{path}: is a folder; give a file")
+    if os.path.exists(real) and not real.is_file():
+        raise UserError(f"{path}: is a pipe, a socket or a device; give a file")
     if os.path.exists(real):
         ours = mark.encode() in real.read_bytes() if mark else _stamp(voucher or real)
         if not ours:
@@ -132,7 +134,7 @@ def _place(path) -> Path:
 def _stamp(path):
     """The content of a JSON file that mincai wrote, a dict; None for any other, and for none."""
     try:
-        found = json.loads(Path(path).read_bytes())
+        found = json.loads(Path(path).read_bytes()) if os.path.isfile(path) else None
     except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) and "mincai" in found else None
