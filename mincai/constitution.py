@@ -15,12 +15,11 @@ same reason an option's letter is scored inside its bracket: "Choice: (" is foll
 one token each in both vocabularies.
 """
 
-import json
 import random
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 from mincai import DATA, UserError
+from mincai.plumbing import data
 
 PATH = DATA / "constitution.json"
 MOST = 1e9  # of a weight
@@ -70,18 +69,13 @@ def _principle(row, n: int) -> Principle:
 def load_constitution(path=PATH) -> list[Principle]:
     """The principles of a JSON list of sentences or objects, or of {"principles": that list}.
     An object needs a text only. UserError for any other file."""
-    path = Path(path)
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path}: is no file; give a file of principles")
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        rows = data.from_json(data.read_bytes(path, "give a file of principles"))
         rows = rows if isinstance(rows, list) else rows["principles"]
         principles = [_principle(row, n) for n, row in enumerate(rows, 1)]
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such constitution") from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path}: not a constitution ({error}); see data/constitution.json for the form"
+            f"{path}: not a constitution ({error!s:.200}); see data/constitution.json for the form"
         ) from None
     if not principles:
         raise UserError(f"{path}: a constitution without principles")

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from mincai import UserError
 from mincai.constitution import PATH
-from mincai.plumbing import data, output
+from mincai.plumbing import data, formats, output
 from mincai.plumbing.cli import arg, run
 
 FILES = ("prompts", "prompts_dev", "prompts_eval")
@@ -193,7 +193,10 @@ def prompts(rows, attacks, rng: random.Random, wrappings=0, number=0) -> dict[st
 def read(cfg: Config) -> dict[str, list[dict]]:
     """What main writes: {file name: rows}."""
     folder = Path(cfg.folder)
-    rows = data.read_jsonl(folder / "requests.jsonl", ("id", "kind", "category", "request"))
+    rows, texts = [], ("id", "kind", "category", "request")
+    for where, row in data.each_row(folder / "requests.jsonl", texts):
+        formats.need(row, texts, where, text=texts)
+        rows.append(row)
     attacks = load_attacks(folder / "attacks.json")
     return prompts(rows, attacks, random.Random(cfg.seed), cfg.wrappings, cfg.attacks)
 

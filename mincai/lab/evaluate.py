@@ -140,6 +140,14 @@ def measure_table(opened: measure.Run) -> dict:
     return result
 
 
+def claimed(runs: list[Path]) -> tuple[dict, str]:
+    """What goes into claims.json, and it as text."""
+    files = "eval.json, eval_deep.json, controls.json or ppo/run.json"
+    with measure.as_written(", ".join(map(str, runs)), files):
+        found = claims.measure(runs)
+        return found, as_text(claims.tables(found))
+
+
 def seed_of(run: Path) -> int:
     """The seed that a run was evaluated with, else made with; 0 if neither is known."""
     for path in (run / "eval.json", run / "sft" / "run.json"):
@@ -154,10 +162,7 @@ def main(cfg: Config) -> dict:
     runs = [Path(part) for part in cfg.out.split(",")]
     cfg.check_out()
     if cfg.claims:
-        files = "eval.json, eval_deep.json, controls.json or ppo/run.json"
-        with measure.as_written(cfg.out, files):
-            found = claims.measure(runs)
-            text = as_text(claims.tables(found))
+        found, text = claimed(runs)
         print(text)
         data.write_json(runs[0] / "claims.json", data.stamp(cfg) | found)
         return found

@@ -18,7 +18,7 @@ from mincai import UserError, constitution
 from mincai.feedback import judge
 from mincai.lab.table import PARTS, ROWS, STAGES, rate
 from mincai.losses import calibration_error
-from mincai.plumbing import data
+from mincai.plumbing import data, formats
 from mincai.plumbing.checkpoint import load
 from mincai.plumbing.logprobs import answer_logp, answer_scores
 from mincai.plumbing.planner import Planner
@@ -98,7 +98,10 @@ def gradable(path, cfg) -> tuple[list[dict], dict[str, world.Action]]:
     grade."""
     actions = {a.text: a for a in world.build(cfg.world, cfg.size)}
     need = ("id", "prompt", "kind", "category", "attack", "action", "split")
-    rows = data.read_jsonl(path, need)
+    rows = []
+    for where, row in data.each_row(path, need):
+        formats.need(row, ("id", "prompt"), where, text=(*need[1:], "setting"))
+        rows.append(row)
     unknown = [r["action"] for r in rows if r["action"] not in actions]
     if unknown:
         mend = "give the --world and --size that it was made for"

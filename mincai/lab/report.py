@@ -178,8 +178,9 @@ def curve(rows: list[dict], key: str) -> list[tuple]:
 def picture(folder: Path) -> str:
     """The loop's five stages with this run's numbers and PPO's score over its updates, one SVG of
     900 by 320."""
-    score = curve(read(folder, "ppo/metrics.jsonl") or [], "score")
-    return f"<!-- {WRITTEN} -->\n{page.picture(facts(folder)[1:], score)}\n"
+    with measure.as_written(folder, "revisions, comparisons, a run.json or ppo/metrics.jsonl"):
+        score = curve(read(folder, "ppo/metrics.jsonl") or [], "score")
+        return f"<!-- {WRITTEN} -->\n{page.picture(facts(folder)[1:], score)}\n"
 
 
 def results(found: dict) -> list:
@@ -248,9 +249,7 @@ def build(cfg: Config) -> str:
 def main(cfg: Config) -> Path:
     folder, path = run_folder(cfg.out), Path(cfg.picture or f"{cfg.out}/report.html")
     cfg.check_out()
-    with measure.as_written(folder, "revisions, comparisons, a run.json or ppo/metrics.jsonl"):
-        made = picture(folder) if cfg.picture else build(cfg)
-    output.write_file(path, [made])
+    output.write_file(path, [picture(folder) if cfg.picture else build(cfg)])
     print(f"report: {path}")
     return path
 

@@ -69,8 +69,9 @@ def read_bytes(path, advice="get the file again") -> bytes:
 
 
 def from_json(text):
-    """json.loads, with ValueError for all that it cannot read, and for what is nested so deeply
-    that whoever walks through it would run out of stack."""
+    """json.loads, with ValueError for all that it cannot read, for text that UTF-8 cannot hold
+    (an escaped half of a surrogate pair), and for what is nested so deeply that whoever walks
+    through it would run out of stack."""
     try:
         found = level = json.loads(text)
     except RecursionError:
@@ -83,6 +84,8 @@ def from_json(text):
             level = [x for some in inner for x in some if isinstance(x, (dict, list))]
         if level:
             raise ValueError("nested too deeply")
+    if ("\\u" if isinstance(text, str) else b"\\u") in text:
+        json.dumps(found, ensure_ascii=False).encode("utf-8")
     return found
 
 
@@ -120,9 +123,6 @@ def parse_row(line, where, need=()):
     """One line to a dict that has all the keys of `need`."""
     try:
         row = from_json(line)
-        # an escaped half of a surrogate pair is JSON, but no text that UTF-8 can hold
-        if "\\u" in line:
-            json.dumps(row, ensure_ascii=False).encode("utf-8")
     except UnicodeError as error:
         told = f"not UTF-8 text ({error.reason}); save the file as UTF-8"
         raise UserError(f"{where}: {told}") from None

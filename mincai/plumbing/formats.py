@@ -224,6 +224,16 @@ def need(row, keys, where, text=()) -> None:
             raise UserError(f"{where}: {key} is a {type(row[key]).__name__}; write text")
 
 
+def need_rounds(row, where) -> None:
+    """UserError unless a revision's rounds, if it has any, are as mincai.critique writes them."""
+    rounds, keys = row.get("rounds", []), ("revision", "outcome")
+    rounds = rounds if isinstance(rounds, list) else [None]
+    for one in rounds:
+        if not isinstance(one, dict) or not all(isinstance(one.get(key), str) for key in keys):
+            told = f"rounds is no list of objects with the texts {' and '.join(keys)}"
+            raise UserError(f"{where}: {told}; write what mincai.critique writes")
+
+
 # --- prompts --------------------------------------------------------------------------------------
 
 QUESTION = ("prompt", "messages", "conversations", "conversation", "goal", "question")

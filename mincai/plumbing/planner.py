@@ -75,7 +75,7 @@ def load_shots(path: str, principles, reasons: bool = True) -> dict[str, list[st
         file = data.from_json(data.read_bytes(path, "give another --fewshot, or none"))
         return {kind: [_shot(kind, x, by_id, reasons) for x in file[kind]] for kind in KINDS}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        told = f"not a file of examples ({error!r}); see data/english/fewshot.json"
+        told = f"not a file of examples ({error!r:.200}); see data/english/fewshot.json"
         raise UserError(f"{path}: {told}") from None
 
 
