@@ -192,10 +192,11 @@ def _fill(model, tensors, folder):
     # Copies: what is read stays mapped to the file, which somebody may write over
     copies = {k: v.float().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
     for name, weight in copies.items():
-        largest = float(weight.abs().max())  # NaN if one of them is
+        low, high = map(float, weight.aminmax())  # NaN if one of them is
         most = math.inf if name in HEAD.values() else MOST
-        if not largest < most:
-            what = f"{largest:.3g}" if math.isfinite(largest) else "NaN or infinity"
+        if not -most < low <= high < most:
+            finite = math.isfinite(low) and math.isfinite(high)
+            what = f"{max(low, high, key=abs):.3g}" if finite else "NaN or infinity"
             told = f"weight {name} holds {what}"
             raise UserError(
                 f"{folder}: {told}; get the file again, or look at the run that made it"

@@ -8,7 +8,10 @@ import hashlib
 import io
 import json
 import math
+import os
 import random
+import signal
+import socket
 import struct
 import time
 import traceback
@@ -602,12 +605,16 @@ def held_out():
 # --- the tests ------------------------------------------------------------------------------------
 
 
-def faults_of(name, case, folder, rng, tries) -> list[str]:
-    """What went wrong in so many tries, a line each; and how many were refused, counted in it."""
-    found, damaged = [], [file for file, (_, how) in case.files.items() if how]
+def laid_out(case, folder):
     for file, (content, _) in case.files.items():
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).write_bytes(content)
+
+
+def faults_of(name, case, folder, rng, tries) -> list[str]:
+    """What went wrong in so many tries, a line each; and how many were refused, counted in it."""
+    found, damaged = [], [file for file, (_, how) in case.files.items() if how]
+    laid_out(case, folder)
     case.read(folder)  # sound files are read
     for _ in range(tries):
         file = rng.choice(damaged)
@@ -643,6 +650,39 @@ NAMES = tuple(cases())
 def test_damaged_files_are_read_rightly_or_refused_in_a_line(name, sound, tmp_path, capsys):
     (tmp_path / "f").mkdir()
     assert not faults_of(name, sound[name], tmp_path / "f", random.Random(name), 15)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="has no pipes with names")
+def test_what_is_no_file_is_refused_and_never_waited_for(sound, tmp_path, monkeypatch):
+    """Where any input should be: a folder, a pipe that nobody writes to, a socket, a device."""
+
+    def bound(path):
+        with socket.socket(socket.AF_UNIX) as one:
+            monkeypatch.chdir(path.parent)  # a socket's path has to be short
+            one.bind(path.name)
+
+    kinds = (Path.mkdir, os.mkfifo, bound, lambda path: path.symlink_to("/dev/zero"))
+    seen, before = 0, signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits"))
+    try:
+        for number, (name, case) in enumerate(sound.items()):
+            folder = tmp_path / str(number)
+            laid_out(case, folder)
+            for file, (content, how) in case.files.items():
+                for make in kinds if how else ():
+                    (folder / file).unlink()
+                    make(folder / file)
+                    signal.alarm(20)
+                    with pytest.raises(UserError) as caught:
+                        case.read(folder)
+                    signal.alarm(0)
+                    line, seen = str(caught.value), seen + 1
+                    assert str(folder) in line and "\n" not in line, (name, file, line)
+                    (folder / file).rmdir() if make is Path.mkdir else (folder / file).unlink()
+                    (folder / file).write_bytes(content)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    assert seen > 150
 
 
 @pytest.mark.slow
