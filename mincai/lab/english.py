@@ -78,6 +78,8 @@ def load_attacks(path) -> dict[str, dict]:
                 or any(t.count("{request}") != 1 for t in templates)
             ):
                 raise ValueError(f"family {name!r}: every template needs {{request}} once")
+        if "plain" not in families or all(family["held"] for family in families.values()):
+            raise ValueError("needs the family 'plain', and one that is not held back")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         advice = f"not a file of attacks ({error}); data/english/attacks.json shows the form"
         raise UserError(f"{path}: {advice}") from None

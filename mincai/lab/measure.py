@@ -100,7 +100,7 @@ def gradable(path, cfg) -> tuple[list[dict], dict[str, world.Action]]:
     need = ("id", "prompt", "kind", "category", "attack", "action", "split")
     rows = []
     for where, row in data.each_row(path, need):
-        formats.need(row, ("id", "prompt"), where, text=(*need[1:], "setting"))
+        formats.need(row, need, where, text=(*need[1:], "setting"))
         rows.append(row)
     unknown = [r["action"] for r in rows if r["action"] not in actions]
     if unknown:

@@ -170,7 +170,7 @@ def read_rows(path, formats: dict, known: str, dropped: Counter):
             name = next((name for name, (fits, _) in formats.items() if fits(row)), None)
             first = first or name
             if name is None:
-                keys = ", ".join(row) or "none"
+                keys = f"{', '.join(row):.200}" or "none"
                 raise UserError(
                     f"{where}: keys {keys} make no row that is known here; give {known}"
                 )
