@@ -69,9 +69,17 @@ def read_bytes(path, advice="get the file again") -> bytes:
 
 
 def from_json(text):
-    """json.loads, with ValueError for all that it cannot read, for text that UTF-8 cannot hold
-    (an escaped half of a surrogate pair), and for what is nested so deeply that whoever walks
-    through it would run out of stack."""
+    """What a JSON text says; ValueError for all that cannot be read, or that UTF-8 cannot hold (an
+    escaped half of a surrogate pair)."""
+    found = flat_json(text)
+    if ("\\u" if isinstance(text, str) else b"\\u") in text:
+        json.dumps(found, ensure_ascii=False).encode("utf-8")
+    return found
+
+
+def flat_json(text):
+    """json.loads, with ValueError also for what is nested so deeply that whoever walks through it
+    would run out of stack."""
     try:
         found = level = json.loads(text)
     except RecursionError:
@@ -84,8 +92,6 @@ def from_json(text):
             level = [x for some in inner for x in some if isinstance(x, (dict, list))]
         if level:
             raise ValueError("nested too deeply")
-    if ("\\u" if isinstance(text, str) else b"\\u") in text:
-        json.dumps(found, ensure_ascii=False).encode("utf-8")
     return found
 
 

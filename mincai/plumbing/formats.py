@@ -109,7 +109,7 @@ def table_rows(path, file):
 def list_rows(path, file):
     """The same of one JSON list; a text in it is a prompt."""
     try:
-        rows = data.from_json(file.read())
+        rows = data.flat_json(file.read())  # each row is looked at
     except ValueError as error:
         raise UserError(f"{path}: not a JSON list ({error})") from None
     for n, row in enumerate(rows, 1):
