@@ -37,7 +37,7 @@ SPECIAL = ("bos_token_id", "eos_token_id")  # in config.json for other libraries
 SIZES = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
 KEYS = (*SIZES, "layer_norm_epsilon", "tie_word_embeddings")
 MOST = 10**7  # any size, and any weight but a head's: what is larger overflows on the way
-LAYERS = 1000  # to put more together takes minutes
+LAYERS = 200  # to put many more together takes minutes
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 BOTH = "get the model.safetensors and config.json of one model"
 # What model.py is; a file that leaves one out means the first value. Both names of the tanh GELU
