@@ -66,6 +66,8 @@ def read(cfg, tokenizer, limit) -> tuple[list, Counter]:
             raise UserError(
                 f"{where}: the revision is empty; write an answer, or leave the row out"
             )
+        if cfg.learn == "all":
+            formats.need_rounds(row, where)
         text = conversation_of(row)
         prompt, answers = tokenizer.encode(text), answers_of(row, cfg.learn)
         dropped["never revised"] += not answers

@@ -25,6 +25,9 @@ class UserError(Exception):
 
     code = 2
 
+    def __init__(self, told):
+        super().__init__(" ".join(str(told).splitlines()))  # a file's own words may be several
+
 
 class Diverged(UserError):
     """Numbers went wrong while a stage ran: what was there before it stays, exit code 1."""

@@ -22,7 +22,7 @@ import train_ppo
 import train_sft
 from mincai import UserError, constitution, critique, feedback
 from mincai.lab import assess, english, evaluate, measure, plan
-from mincai.plumbing import cli, distributed, formats
+from mincai.plumbing import cli, distributed, formats, lock
 from mincai.plumbing.cli import arg
 from mincai.plumbing.presets import PRESETS
 from mincai.plumbing.tokenizer import load_tokenizer
@@ -151,13 +151,16 @@ def main(cfg: Config) -> None:
     if preset.memory and device == "cpu" and distributed.is_main():
         say(f"mincai: {plan.warning(configs, cfg.preset)}")
     check(cfg, todo)
-    for number, (name, stage, config) in enumerate(todo, 1):
-        say(f"\n[{number}/{len(todo)}] {name}")
-        if stage is train_ppo.main and not preset.english:
-            stage(config, measure.watcher(configs["evaluate"]))
-        elif distributed.is_main() or stage not in ONE_WRITES:
-            stage(config)
-        distributed.barrier()
+    # what lies outside, a base, other runs may use meanwhile: its stage holds it alone
+    written = [config.out for config in configs.values() if Path(out) in Path(config.out).parents]
+    with lock.alone(*[out, f"{out}/eval.json", *written] if distributed.is_main() else []):
+        for number, (name, stage, config) in enumerate(todo, 1):
+            say(f"\n[{number}/{len(todo)}] {name}")
+            if stage is train_ppo.main and not preset.english:
+                stage(config, measure.watcher(configs["evaluate"]))
+            elif distributed.is_main() or stage not in ONE_WRITES:
+                stage(config)
+            distributed.barrier()
     say(
         f"\nmincai: all of it in {time.time() - started:.0f} s. Talk with it: python -m mincai.lab.chat "
         f"{out}/ppo --beside {base},{out}/sft"

@@ -15,15 +15,14 @@ same reason an option's letter is scored inside its bracket: "Choice: (" is foll
 one token each in both vocabularies.
 """
 
-import json
-import math
 import random
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 from mincai import DATA, UserError
+from mincai.plumbing import data
 
 PATH = DATA / "constitution.json"
+MOST = 1e9  # of a weight
 KEEP = "keep the answer ."  # a revision that says: the answer stands. Copying it out would only add errors.
 
 
@@ -59,7 +58,8 @@ def _principle(row, n: int) -> Principle:
     made = Principle(**{"id": f"own-{n}", "text": "", "tiny": row.get("text", ""), **row})
     for field in fields(Principle):
         value = getattr(made, field.name)
-        if not isinstance(value, str) if field.type is str else not 0 <= value < math.inf:
+        number = type(value) in (int, float) and 0 <= value <= MOST
+        if not isinstance(value, str) if field.type is str else not number:
             raise ValueError(f"principle {n}: {field.name} is {value!r}")
     if not made.text.strip() or made.split not in ("train", "held"):
         raise ValueError(f"principle {n} needs a text, and a split that is train or held")
@@ -69,16 +69,13 @@ def _principle(row, n: int) -> Principle:
 def load_constitution(path=PATH) -> list[Principle]:
     """The principles of a JSON list of sentences or objects, or of {"principles": that list}.
     An object needs a text only. UserError for any other file."""
-    path = Path(path)
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        rows = data.from_json(data.read_bytes(path, "give a file of principles"))
         rows = rows if isinstance(rows, list) else rows["principles"]
         principles = [_principle(row, n) for n, row in enumerate(rows, 1)]
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such constitution") from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path}: not a constitution ({error}); see data/constitution.json for the form"
+            f"{path}: not a constitution ({error!s:.200}); see data/constitution.json for the form"
         ) from None
     if not principles:
         raise UserError(f"{path}: a constitution without principles")
@@ -99,7 +96,8 @@ def select(principles, without: str = "", split: str = "train") -> list[Principl
         raise UserError(
             f"no principle or target is called {', '.join(sorted(unknown))}; targets: {', '.join(targets)}"
         )
-    kept = [p for p in principles if p.split == split and not {p.id, p.target} & names]
+    some = [p for p in principles if p.split == split and not {p.id, p.target} & names]
+    kept = [p for p in some if p.weight > 0]  # the others would never be drawn
     if not kept:
         raise UserError("no principle is left of the constitution; loosen --without")
     return kept

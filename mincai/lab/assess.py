@@ -16,7 +16,6 @@ The phrases are a string match as in Zou et al. 2023 (2307.15043): cheap, open, 
 answers.
 """
 
-import json
 import random
 import re
 from dataclasses import dataclass
@@ -197,8 +196,9 @@ def main(cfg: Config) -> dict:
         advice = f"make it with: python -m mincai --preset gpt2 --out {out}"
         raise UserError(f"{out}: no such run folder; {advice}")
     if data.done(out / "eval.json", cfg, cfg.again):
+        progress.forget(cfg)
         print(f"assess: {out / 'eval.json'} is there already, skipped")
-        return json.loads((out / "eval.json").read_text())
+        return data.read_object(out / "eval.json")
     begun = begin("assess", cfg)
     rng = random.Random(cfg.seed)
     rows = [r for r in formats.read_prompts(cfg.prompts) if r.get("split") in SPLITS]

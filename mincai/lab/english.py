@@ -18,7 +18,6 @@ category.
 
 import base64
 import codecs
-import json
 import random
 from collections import Counter
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from pathlib import Path
 
 from mincai import UserError
 from mincai.constitution import PATH
-from mincai.plumbing import data, output
+from mincai.plumbing import data, formats, output
 from mincai.plumbing.cli import arg, run
 
 FILES = ("prompts", "prompts_dev", "prompts_eval")
@@ -65,18 +64,22 @@ class Config:
 
 def load_attacks(path) -> dict[str, dict]:
     """{family: {held, encoding, templates}}; UserError where a template lacks its one {request}."""
-    with data.readable(path):
-        content = Path(path).read_bytes()
     try:
-        families = json.loads(content)["families"]
+        families = data.from_json(data.read_bytes(path))["families"]
         for name, family in families.items():
             if not {"held", "encoding", "templates"} <= family.keys():
                 raise ValueError(f"family {name!r}: needs held, encoding and templates")
             if family["encoding"] not in ENCODINGS or not isinstance(family["held"], bool):
                 raise ValueError(f"family {name!r}: encoding or held")
             templates = family["templates"]
-            if not templates or any(t.count("{request}") != 1 for t in templates):
+            if (
+                not templates
+                or not isinstance(templates, list)
+                or any(t.count("{request}") != 1 for t in templates)
+            ):
                 raise ValueError(f"family {name!r}: every template needs {{request}} once")
+        if "plain" not in families or all(family["held"] for family in families.values()):
+            raise ValueError("needs the family 'plain', and one that is not held back")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         advice = f"not a file of attacks ({error}); data/english/attacks.json shows the form"
         raise UserError(f"{path}: {advice}") from None
@@ -192,7 +195,10 @@ def prompts(rows, attacks, rng: random.Random, wrappings=0, number=0) -> dict[st
 def read(cfg: Config) -> dict[str, list[dict]]:
     """What main writes: {file name: rows}."""
     folder = Path(cfg.folder)
-    rows = data.read_jsonl(folder / "requests.jsonl", ("id", "kind", "category", "request"))
+    rows, texts = [], ("id", "kind", "category", "request")
+    for where, row in data.each_row(folder / "requests.jsonl", texts):
+        formats.need(row, texts, where, text=texts)
+        rows.append(row)
     attacks = load_attacks(folder / "attacks.json")
     return prompts(rows, attacks, random.Random(cfg.seed), cfg.wrappings, cfg.attacks)
 

@@ -14,7 +14,6 @@ temperature 1, as in training; beside them stand the greedy ones.
 """
 
 import dataclasses
-import json
 import random
 import time
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from pathlib import Path
 from mincai import UserError, constitution, shipped
 from mincai.lab import claims, controls, measure, probes
 from mincai.lab.table import as_text, dialogues, headlines, tables
-from mincai.plumbing import data, output, progress
+from mincai.plumbing import data, lock, output, progress
 from mincai.plumbing.cli import arg, pick_device, run, set_threads
 from mincai.tinyworld import world
 
@@ -117,29 +116,34 @@ def measure_deep(opened: measure.Run) -> None:
     """eval_deep.json: made, or read where it is there, and printed."""
     cfg, path, started = opened.cfg, opened.out / "eval_deep.json", time.time()
     if not data.done(path, cfg, cfg.again):
-        found, rows = probes.measure(opened)
-        made = data.stamp(cfg, seconds=round(time.time() - started)) | found
-        data.write_stamped(path, {"eval_deep.jsonl": rows}, lambda: made)
-    print(as_text(probes.tables(measure.read_object(path))), flush=True)
+        with lock.alone(path):
+            found, rows = probes.measure(opened)
+            made = data.stamp(cfg, seconds=round(time.time() - started)) | found
+            data.write_stamped(path, {"eval_deep.jsonl": rows}, lambda: made)
+    with measure.as_written(path.parent, path.name):
+        text = as_text(probes.tables(measure.read_object(path)))
+    print(text, flush=True)
 
 
 def measure_table(opened: measure.Run) -> dict:
     """eval.json: made, or read where it is there."""
     cfg, path, started = opened.cfg, opened.out / "eval.json", time.time()
     if data.done(path, cfg, cfg.again):
+        progress.forget(cfg)
         print(f"evaluate: {path} is there already, skipped")
         return measure.read_object(path)
-    progress.check(cfg)
-    opened.journal = progress.Journal(cfg, data.inputs(cfg))
-    result, samples = measure_all(opened)
-    opened.journal = None
-    seconds = round(time.time() - started)
-    result = data.stamp(cfg, seconds=seconds, missing=opened.missing) | result
-    files = {"eval_samples.jsonl": samples}
-    if "pm" in result:
-        files["eval_pm.jsonl"] = result["pm"].pop("samples")
-    result = data.write_stamped(path, files, lambda: result)
-    progress.clear(cfg)
+    with lock.alone(path):
+        progress.check(cfg)
+        opened.journal = progress.Journal(cfg, data.inputs(cfg))
+        result, samples = measure_all(opened)
+        opened.journal = None
+        seconds = round(time.time() - started)
+        result = data.stamp(cfg, seconds=seconds, missing=opened.missing) | result
+        files = {"eval_samples.jsonl": samples}
+        if "pm" in result:
+            files["eval_pm.jsonl"] = result["pm"].pop("samples")
+        result = data.write_stamped(path, files, lambda: result)
+        progress.clear(cfg)
     print(as_text(tables(result)), "\n".join(headlines(result)), dialogues(samples), sep="\n\n")
     lacks = f", missing {', '.join(opened.missing)}" if opened.missing else ""
     print(
@@ -149,12 +153,20 @@ def measure_table(opened: measure.Run) -> dict:
     return result
 
 
+def claimed(runs: list[Path]) -> tuple[dict, str]:
+    """What goes into claims.json, and it as text."""
+    files = "eval.json, eval_deep.json, controls.json or ppo/run.json"
+    with measure.as_written(", ".join(map(str, runs)), files):
+        found = claims.measure(runs)
+        return found, as_text(claims.tables(found))
+
+
 def seed_of(run: Path) -> int:
     """The seed that a run was evaluated with, else made with; 0 if neither is known."""
     for path in (run / "eval.json", run / "sft" / "run.json"):
         try:
-            return int(json.loads(path.read_text(encoding="utf-8"))["config"]["seed"])
-        except (OSError, ValueError, KeyError, TypeError):
+            return int(data.from_json(data.read_bytes(path))["config"]["seed"])
+        except (UserError, ValueError, KeyError, TypeError, OverflowError):
             continue  # not there, or not ours: whoever reads it next says what is wrong with it
     return 0
 
@@ -163,8 +175,8 @@ def main(cfg: Config) -> dict:
     runs = [Path(part) for part in cfg.out.split(",")]
     cfg.check_out()
     if cfg.claims:
-        found = claims.measure(runs)
-        print(as_text(claims.tables(found)))
+        found, text = claimed(runs)
+        print(text)
         data.write_json(runs[0] / "claims.json", data.stamp(cfg) | found)
         return found
     if len(runs) > 1:
@@ -178,7 +190,8 @@ def main(cfg: Config) -> dict:
     if cfg.deep:
         measure_deep(opened)
     if cfg.controls:
-        controls.main(opened)
+        with lock.alone(opened.out / "controls"):
+            controls.main(opened)
     return result
 
 

@@ -6,7 +6,7 @@ preference model to held-out pairs of which one answer is better by the world's 
 trains.
 """
 
-import json
+import contextlib
 import math
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from mincai import UserError, constitution
 from mincai.feedback import judge
 from mincai.lab.table import PARTS, ROWS, STAGES, rate
 from mincai.losses import calibration_error
-from mincai.plumbing import data
+from mincai.plumbing import data, formats
 from mincai.plumbing.checkpoint import load
 from mincai.plumbing.logprobs import answer_logp, answer_scores
 from mincai.plumbing.planner import Planner
@@ -104,7 +104,10 @@ def gradable(path, cfg) -> tuple[list[dict], dict[str, world.Action]]:
     grade."""
     actions = {a.text: a for a in world.build(cfg.world, cfg.size)}
     need = ("id", "prompt", "kind", "category", "attack", "action", "split")
-    rows = data.read_jsonl(path, need)
+    rows = []
+    for where, row in data.each_row(path, need):
+        formats.need(row, need, where, text=(*need[1:], "setting"))
+        rows.append(row)
     unknown = [r["action"] for r in rows if r["action"] not in actions]
     if unknown:
         mend = "give the --world and --size that it was made for"
@@ -137,10 +140,20 @@ def read_object(path: Path) -> dict | None:
     if not path.exists():
         return None
     try:
-        return dict(json.loads(path.read_bytes()).items())
-    except (OSError, ValueError, RecursionError, AttributeError) as error:
+        return dict(data.from_json(data.read_bytes(path)).items())
+    except (ValueError, AttributeError) as error:
         why = f"cannot be read as a JSON object ({error})"
         raise UserError(f"{path}: {why}; make it again, with --again") from None
+
+
+@contextlib.contextmanager
+def as_written(place, files):
+    """UserError where these files of a run hold something else than was written there."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        why = f"{files} is not as this version writes it ({error!r:.200}); make it again"
+        raise UserError(f"{place}: {why}") from None
 
 
 # ---- policies ----

@@ -24,7 +24,7 @@ from mincai import UserError, constitution, critique, shipped
 from mincai.feedback import judge
 from mincai.lab.table import NAMES
 from mincai.model import GPT, ScalarModel
-from mincai.plumbing import data
+from mincai.plumbing import data, formats
 from mincai.plumbing.checkpoint import load
 from mincai.plumbing.cli import arg, pick_device, run, set_threads
 from mincai.plumbing.logprobs import answer_scores
@@ -94,14 +94,21 @@ def open_run(cfg: Config) -> Play:
     planner = Planner(tokenizer, models["base"].config.block_size, load_shots(cfg.fewshot, every))
     # a model of few words has read of the tiny world, whose attacks go around an action
     families = list(attacks.FAMILIES) if tokenizer.words is not None else []
-    requests = {}
-    for row in data.read_jsonl(cfg.prompts, ("prompt",)):
-        bare = row.get("action") if families else row.get("request")
-        text, setting = bare or row["prompt"], row.get("setting") or ""
-        about = {key: row.get(key, "") for key in ("kind", "category")}
-        requests[text, setting] = {"text": text, "setting": setting, **about}
+    requests = requests_of(cfg.prompts, "action" if families else "request")
     principles = {p.id: p for p in every}
-    return Play(models, pm, planner, principles, [*requests.values()], families, cfg.max_new)
+    return Play(models, pm, planner, principles, requests, families, cfg.max_new)
+
+
+def requests_of(path, bare: str) -> list[dict]:
+    """What to choose from, of a file of prompts: {text, setting, kind, category}, each once. bare:
+    what the request without its wrapping is called there."""
+    found, texts = {}, ("prompt", bare, "setting", "kind", "category")
+    for where, row in data.each_row(path, ("prompt",)):
+        formats.need(row, ("prompt",), where, text=texts)
+        text, setting = row.get(bare) or row["prompt"], row.get("setting") or ""
+        about = {key: row.get(key, "") for key in ("kind", "category")}
+        found[text, setting] = {"text": text, "setting": setting, **about}
+    return [*found.values()]
 
 
 # ---- what the models say ----

@@ -14,8 +14,8 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from mincai import UserError, constitution
-from mincai.lab import assess, claims, controls, page, probes, trails
+from mincai import constitution
+from mincai.lab import assess, claims, controls, measure, page, probes, trails
 from mincai.lab.measure import read_object, run_folder
 from mincai.lab.page import Html, join, said, tag, text
 from mincai.lab.table import NAMES, Table, headlines, tables
@@ -178,8 +178,9 @@ def curve(rows: list[dict], key: str) -> list[tuple]:
 def picture(folder: Path) -> str:
     """The loop's five stages with this run's numbers and PPO's score over its updates, one SVG of
     900 by 320."""
-    score = curve(read(folder, "ppo/metrics.jsonl") or [], "score")
-    return f"<!-- {WRITTEN} -->\n{page.picture(facts(folder)[1:], score)}\n"
+    with measure.as_written(folder, "revisions, comparisons, a run.json or ppo/metrics.jsonl"):
+        score = curve(read(folder, "ppo/metrics.jsonl") or [], "score")
+        return f"<!-- {WRITTEN} -->\n{page.picture(facts(folder)[1:], score)}\n"
 
 
 def results(found: dict) -> list:
@@ -237,11 +238,8 @@ PARTS = (  # anchor, title, what makes it, the files that it is made of
 def build(cfg: Config) -> str:
     folder, parts = Path(cfg.out), []
     for anchor, title, make, files in PARTS:
-        try:
+        with measure.as_written(folder, files):
             parts.append(tag("section", tag("h2", title, id=anchor), make(folder, cfg)))
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            why = f"{files} is not as this version writes it ({error!r}); make it again"
-            raise UserError(f"{folder}: {why}") from None
     links = [tag("a", title, href=f"#{anchor}") for anchor, title, *_ in PARTS]
     title = f"Constitutional AI, one run: {folder.resolve().name}"
     head = (tag("h1", title), text(ABOUT), tag("nav", *links))

@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 
 from mincai import UserError
-from mincai.plumbing.data import read_object, readable
+from mincai.plumbing.data import read_bytes, read_object
 
 WHOLE, VOCABULARY, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 ADDED, SETTINGS = "added_tokens.json", "tokenizer_config.json"
@@ -102,8 +102,8 @@ def _read_whole(path):
 
 
 def _read_merges(folder):
-    with readable(folder / MERGES, "it belongs beside " + VOCABULARY):
-        lines = (folder / MERGES).read_bytes().decode("utf-8", errors="replace").split("\n")
+    content = read_bytes(folder / MERGES, "it belongs beside " + VOCABULARY)
+    lines = content.decode("utf-8", errors="replace").split("\n")
     pairs = [line.rstrip("\r").split(" ") for line in lines if line.strip()]
     return pairs[1:] if pairs and pairs[0][0] == "#version:" else pairs
 

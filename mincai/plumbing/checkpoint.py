@@ -8,6 +8,7 @@ a downloaded file runs whatever code is in it.
 
 import dataclasses
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from mincai import UserError
 from mincai.model import GPT, GPTConfig, ScalarModel
-from mincai.plumbing import data, output, tokenizer, workers
+from mincai.plumbing import data, lock, output, tokenizer, workers
 
 # A model on disk, with its vocabulary for us and for other libraries; words.txt is there for a
 # small one only
@@ -35,6 +36,9 @@ SPECIAL = ("bos_token_id", "eos_token_id")  # in config.json for other libraries
 # GPTConfig's fields in their order, as config.json calls them
 SIZES = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
 KEYS = (*SIZES, "layer_norm_epsilon", "tie_word_embeddings")
+MOST = 10**7  # any size, and any weight but a head's: what is larger overflows on the way
+LAYERS = 200  # to put many more together takes minutes
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 BOTH = "get the model.safetensors and config.json of one model"
 # What model.py is; a file that leaves one out means the first value. Both names of the tanh GELU
 # mean one formula
@@ -72,19 +76,21 @@ def save(model: GPT | ScalarModel, folder, extra: dict | None = None) -> None:
     files["config.json"] = json.dumps(config, indent=2) + "\n"
     # safetensors asks for contiguous copies
     tensors = {k: v.detach().cpu().contiguous() for k, v in _to_file(model, gpt).items()}
-    work = output.begin(folder, {"model.safetensors", *files})
-    try:
-        save_file(tensors, work / "model.safetensors", metadata={"format": "pt"})
+
+    def write(work):
+        try:
+            save_file(tensors, work / "model.safetensors", metadata={"format": "pt"})
+        except SafetensorError as error:  # the disk is full, for one
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(0, os.strerror(int(number[1])) if number else str(error)) from None
         mask = os.umask(0)  # safetensors 0.8 writes for its owner alone, whatever the umask
         os.umask(mask)
         os.chmod(work / "model.safetensors", 0o666 & ~mask)
-        for name, content in files.items():
-            content = content.encode("utf-8") if isinstance(content, str) else content
-            (work / name).write_bytes(content)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{work}: cannot be written ({reason}); give another --out") from None
-    output.finish(work, folder, stamp)
+
+    with lock.alone(folder):
+        work = output.begin(folder, {"model.safetensors", *files})
+        output.fill(work, files, write)
+        output.finish(work, folder, stamp)
 
 
 def _to_file(model, gpt):
@@ -131,8 +137,7 @@ def load(folder, device="cpu", scalar=False, new_head=False) -> GPT | ScalarMode
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; check the path, or run the stage that makes it")
-    config = read_config(folder)
-    tensors = _read_weights(folder)
+    config, tensors = output.steady(folder, lambda: (_config(folder), _read_weights(folder)))
     for prefix, inner in WRAPPED.items():
         if any(name.startswith(prefix) for name in tensors):
             told = f"weights are named {prefix}*, as a wrapper around a model is saved"
@@ -181,18 +186,30 @@ def _fill(model, tensors, folder):
         if found != wanted:  # as they lie in the file
             told = f"weight {name} has shape {found}, but config.json asks for {wanted}"
             raise UserError(f"{folder}: {told}; {BOTH}")
-        if not torch.isfinite(tensors[name]).all():
-            told = f"weight {name} holds NaN or infinity"
+        if tensors[name].dtype not in FLOATS:
+            told = f"weight {name} is of {tensors[name].dtype}".replace("torch.", "")
+            raise UserError(f"{folder}: {told}; only floating-point weights can be loaded")
+    # Copies: what is read stays mapped to the file, which somebody may write over
+    copies = {k: v.float().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
+    for name, weight in copies.items():
+        low, high = map(float, weight.aminmax())  # NaN if one of them is
+        most = math.inf if name in HEAD.values() else MOST
+        if not -most < low <= high < most:
+            finite = math.isfinite(low) and math.isfinite(high)
+            what = f"{max(low, high, key=abs):.3g}" if finite else "NaN or infinity"
+            told = f"weight {name} holds {what}"
             raise UserError(
                 f"{folder}: {told}; get the file again, or look at the run that made it"
             )
-    # Copies: what is read stays mapped to the file, which somebody may write over
-    copies = {k: v.float().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
     model.load_state_dict(copies, assign=True)
 
 
 def read_config(folder) -> GPTConfig:
     """config.json of a checkpoint folder; UserError for any other architecture than GPT-2's."""
+    return output.steady(folder, lambda: _config(folder))
+
+
+def _config(folder):
     path = Path(folder) / "config.json"
     content = data.read_object(path, "a checkpoint folder holds config.json and model.safetensors")
     c = {"tie_word_embeddings": True, "layer_norm_epsilon": 1e-5, **content}
@@ -204,16 +221,17 @@ def read_config(folder) -> GPTConfig:
 
     need("model_type", c.get("model_type") == "gpt2", "only 'gpt2' can be loaded")
     for key in SIZES:
-        whole = type(c.get(key)) is int and c[key] > 0
-        need(key, whole, "it must be a whole number above 0")
+        most = LAYERS if key == "n_layer" else MOST
+        whole = type(c.get(key)) is int and 0 < c[key] <= most
+        need(key, whole, f"it must be a whole number above 0, and at most {most:,}")
     for key, values in FIXED.items():
         need(key, c.get(key, values[0]) in values, f"only {values[0]!r} can be loaded")
     need("n_inner", c.get("n_inner") in (None, 4 * c["n_embd"]), "only 4 * n_embd can be loaded")
     need("n_embd", c["n_embd"] % c["n_head"] == 0, f"it must be a multiple of n_head {c['n_head']}")
     need("tie_word_embeddings", type(c["tie_word_embeddings"]) is bool, "it must be true or false")
     epsilon = c["layer_norm_epsilon"]
-    positive = type(epsilon) in (int, float) and epsilon > 0
-    need("layer_norm_epsilon", positive, "it must be a number above 0")
+    small = type(epsilon) is float and 0 < epsilon < 1
+    need("layer_norm_epsilon", small, "it must be a number above 0 and below 1")
     return GPTConfig(*(c[key] for key in KEYS))
 
 
@@ -225,7 +243,7 @@ def _read_weights(folder):
         names = data.read_object(index).get("weight_map")
         shards = [*names.values()] if isinstance(names, dict) and names else [names]
         for shard in shards:
-            if not re.fullmatch(r"[^/\\]+\.safetensors", str(shard)):  # stays inside the folder
+            if not re.fullmatch(r"[^/\\\0]+\.safetensors", str(shard)):  # stays inside the folder
                 told = f"weight_map names {shard!r}; only .safetensors files beside it are read"
                 raise UserError(f"{index}: {told}")
     tensors = {}

@@ -16,6 +16,7 @@ The field that a Config names in FIRST may be given without its flag, as the fir
 
 import argparse
 import dataclasses
+import errno
 import math
 import os
 import signal
@@ -27,6 +28,9 @@ from tqdm import tqdm
 
 from mincai import UserError
 from mincai.plumbing import memory, workers
+
+# A disk without room, or that takes no more
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 def arg(default, help, least=-math.inf, most=math.inf, choices=()):
@@ -137,10 +141,20 @@ def run(main, Config, description="", argv=None):
         print(f"\nmincai: {told}; what is done is kept, the same command goes on", file=sys.stderr)
         sys.exit(128 + number)
     except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # else Python flushes at exit
+        _close_stdout()
         sys.exit(128 + signal.SIGPIPE)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        what = error.filename or "what is printed, or a temporary file,"
+        tqdm.write(f"mincai: error: {what} cannot be written ({error.strerror})", file=sys.stderr)
+        _close_stdout()
+        sys.exit(2)
+
+
+def _close_stdout():
+    """Else Python writes what is left to it at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def precision(device, dtype):

@@ -29,12 +29,18 @@ from mincai import UserError
 from mincai.plumbing import distributed, output
 from mincai.plumbing.output import sidecar
 
+DEEPEST = 100  # levels of JSON
+
 # --- files ----------------------------------------------------------------------------------------
 
 
 @contextmanager
 def readable(path, advice="check the path, or run the stage that writes it"):
-    """Turn what opening or reading a file raises into a UserError."""
+    """Turn what opening or reading a file raises into a UserError. What is no file is not opened:
+    a pipe would be waited for."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        what = "a folder" if os.path.isdir(path) else "a pipe, a socket or a device"
+        raise UserError(f"{path}: cannot be read ({what}, no file); {advice}")
     try:
         yield
     except OSError as error:
@@ -56,13 +62,45 @@ def opened(path):
         raise UserError(f"{path}: gzip that is cut short or broken ({error})") from None
 
 
+def read_bytes(path, advice="get the file again") -> bytes:
+    """A whole file, or UserError."""
+    with readable(path, advice):
+        return Path(path).read_bytes()
+
+
+def from_json(text):
+    """What a JSON text says; ValueError for all that cannot be read, or that UTF-8 cannot hold (an
+    escaped half of a surrogate pair)."""
+    found = flat_json(text)
+    if ("\\u" if isinstance(text, str) else b"\\u") in text:
+        json.dumps(found, ensure_ascii=False).encode("utf-8")
+    return found
+
+
+def flat_json(text):
+    """json.loads, with ValueError also for what is nested so deeply that whoever walks through it
+    would run out of stack."""
+    try:
+        found = level = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    opens = ("[", "{") if isinstance(text, str) else (b"[", b"{")
+    if sum(map(text.count, opens)) > DEEPEST:
+        level = [found]
+        for _ in range(DEEPEST):
+            inner = [one.values() if isinstance(one, dict) else one for one in level]
+            level = [x for some in inner for x in some if isinstance(x, (dict, list))]
+        if level:
+            raise ValueError("nested too deeply")
+    return found
+
+
 def read_object(path, advice="get the file again") -> dict:
     """The one object in a JSON file; UserError for any other content, and for a file that is
     missing (with this advice)."""
     try:
-        with readable(path, advice):
-            content = json.loads(Path(path).read_bytes())
-    except (ValueError, RecursionError):  # JSON's and UTF-8's errors
+        content = from_json(read_bytes(path, advice))
+    except ValueError:  # JSON's and UTF-8's errors
         content = None
     if not isinstance(content, dict):
         raise UserError(f"{path}: not JSON of one object; get the file again")
@@ -90,18 +128,15 @@ def each_line(path, file=None):
 def parse_row(line, where, need=()):
     """One line to a dict that has all the keys of `need`."""
     try:
-        row = json.loads(line)
-        # an escaped half of a surrogate pair is JSON, but no text that UTF-8 can hold
-        if "\\u" in line:
-            json.dumps(row, ensure_ascii=False).encode("utf-8")
+        row = from_json(line)
     except UnicodeError as error:
         told = f"not UTF-8 text ({error.reason}); save the file as UTF-8"
         raise UserError(f"{where}: {told}") from None
     except json.JSONDecodeError as error:
         told = f"not JSON ({error.msg}, column {error.colno}); one object a line"
         raise UserError(f"{where}: {told}") from None
-    except RecursionError:
-        raise UserError(f"{where}: nested too deeply; write one flat object a line") from None
+    except ValueError as error:  # nested too deeply, or a number of thousands of digits
+        raise UserError(f"{where}: {error}; write one flat object a line") from None
     if not isinstance(row, dict):
         raise UserError(f"{where}: a {type(row).__name__}, not an object; write one object a line")
     missing = ", ".join(key for key in need if key not in row)
@@ -336,8 +371,7 @@ def done(path, config, again=False):
     if not os.path.exists(settings):
         return False
     try:
-        with readable(settings):
-            found = json.loads(settings.read_bytes())
+        found = from_json(read_bytes(settings))
         if "config" not in found and found["unfinished"]:  # stopped before rows had their stamp
             return False
         old = dict(found["config"].items())
@@ -384,8 +418,8 @@ def refuse_first_edition(folder) -> None:
     """UserError if this folder is a tiny world of the first edition: its answers and prompts are
     others than those that stages and evaluation know now. No other folder is concerned."""
     try:
-        config = json.loads((Path(folder) / "run.json").read_bytes())["config"]
-    except (OSError, ValueError, KeyError, TypeError):
+        config = from_json(read_bytes(Path(folder) / "run.json"))["config"]
+    except (UserError, ValueError, KeyError, TypeError):
         return
     if isinstance(config, dict) and {"world", "focus"} <= config.keys():  # only it had a focus
         raise UserError(

@@ -36,7 +36,7 @@ from pathlib import Path
 
 from mincai import UserError
 from mincai.constitution import dialogue
-from mincai.plumbing import data, distributed, output
+from mincai.plumbing import data, distributed, lock, output
 from mincai.plumbing.cli import arg, run
 from mincai.plumbing.tokenizer import WORDS
 from mincai.plumbing.turns import QUOTED, Unusable, asked, quote, transcript
@@ -109,8 +109,8 @@ def table_rows(path, file):
 def list_rows(path, file):
     """The same of one JSON list; a text in it is a prompt."""
     try:
-        rows = json.loads(file.read())
-    except (ValueError, RecursionError) as error:
+        rows = data.flat_json(file.read())  # each row is looked at
+    except ValueError as error:
         raise UserError(f"{path}: not a JSON list ({error})") from None
     for n, row in enumerate(rows, 1):
         row = {"prompt": row} if isinstance(row, str) else row
@@ -170,7 +170,7 @@ def read_rows(path, formats: dict, known: str, dropped: Counter):
             name = next((name for name, (fits, _) in formats.items() if fits(row)), None)
             first = first or name
             if name is None:
-                keys = ", ".join(row) or "none"
+                keys = f"{', '.join(row):.200}" or "none"
                 raise UserError(
                     f"{where}: keys {keys} make no row that is known here; give {known}"
                 )
@@ -222,6 +222,16 @@ def need(row, keys, where, text=()) -> None:
     for key in text:
         if not isinstance(row.get(key), (str, type(None))):
             raise UserError(f"{where}: {key} is a {type(row[key]).__name__}; write text")
+
+
+def need_rounds(row, where) -> None:
+    """UserError unless a revision's rounds, if it has any, are as mincai.critique writes them."""
+    rounds, keys = row.get("rounds", []), ("revision", "outcome")
+    rounds = rounds if isinstance(rounds, list) else [None]
+    for one in rounds:
+        if not isinstance(one, dict) or not all(isinstance(one.get(key), str) for key in keys):
+            told = f"rounds is no list of objects with the texts {' and '.join(keys)}"
+            raise UserError(f"{where}: {told}; write what mincai.critique writes")
 
 
 # --- prompts --------------------------------------------------------------------------------------
@@ -298,8 +308,10 @@ def question(row, where):
 
 def own_prompt(row, where):
     """The row, checked."""
-    texts = ("prompt", "kind", "setting", "category", "attack")
+    texts = ("prompt", "kind", "setting", "category", "attack", "action", "split")
     need(row, ("id", "prompt", "kind"), where, text=texts)
+    if not isinstance(row["id"], (str, int)):
+        raise UserError(f"{where}: id is a {type(row['id']).__name__}; write text or a number")
     if row["kind"] not in ("harmful", "benign"):
         raise UserError(f"{where}: kind is {row['kind']!r}; give harmful or benign")
     return row
@@ -543,8 +555,9 @@ def main(cfg: Config) -> dict:
     told = ", ".join(f"{count} {why}" for why, count in left.items()) or "none"
     if not written:
         raise UserError(f"{cfg.source}: no row is left to write ({told}); make more of them")
-    data.write_jsonl(cfg.out, written)
-    data.write_json(data.sidecar(cfg.out), data.stamp(cfg, form=form))
+    with lock.alone(cfg.out):
+        data.write_jsonl(cfg.out, written)
+        data.write_json(data.sidecar(cfg.out), data.stamp(cfg, form=form))
     counts = f"{len(written)} of {len(found)} {form} in TRL's format"
     print(f"formats: {counts}; left out: {told} -> {cfg.out}")
     return {"written": len(written), **left}

@@ -18,12 +18,16 @@ import hashlib
 import json
 import os
 import re
+import time
 import uuid
 from pathlib import Path, PurePosixPath
 
 import mincai
 from mincai import UserError
+from mincai.plumbing import lock
 
+PATIENCE = 2  # seconds
+BESIDE = (".partial", ".progress", lock.INSIDE)  # of ours, in a folder that is no checkpoint yet
 LIST = "partial.json"  # of a folder that is not whole yet: what is to be in it, as in run.json
 ANOTHER = "give another --out"
 TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.[0-9a-f]{16}\.tmp")
@@ -53,7 +57,7 @@ def check_folder(folder, names) -> None:
         raise UserError(f"{folder}: is a file; give a folder to save the model in")
     if real.is_dir():
         own = _own(real)
-        if not own and any(path.name not in (".partial", ".progress") for path in real.iterdir()):
+        if not own and any(p.name not in BESIDE for p in real.iterdir()):
             told = "holds files, but no run.json that says mincai wrote them; give a new folder"
             raise UserError(f"{folder}: {told}")
         _refuse_strangers(real, own.union(names), own, MEND)
@@ -74,6 +78,8 @@ def check_file(path, voucher=None, mark: str = "") -> None:
     real = _place(path)
     if real.is_dir():
         raise UserError(f"{path}: is a folder; give a file")
+    if os.path.exists(real) and not real.is_file():
+        raise UserError(f"{path}: is a pipe, a socket or a device; give a file")
     if os.path.exists(real):
         ours = mark.encode() in real.read_bytes() if mark else stamp_of(voucher or real)
         if not ours:
@@ -131,7 +137,7 @@ def _place(path) -> Path:
 def stamp_of(path):
     """The content of a JSON file that mincai wrote, a dict; None for any other, and for none."""
     try:
-        found = json.loads(Path(path).read_bytes())
+        found = json.loads(Path(path).read_bytes()) if os.path.isfile(path) else None
     except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) and "mincai" in found else None
@@ -252,8 +258,30 @@ def begin(folder, names) -> Path:
         if work.is_dir():
             _remove(work, _left(work) | temporaries(work))
         work.mkdir(parents=True, exist_ok=True)
-    _write_list(work, names, _own(Path(os.path.realpath(folder))))
+    with _discarded(work):
+        _write_list(work, names, _own(Path(os.path.realpath(folder))))
     return work
+
+
+@contextlib.contextmanager
+def _discarded(work):
+    """What `begin` started goes again where it cannot be written: the disk may be full."""
+    try:
+        yield
+    except UserError:
+        with contextlib.suppress(OSError):
+            _remove(work, _left(work) | {LIST})
+        raise
+
+
+def fill(work, files: dict, write=lambda work: None) -> None:
+    """Write what `begin` is to hold: {name: bytes or str}, and what `write` does. If that cannot
+    be, nothing of it stays."""
+    with _discarded(work), writing(work):
+        write(work)
+        for name, content in files.items():
+            content = content.encode("utf-8") if isinstance(content, str) else content
+            (work / name).write_bytes(content)
 
 
 def finish(work, folder, stamp: dict) -> None:
@@ -271,7 +299,8 @@ def finish(work, folder, stamp: dict) -> None:
         flush(work / name)
     stamp = {"mincai": mincai.__version__, **stamp, "files": sorted(names)}
     stamp["sha256"] = {name: sha256(work / name) for name in made}
-    write_file(work / "run.json", [json.dumps(stamp, ensure_ascii=False, indent=2) + "\n"])
+    with _discarded(work):
+        write_file(work / "run.json", [json.dumps(stamp, ensure_ascii=False, indent=2) + "\n"])
     with writing(folder, f"what it lacks is in {work}"):
         if not os.path.lexists(real):
             (work / LIST).unlink()
@@ -283,11 +312,42 @@ def finish(work, folder, stamp: dict) -> None:
         _write_list(work, names, names | own)
         _remove(real, {"run.json"})
         _remove(real, own - names | {"config.json"})
-        for name in sorted(names, key=lambda name: (name == "run.json", name == "config.json")):
-            (real / name).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(work / name, real / name)
-            flush((real / name).parent)
+        for some in (names - {"config.json", "run.json"}, names & {"config.json"}, {"run.json"}):
+            for name in sorted(some):
+                (real / name).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(work / name, real / name)
+            for inner in (*_inner(some), ""):
+                flush(real / inner)
         _remove(work, names | {LIST})
+
+
+def steady(folder, read):
+    """What `read`, a function, gives of a checkpoint that may be replaced meanwhile: it waits for
+    the milliseconds that this takes, and reads again if it has met files of two checkpoints."""
+    while True:
+        before, error = _settled(folder), None
+        try:
+            found = read()
+        except UserError as raised:
+            error = raised
+        if _settled(folder) == before:
+            if error:
+                raise error
+            return found
+
+
+def _settled(folder):
+    """What changes with the checkpoint in a folder, when none is on its way there: `finish` moves
+    the new stamp last, long after the old one has gone. One that was stopped is not waited for."""
+    stamp, until = Path(folder, "run.json"), time.time() + PATIENCE
+    while True:
+        try:
+            found = os.stat(stamp)
+            return found.st_ino, found.st_mtime_ns
+        except OSError:
+            if time.time() > until or not Path(folder, ".partial", "run.json").exists():
+                return None
+        time.sleep(0.005)
 
 
 def clear(folder) -> None:

@@ -6,9 +6,7 @@ whole, the first of the file before the others, until the room is used up; a tex
 even alone is given up. Both are counted, and nothing is ever cut.
 """
 
-import json
 from collections import Counter
-from pathlib import Path
 
 from mincai import UserError, constitution
 from mincai.plumbing import data
@@ -74,11 +72,10 @@ def load_shots(path: str, principles, reasons: bool = True) -> dict[str, list[st
         return {}
     by_id = {p.id: p for p in (*constitution.load_constitution(), *principles)}
     try:
-        with data.readable(path, "give another --fewshot, or none"):
-            file = json.loads(Path(path).read_text(encoding="utf-8"))
+        file = data.from_json(data.read_bytes(path, "give another --fewshot, or none"))
         return {kind: [_shot(kind, x, by_id, reasons) for x in file[kind]] for kind in KINDS}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        told = f"not a file of examples ({error!r}); see data/english/fewshot.json"
+        told = f"not a file of examples ({error!r:.200}); see data/english/fewshot.json"
         raise UserError(f"{path}: {told}") from None
 
 

@@ -13,6 +13,7 @@ and goes when the output has its name. Sampling and training are what takes hour
 up where they were; all that lies between is computed again, from the same seeds.
 """
 
+import contextlib
 import json
 import os
 import time
@@ -23,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from mincai import UserError
-from mincai.plumbing import data, distributed, output
+from mincai.plumbing import data, distributed, lock, output
 
 # A training's state is saved this often (seconds), or less often where saving takes more than a
 # fiftieth of the time
@@ -71,6 +72,14 @@ def clear(cfg) -> None:
     folder = place(cfg.result)
     if distributed.is_main() and os.path.lexists(folder):
         output.clear(folder)
+
+
+def forget(cfg) -> None:
+    """The same where the output is there, which a run that was killed may have left: unless another
+    run is making it anew just now."""
+    if distributed.is_main() and os.path.lexists(place(cfg.result)):
+        with contextlib.suppress(UserError), lock.alone(cfg.result):
+            clear(cfg)
 
 
 def _begin(cfg, inputs) -> Path:

@@ -11,14 +11,14 @@ stage.save_model(model, tokenizer, metrics, log)
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from mincai import Diverged
-from mincai.plumbing import checkpoint, cli, data, distributed, memory, output, progress
+from mincai.plumbing import checkpoint, cli, data, distributed, lock, memory, output, progress
 from mincai.plumbing.cli import arg
 from mincai.plumbing.weights import common_tokenizer, resolve
 
@@ -54,6 +54,7 @@ class Stage:
     threads: int
     started: float
     inputs: dict  # of what it reads: files may change while it works
+    place: lock.Held | None = None  # the output, held until it is there or the stage is dropped
 
     def say(self, text: str) -> None:
         """Print above any progress bar, once however many processes there are."""
@@ -112,6 +113,7 @@ class Stage:
                 lambda: data.stamp(self.cfg, inputs=self.inputs, **stamp()),
             )
             progress.clear(self.cfg)
+            self.place.release()
         else:
             for _ in rows:
                 pass
@@ -134,13 +136,14 @@ class Stage:
         checkpoint.save(model, self.cfg.out, extra)
         if finished:
             progress.clear(self.cfg)
+            self.place.release()
 
 
 def begin(name: str, cfg: Settings) -> Stage | None:
     """Check the settings, join the other processes, choose device and threads, look at the output.
 
     None where the output is there already, made with these settings. UserError for settings that
-    cannot be, and for an output that may not be written.
+    cannot be, and for an output that may not be written, or that another run is writing.
     """
     started = time.time()
     cli.check(cfg)
@@ -148,10 +151,15 @@ def begin(name: str, cfg: Settings) -> Stage | None:
     device = distributed.start(cli.pick_device(cfg.device))
     stage = Stage(name, cfg, device, threads, started, data.inputs(cfg))
     if data.done(cfg.out, cfg, cfg.again):
-        progress.clear(cfg)
+        progress.forget(cfg)
         stage.say(f"{cfg.out} is there already, made with these settings (--again to redo)")
         return None
     cfg.check_out()
+    if distributed.is_main():
+        stage = replace(stage, place=lock.Held(cfg.out))
+        if distributed.world() == 1 and data.done(cfg.out, cfg, cfg.again):
+            stage.say(f"{cfg.out} has been made meanwhile")
+            return None
     progress.check(cfg)
     torch.manual_seed(cfg.seed)
     return stage

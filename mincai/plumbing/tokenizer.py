@@ -87,7 +87,7 @@ def load_tokenizer(folder) -> Tokenizer:
         ranks, control = bpe_files.read(folder) or _gpt2(path)
         return Tokenizer(ranks, control, _end(folder, control))
     ranks = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    for number, line in enumerate(data.read_bytes(path).splitlines(), 1):
         try:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
@@ -99,8 +99,10 @@ def load_tokenizer(folder) -> Tokenizer:
         told = "ranks must count from 0 without gaps and hold all 256 single bytes"
         raise UserError(f"{path}: {told}")
     listed = path.with_name(WORDS)
-    words = set(listed.read_text("utf-8", errors="replace").split()) if listed.exists() else None
-    return from_ranks(ranks, words)
+    if not listed.exists():
+        return from_ranks(ranks)
+    words = data.read_bytes(listed).decode("utf-8", errors="replace")
+    return from_ranks(ranks, set(words.split()))
 
 
 def _gpt2(path):

@@ -8,7 +8,10 @@ not depend on the number of cores.
 """
 
 import multiprocessing
+import os
 import signal
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -67,8 +70,16 @@ def spread(work, chunks: list, processes: int):
         return
     context = multiprocessing.get_context("fork")  # work and all that it holds are inherited
     turn, found = context.Value("i", 0), context.Queue()
+    parent = os.getpid()
+
+    def follow():
+        """Ends a worker whose parent was killed: what it finds out is asked by nobody."""
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
 
     def run():
+        threading.Thread(target=follow, daemon=True).start()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us, by SIGTERM
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not as it would itself be ended
         torch.set_num_threads(1)

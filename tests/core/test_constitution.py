@@ -218,6 +218,8 @@ def test_a_constitution_of_ones_own_goes_with_the_shipped_examples_and_measures(
         ([{"text": "a", "weight": -1}], "weight is -1"),
         ([{"text": "a", "weight": float("nan")}], "weight is nan"),
         ([{"text": "a", "weight": "1"}], "c.json: not a const"),
+        ([{"text": "a", "weight": True}], "weight is True"),
+        ([{"text": "a", "weight": 1e308}], "weight is 1e"),
         ([{"text": "a", "split": "test"}], "principle 1 needs a text, and a split that is train"),
         ([{"text": "a", "id": 3}], "id is 3"),
         ([{"text": "a", "txt": "b"}], "txt"),
@@ -226,3 +228,10 @@ def test_a_constitution_of_ones_own_goes_with_the_shipped_examples_and_measures(
 def test_what_is_wrong_with_a_principle_is_said(tmp_path, content, words):
     with pytest.raises(UserError, match=words):
         load(tmp_path, content)
+
+
+def test_a_principle_without_weight_is_never_drawn(tmp_path):
+    made = load(tmp_path, [{"text": t, "weight": w} for t, w in (("a", 0), ("b", 1), ("c", 0))])
+    assert [p.text for p in constitution.select(made)] == ["b"]
+    with pytest.raises(UserError, match="no principle is left"):
+        constitution.select(load(tmp_path, [{"text": "a", "weight": 0}]))

@@ -293,6 +293,19 @@ def test_config_that_is_no_json_object(folder, text):
         ({"scale_attn_by_inverse_layer_idx": True}, ["scale_attn_by_inverse_layer_idx"]),
         ({"n_inner": 64}, ["n_inner", "64"]),
         ({"layer_norm_epsilon": "small"}, ["layer_norm_epsilon", "'small'"]),
+        *(
+            ({"layer_norm_epsilon": x}, ["layer_norm_epsilon", "above 0 and below 1"])
+            for x in (0, 0.0, -1e-5, 1, 1.5, float("nan"), float("inf"), True)
+        ),
+        *(
+            ({name: number}, [f"{name} is {number}", "at most"])
+            for name, number in (
+                ("n_embd", 10**12),
+                ("vocab_size", 2**63),
+                ("n_positions", 10**30),
+                ("n_layer", 100_000),
+            )
+        ),
     ],
 )
 def test_config_of_another_architecture(folder, changes, words):
@@ -371,6 +384,21 @@ def test_weights_that_are_no_numbers_are_told(tiny_gpt, tmp_path, bad):
     checkpoint.save(tiny_gpt, tmp_path / "model")
     with pytest.raises(UserError, match="weight h.1.ln_1.bias holds NaN or infinity"):
         checkpoint.load(tmp_path / "model")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.bool, torch.complex64])
+def test_weights_of_whole_numbers_are_told(folder, dtype):
+    wrong = torch.ones(64, 32, dtype=dtype)
+    edit_weights(folder, lambda t: t.update({"transformer.wpe.weight": wrong}))
+    refuse(folder, f"wpe.weight is of {str(dtype)[6:]}", "floating-point")
+
+
+def test_weights_that_overflow_are_told(folder):
+    for number, dtype in ((3e38, torch.float32), (-1e8, torch.bfloat16), (1e300, torch.float64)):
+        wrong = torch.full((64, 32), number, dtype=dtype)
+        edit_weights(folder, lambda t, wrong=wrong: t.update({"transformer.wpe.weight": wrong}))
+        told = "NaN or infinity" if number > 1e40 else f"{float(wrong[0, 0]):.3g}"
+        refuse(folder, f"weight wpe.weight holds {told}")
 
 
 def test_a_language_model_is_no_preference_model(tiny_gpt, tmp_path):

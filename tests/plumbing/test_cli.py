@@ -1,10 +1,12 @@
 """The bridge from dataclass to flags: what is typed is what the program gets, and a mistake exits
 2."""
 
+import errno
 import signal
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,6 +123,25 @@ def test_run_turns_a_user_error_into_one_line_and_exit_2(capsys):
         cli.run(main, Config, argv=[])
     assert exit.value.code == 2
     assert capsys.readouterr().err == "mincai: error: x.jsonl: no such file\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no device that is always full")
+def test_run_tells_of_a_full_disk_in_one_line():
+    """Also where it is only what is printed that finds no room."""
+    code = "from mincai.plumbing import cli; import dataclasses\n"
+    code += "cli.run(print, dataclasses.make_dataclass('C', []))"
+    with open("/dev/full", "w") as full:
+        ran = subprocess.run(
+            [sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    told = "what is printed, or a temporary file, cannot be written (No space left on device)"
+    assert (ran.returncode, ran.stderr) == (2, f"mincai: error: {told}\n")
+
+    def main(cfg):
+        raise FileNotFoundError(errno.ENOENT, "a bug")
+
+    with pytest.raises(FileNotFoundError):
+        cli.run(main, Config, argv=[])
 
 
 def test_run_turns_ctrl_c_into_130():

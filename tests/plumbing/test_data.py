@@ -63,6 +63,24 @@ def test_an_empty_file_is_an_error(tmp_path, content):
         data.read_jsonl(path)
 
 
+def test_json_that_cannot_be_walked_or_written_is_none():
+    for text in ("[" * 101 + "]" * 101, b'{"a":' * 101 + b"1" + b"}" * 101, "[" * 10**5):
+        with pytest.raises(ValueError, match="nested too deeply"):
+            data.from_json(text)
+    for text in ("9" * 5_000, '"\\ud800"', b'{"a": "\\udc00 x"}', "{", b"\xff"):
+        with pytest.raises(ValueError):
+            data.from_json(text)
+    deepest = "[" * 100 + "]" * 100
+    assert json.dumps(data.from_json(deepest)) == deepest
+    many = [[n] for n in range(200)]
+    assert data.from_json(json.dumps(many).encode()) == many
+    assert data.from_json('"\\ud83d\\ude00"') == "\U0001f600"
+
+
+def test_a_message_is_one_line_whatever_a_file_says():
+    assert str(UserError("a\nb\r\nc\u2028d")) == "a b c d"
+
+
 def test_a_missing_file_and_a_folder_are_errors(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         data.read_jsonl(tmp_path / "none.jsonl")

@@ -1,9 +1,12 @@
 """What a person has stays: every output beside, over and under files that mincai did not write."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ import train_ppo
 import train_sft
 from mincai import UserError, critique, feedback
 from mincai.lab import assess, bench, english, evaluate, report
+from mincai.model import GPT
 from mincai.plumbing import checkpoint, data, formats, output
 from mincai.tinyworld import pretrain
 
@@ -188,6 +192,55 @@ def test_a_run_stopped_at_any_step_loses_nothing_and_is_run_again(tmp_path, monk
     assert steps > 12
 
 
+def test_a_reader_meets_the_old_checkpoint_or_the_new_one(tiny_gpt, tmp_path, monkeypatch):
+    """Whenever it comes while one is replaced; and a run that was stopped there is not waited for
+    without end."""
+    out, replace, found, readers = tmp_path / "m", os.replace, [], []
+
+    def model(value, n_layer):
+        with torch.no_grad():
+            made = GPT(dataclasses.replace(tiny_gpt.config, n_layer=n_layer))
+            for parameter in made.parameters():
+                parameter.fill_(value)
+        return made
+
+    def read():
+        try:
+            read = checkpoint.load(out)
+            values = (
+                float(x) for p in read.parameters() for x in (p.detach().min(), p.detach().max())
+            )
+            found.append({read.config.n_layer, *values})
+        except UserError as error:
+            found.append(error)
+
+    def slow(*names):
+        readers.append(threading.Thread(target=read))
+        readers[-1].start()
+        time.sleep(0.01)
+        replace(*names)
+
+    checkpoint.save(model(1, 1), out, {"metrics.jsonl": "{}"})
+    monkeypatch.setattr(os, "replace", slow)
+    for n in (2, 1):
+        checkpoint.save(model(n, n), out, {"metrics.jsonl": "{}"})
+    for reader in readers:
+        reader.join()
+    assert len(found) == 14 and {1.0} in found and {2.0} in found
+    assert all(one in ({1.0}, {2.0}) for one in found), found
+
+    def stopped(old, new):
+        if Path(new).name == "config.json" and Path(new).parent == out:
+            raise KeyboardInterrupt
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", stopped)
+    monkeypatch.setattr(output, "PATIENCE", 0.05)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(model(3, 3), out)
+    refused(lambda: checkpoint.load(out), out / "config.json", "no such file")
+
+
 def test_new_names_and_weights_are_flushed_to_the_disk(tmp_path, monkeypatch):
     """A folder's entries too: a power cut would take the new name back."""
     flushed, real = set(), os.fsync
@@ -249,6 +302,63 @@ def test_clear_removes_what_is_listed_below_a_folder(tmp_path):
     data.write_json(root / "run.json", {"mincai": "0", "files": listed})
     output.clear(root)
     assert sorted(content(root)) == ["one", "one/notes.txt", "theirs", "theirs/run.json"]
+
+
+# --- a disk without room --------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def room(size):
+    """No file can grow beyond this, as on a disk that is nearly full."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_checkpoint_without_room_leaves_all_as_it_was(there, tiny_gpt, tmp_path):
+    out, told = tmp_path / "new" / "m", set()
+    extra = {"metrics.jsonl": "{}\n" * 100_000, "run.json": {"config": {}, "long": "x" * 400_000}}
+    if there:
+        checkpoint.save(tiny_gpt, out, extra)
+        (out / "notes.txt").write_text("mine")
+    before = content(tmp_path)
+    for size in (0, 10, 50, 200, 1_000, 100_000, 250_000, 350_000):
+        with room(size), pytest.raises(UserError) as caught:
+            checkpoint.save(tiny_gpt, out, extra)
+        line = str(caught.value)
+        assert line.endswith("cannot be written (File too large); give another --out"), line
+        told.add(Path(line.partition(":")[0]).name)
+        assert content(tmp_path) == before
+    work = ".partial" if there else "m.partial"  # there, the list holds more
+    assert told == {".m.lock", "partial.json", work, "run.json"}
+    checkpoint.save(tiny_gpt, out, extra)
+
+
+def test_rows_without_room_leave_all_as_they_were(tmp_path):
+    path = tmp_path / "new" / "eval.json"
+    rows = {"eval_samples.jsonl": [{"n": n} for n in range(1000)]}
+    for size in (0, 10, 500, 2_000):
+        with room(size):
+            refused(lambda: data.write_stamped(path, rows, dict), "cannot be written (File too")
+        assert not list(path.parent.iterdir())
+        path.parent.rmdir()
+    data.write_stamped(path, rows, dict)
+    before = content(tmp_path)
+    for size in (0, 10, 500, 2_000):
+        with room(size):
+            refused(lambda: data.write_stamped(path, rows, dict), "cannot be written (File too")
+        assert content(tmp_path) == before
+    (tmp_path / "run").mkdir()
+    with room(100):
+        refused(
+            lambda: report.main(report.Config(out=str(tmp_path / "run"))), "report.html: cannot be"
+        )
+    assert not list((tmp_path / "run").iterdir())
 
 
 # --- links ----------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ home."""
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -105,3 +106,23 @@ def test_processes_are_ended_without_a_word(capfd):
     finally:
         signal.signal(signal.SIGTERM, before)
     assert capfd.readouterr().err == ""
+
+
+def test_workers_end_when_their_parent_was_killed(tmp_path):
+    def work(n):
+        (tmp_path / str(os.getpid())).touch()
+        time.sleep(0.05)
+        return n
+
+    process = os.fork()
+    if not process:
+        try:
+            next(workers.spread(work, list(range(2000)), 2))
+        finally:
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(process, 0)
+    numbers, until = [int(path.name) for path in tmp_path.iterdir()], time.time() + 10
+    assert numbers
+    while any(Path(f"/proc/{number}").exists() for number in numbers) and time.time() < until:
+        time.sleep(0.1)
+    assert time.time() < until
