@@ -108,7 +108,7 @@ class Stage:
         stamp = data.stamp(self.cfg, inputs=self.inputs, metrics=metrics)
         stamp |= {} if finished else {"unfinished": True}
         extra = tokenizer.files() | {"run.json": stamp}
-        extra |= dict.fromkeys(checkpoint.SPECIAL, tokenizer.eot)
+        extra |= tokenizer.special()
         for name, rows in {"metrics": log, **more}.items():
             extra[f"{name}.jsonl"] = "".join(json.dumps(row) + "\n" for row in rows)
         checkpoint.save(model, self.cfg.out, extra)
