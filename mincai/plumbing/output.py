@@ -4,7 +4,8 @@ A checkpoint folder says in its run.json that mincai made it ("mincai": the vers
 wrote there ("files"). Only these files are ever touched; whatever else lies in the folder stays. A
 file of rows is vouched for by its sidecar, rows.jsonl by rows.run.json; any other JSON file by its
 own key "mincai". What is there without such a word is refused, and --again changes nothing about
-that. A stage asks before it works, by its Config's `check_out`, and not when hours are spent.
+that. A stage asks before it works, by its Config's `check_out`, and not when hours are spent. The
+model card alone is left out instead, where a person has one of their own.
 
 A checkpoint is put together apart and gets its name when it is whole: in OUT.partial beside OUT, or
 in OUT/.partial where OUT is there already. Links to folders and to files are followed, never
@@ -23,6 +24,7 @@ from pathlib import Path, PurePosixPath
 import mincai
 from mincai import UserError
 
+CARD = "README.md"  # for people, who may write their own or change ours; theirs is kept
 LIST = "partial.json"  # of a folder that is not whole yet: what is to be in it, as in run.json
 ANOTHER = "give another --out"
 MEND = "move it away, or " + ANOTHER
@@ -51,7 +53,7 @@ def check_folder(folder, names) -> None:
         raise UserError(f"{folder}: is a file; give a folder to save the model in")
     if real.is_dir():
         own = _own(real)
-        if not own and any(path.name != ".partial" for path in real.iterdir()):
+        if not own and any(path.name not in (".partial", CARD) for path in real.iterdir()):
             told = "holds files, but no run.json that says mincai wrote them; give a new folder"
             raise UserError(f"{folder}: {told}")
         _refuse_strangers(real, own.union(names), own, MEND)
@@ -148,8 +150,13 @@ def _listed(path, key="files"):
 
 def _own(folder):
     """What mincai wrote in a checkpoint's folder, a set of names. A run that was stopped while it
-    replaced an older checkpoint has left .partial to say so."""
-    return _listed(folder / "run.json") | _listed(folder / ".partial" / LIST, "replaces")
+    replaced an older checkpoint has left .partial to say so. A card that a person has changed is
+    not ours any more."""
+    own = _listed(folder / "run.json") | _listed(folder / ".partial" / LIST, "replaces")
+    hashes = (_stamp(folder / "run.json") or {}).get("sha256")
+    made = hashes.get(CARD) if isinstance(hashes, dict) else None
+    changed = made and (folder / CARD).is_file() and sha256(folder / CARD) != made
+    return own - {CARD} if changed else own
 
 
 def _left(work):
@@ -166,6 +173,13 @@ def _stranger(folder, name, own):
         if os.path.lexists(path) and (path.is_symlink() or not expected):
             return path
     return None
+
+
+def is_foreign(folder, name) -> bool:
+    """Whether something that mincai did not write, or not so, has this name in a checkpoint's
+    folder."""
+    real = Path(os.path.realpath(folder))
+    return _stranger(real, name, _own(real)) is not None
 
 
 def _inner(names):

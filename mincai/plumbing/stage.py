@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from mincai import Diverged
-from mincai.plumbing import checkpoint, cli, data, distributed, memory, output
+from mincai.plumbing import card, checkpoint, cli, data, distributed, memory, output
 from mincai.plumbing.cli import arg
 from mincai.plumbing.weights import common_tokenizer, resolve
 
@@ -109,6 +109,9 @@ class Stage:
         stamp |= {} if finished else {"unfinished": True}
         extra = tokenizer.files() | {"run.json": stamp}
         extra |= tokenizer.special()
+        if not output.is_foreign(self.cfg.out, output.CARD):
+            few_words = tokenizer.words is not None
+            extra[output.CARD] = card.written(self.name, self.cfg, stamp, few_words)
         for name, rows in {"metrics": log, **more}.items():
             extra[f"{name}.jsonl"] = "".join(json.dumps(row) + "\n" for row in rows)
         checkpoint.save(model, self.cfg.out, extra)
