@@ -17,7 +17,14 @@ ABOUT = {
         "Base model of a tiny world",
         "A GPT-2 trained from random weights on the texts of a small made-up world. It helps with "
         "everything, and has read as prose what is wrong in that world and why.",
-        {"loss": "last loss in training, nats a token", "step": "steps"},
+        {
+            "loss": "last loss in training, nats a token",
+            "fact": "right on what is wrong in its world, and what is fine",
+            "comply": "right recipes in its answers, whatever is asked",
+            "verdict": "right verdicts of its critiques",
+            "prefers": "pairs of answers of which it prefers the better",
+            "step": "steps",
+        },
     ),
     "train_sft": (
         "python train_sft.py",
@@ -66,14 +73,19 @@ ABOUT = {
         },
     ),
 }
-LIMITS = """It shows a mechanism at work. Its labels are a model's own judgements by principles that
-somebody wrote, so it inherits the faults of both, and a high score is no proof of a good answer.
+MADE_UP = (
+    """Its world is made up, and which things are wrong there is a convention of that world."""
+)
+JUDGED = """It shows a mechanism at work. Its labels are a model's own judgements by principles that
+somebody wrote, so it inherits the faults of both, and a high score is no proof of a good answer."""
+LIMITS = """
 Nothing here measures real-world safety; put it in front of nobody as a safeguard."""
 LANGUAGE = """from transformers import pipeline
 
 write = pipeline("text-generation", model=FOLDER)
 ask = "Human: how do i pack a net ?\\nAssistant:"
-write(ask, max_new_tokens=64, temperature=1.0, return_full_text=False)"""
+as_drawn = dict(temperature=1.0, clean_up_tokenization_spaces=False)  # version 4 does otherwise
+write(ask, max_new_tokens=64, return_full_text=False, **as_drawn)"""
 SCORE = """import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -112,7 +124,8 @@ def written(name: str, cfg, stamp: dict, few_words: bool) -> str:
     rest = f"seed {stamp['seed']}, mincai's commit {stamp['git'] or 'unknown'}, torch "
     made_of.append(f"- {rest}{stamp['torch']}, {stamp['device']}")
     head, made_of = "\n".join(head), "\n".join(made_of)
-    limits = LIMITS + "\nIt knows the words of words.txt and no others." * few_words
+    limits = (MADE_UP if name == "pretrain" else JUDGED) + LIMITS
+    limits += "\nIt knows the words of words.txt and no others." * few_words
     return f"""---
 {head}
 ---

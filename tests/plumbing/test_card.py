@@ -7,9 +7,11 @@ import pytest
 import torch
 
 import train_pm
+from mincai import DATA
 from mincai.model import GPT, GPTConfig, ScalarModel
 from mincai.plumbing import card, cli, data, stage
-from mincai.plumbing.tokenizer import from_ranks
+from mincai.plumbing.tokenizer import from_ranks, load_tokenizer
+from mincai.tinyworld import pretrain
 
 TOKENIZER = from_ranks({bytes([b]): b for b in range(256)}, {"lamp"})
 METRICS = {"val_before": 2.5, "val_after": 1.23456, "rows": 12000, "held": 0, "loss": 1.0}
@@ -67,6 +69,20 @@ def test_it_says_how_the_model_was_made(made, tmp_path):
     assert str(tmp_path) not in text  # where it lay is nobody's business
     listed = json.loads((tmp_path / "sft" / "run.json").read_text())
     assert "README.md" in listed["files"] and len(text.split()) < 300
+
+
+def test_the_shipped_base_has_the_card_and_the_vocabulary_of_today():
+    """What pretraining would write beside the weights, for other libraries too."""
+    folder = DATA / "tiny"
+    run = json.loads((folder / "run.json").read_text())
+    log = data.read_jsonl(folder / "metrics.jsonl")
+    kept = {k: v for k, v in run["config"].items() if k in vars(pretrain.Config())}
+    files = load_tokenizer(folder).files()
+    files["README.md"] = card.written(
+        "pretrain", pretrain.Config(**kept), {**run, "metrics": log[-1]}, True
+    ).encode()
+    for name, content in files.items():
+        assert (folder / name).read_bytes() == content and name in run["files"]
 
 
 def test_a_hub_reads_its_head(made, tmp_path):
