@@ -35,6 +35,10 @@ _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
 SPELT = {byte: chr(byte) for byte in _PRINTABLE} | {b: chr(256 + i) for i, b in enumerate(_OTHERS)}
 BYTES = {character: byte for byte, character in SPELT.items()}
+# A byte that no text in UTF-8 has, so every vocabulary has a token that no text needs. Padding by
+# the end of text would hide the one that counts: reward heads look for the last token that is not
+# padding, and trainers leave padding out of the loss
+PADDING = 0xFF
 
 
 def spell(token: bytes) -> str:
@@ -128,6 +132,9 @@ def _check(path, vocabulary, merges, added):
 
     made = {"".join(pair) for pair in merges}
     ranks, control = {}, dict(added)
+    padding = control.get(SPELT[PADDING])
+    if padding is not None and padding == vocabulary.get(SPELT[PADDING]):
+        del control[SPELT[PADDING]]  # a byte like any other to us
     for token, number in vocabulary.items():
         if token in made or len(token) == 1 and token in BYTES:
             need(all(c in BYTES for c in token), f"{token!r} is not spelt as GPT-2 spells bytes")
@@ -156,6 +163,7 @@ def write(ranks: dict[bytes, int], control: dict[str, int], eot: int) -> dict[st
     if merges is None:
         return {}
     end = next(name for name, number in control.items() if number == eot)
+    padding = ranks[bytes([PADDING])]
     vocabulary = {spell(token): number for token, number in ranks.items()} | control
     vocabulary = dict(sorted(vocabulary.items(), key=lambda item: item[1]))
     plain = dict(lstrip=False, rstrip=False, normalized=False, single_word=False, special=True)
@@ -164,15 +172,27 @@ def write(ranks: dict[bytes, int], control: dict[str, int], eot: int) -> dict[st
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,  # typed text never gives a control token
-        **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), end),
-        "added_tokens_decoder": {str(n): {"content": name} | plain for name, n in control.items()},
+        **dict.fromkeys(("bos_token", "eos_token", "unk_token"), end),
+        "pad_token": SPELT[PADDING],
+        "added_tokens_decoder": {
+            str(number): {"content": name} | plain
+            for name, number in (*control.items(), (SPELT[PADDING], padding))
+        },
     }
-    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), eot)
+    generation = {
+        **dict.fromkeys(("bos_token_id", "eos_token_id"), eot),
+        "pad_token_id": padding,
+        # as every stage draws: from all tokens, where the libraries' own default is the 50 likeliest
+        "do_sample": True,
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
+    }
     lines = (f"{spell(left)} {spell(right)}\n" for left, right in merges)
     texts = (
         json.dumps(vocabulary, ensure_ascii=False) + "\n",
         "".join(["#version: 0.2\n", *lines]),
         json.dumps(settings, ensure_ascii=False, indent=2) + "\n",
-        json.dumps(ends, indent=2) + "\n",
+        json.dumps(generation, indent=2) + "\n",
     )
     return {name: text.encode() for name, text in zip(WRITTEN, texts, strict=True)}

@@ -32,7 +32,9 @@ UNTIED = "lm_head.weight"  # the output's own matrix, where it is not the token 
 # ScalarModel's own, by their names in a file
 HEAD = {f"score.{name}": name for name in ("gain", "shift")}
 HEAD |= {name: name for name in ("score.weight", "score.bias")}
+OWN = "mincai."  # in front of a tensor's name where that name holds what others read
 SPECIAL = ("bos_token_id", "eos_token_id")  # in config.json for other libraries to read
+PADDING = "pad_token_id"  # and this, where a head reads the last token that is not it
 # GPTConfig's fields in their order, as config.json calls them
 SIZES = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
 KEYS = (*SIZES, "layer_norm_epsilon", "tie_word_embeddings")
@@ -55,6 +57,7 @@ WRAPPED = {
     "module.": "module",  # DataParallel and DistributedDataParallel
     "pretrained_model.": "pretrained_model",  # a value head over it
     "v_head.": "pretrained_model",  # the same, as TRL saves it
+    "base_model.model.": "merge_and_unload()",  # under an adapter of PEFT's
 }
 
 
@@ -65,14 +68,16 @@ def save(model: GPT | ScalarModel, folder, extra: dict | None = None) -> None:
     """Write the model as a checkpoint folder, whole or not at all. Of an older checkpoint that is
     there, what mincai wrote is replaced, and everything else stays.
 
-    extra: file name -> bytes or str, written beside the weights; the keys bos_token_id and
-    eos_token_id (int) go into config.json instead. "run.json", a dict, says in any case that mincai
-    wrote this, and which files. UserError where the folder is not mincai's to write to.
+    extra: file name -> bytes or str, written beside the weights; the keys of SPECIAL and PADDING
+    (int) go into config.json instead. "run.json", a dict, says in any case that mincai wrote this,
+    and which files. UserError where the folder is not mincai's to write to.
     """
     files = dict(extra or {})
     stamp = files.pop("run.json", {})
-    gpt = model.gpt if isinstance(model, ScalarModel) else model
-    config = _hf_config(gpt) | {key: files.pop(key) for key in SPECIAL if key in files}
+    scalar = isinstance(model, ScalarModel)
+    gpt = model.gpt if scalar else model
+    special = [key for key in (*SPECIAL, PADDING) if key in files]
+    config = _hf_config(gpt, scalar) | {key: files.pop(key) for key in special}
     files["config.json"] = json.dumps(config, indent=2) + "\n"
     # safetensors asks for contiguous copies
     tensors = {k: v.detach().cpu().contiguous() for k, v in _to_file(model, gpt).items()}
@@ -101,7 +106,31 @@ def _to_file(model, gpt):
     if isinstance(model, ScalarModel):
         state = model.state_dict()
         tensors |= {in_file: state[name] for in_file, name in HEAD.items()}
+        tensors |= _folded(tensors)
     return tensors
+
+
+def _folded(tensors):
+    """A preference model's score for GPT2ForSequenceClassification, which knows no bias, gain or
+    shift: what it reads, and beside it what `unfolded` puts back in its place.
+
+    gain * (w.h + bias) + shift is (gain * w).(h + c * w / |w|^2) with c = bias + shift / gain, and
+    the last LayerNorm's bias is added to h.
+    """
+    names = ("score.weight", "score.bias", "score.gain", "score.shift", "transformer.ln_f.bias")
+    w, bias, gain, shift, last = (tensors[name].double() for name in names)
+    moved = last + ((bias + shift / gain) * w / w.square().sum()).squeeze(0)
+    if not moved.isfinite().all():  # a head of zeros: every answer scores the same
+        return {}
+    found = {"score.weight": gain * w, "transformer.ln_f.bias": moved}
+    own = {OWN + name: tensors[name] for name in found}
+    return own | {name: x.to(tensors[name].dtype) for name, x in found.items()}
+
+
+def unfolded(tensors: dict) -> dict:
+    """The tensors of a file as mincai reads them."""
+    own = {name.removeprefix(OWN): x for name, x in tensors.items() if name.startswith(OWN)}
+    return {name: x for name, x in tensors.items() if not name.startswith(OWN)} | own
 
 
 def _turn(name, x):
@@ -109,9 +138,11 @@ def _turn(name, x):
     return x.T if name.endswith(CONV1D) else x
 
 
-def _hf_config(gpt):
+def _hf_config(gpt, scalar):
+    one = {"id2label": {"0": "score"}, "label2id": {"score": 0}}  # num_labels is 1
     return {
-        "architectures": ["GPT2LMHeadModel"],
+        "architectures": ["GPT2ForSequenceClassification" if scalar else "GPT2LMHeadModel"],
+        **(one if scalar else {}),
         "model_type": "gpt2",
         **dict(zip(KEYS, dataclasses.astuple(gpt.config), strict=True)),
         "n_ctx": gpt.config.block_size,
@@ -137,7 +168,11 @@ def load(folder, device="cpu", scalar=False, new_head=False) -> GPT | ScalarMode
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; check the path, or run the stage that makes it")
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        told = "is an adapter without the model it belongs to"
+        raise UserError(f"{folder}: {told}; save the two merged (PEFT's merge_and_unload)")
     config, tensors = output.steady(folder, lambda: (_config(folder), _read_weights(folder)))
+    tensors = unfolded(tensors)
     for prefix, inner in WRAPPED.items():
         if any(name.startswith(prefix) for name in tensors):
             told = f"weights are named {prefix}*, as a wrapper around a model is saved"
@@ -158,7 +193,8 @@ def load(folder, device="cpu", scalar=False, new_head=False) -> GPT | ScalarMode
     # Of the two names of one matrix safetensors' save_model keeps only one
     if lm_head is not None and not torch.equal(lm_head, tensors.setdefault("wte.weight", lm_head)):
         told = f'{UNTIED} differs from wte.weight, but "tie_word_embeddings" is not false'
-        raise UserError(f"{folder / 'config.json'}: {told}; {BOTH}")
+        advice = "write false there if the model has learnt a head of its own, else " + BOTH
+        raise UserError(f"{folder / 'config.json'}: {told}; {advice}")
     # shapes only: no memory, and no random numbers drawn to be overwritten
     with torch.device("meta"):
         model = GPT(config)

@@ -1,7 +1,8 @@
-"""Other people's prompts and pairs: plain text, tables, HH-RLHF's, TRL's; and back to TRL.
+"""Other people's prompts and pairs: plain text, tables, HH-RLHF's, TRL's; and each into another.
 
     python -m mincai.plumbing.formats --source runs/tiny/comparisons.jsonl --out pairs.jsonl
     python -m mincai.plumbing.formats --source runs/tiny/revisions.jsonl --out completions.jsonl
+    python -m mincai.plumbing.formats --source theirs.jsonl.gz --to mincai --out ours.jsonl
 
 What is read, one format a file: JSONL, a JSON list, CSV, TSV or parquet, packed by gzip or not:
 
@@ -14,7 +15,18 @@ What is read, one format a file: JSONL, a JSON list, CSV, TSV or parquet, packed
                    {"prompt", "chosen", "rejected"} as text          TRL
                    the same as [{"role", "content"}, ...]            TRL; "prompt" may be absent
 
-A format of rows is an entry in PROMPTS, PAIRS or EXPORTS: its name in messages -> (whether a row is
+What is written (--to), one object a line; prompts are texts that end with "Assistant:":
+
+    trl        {"prompt", "chosen", "rejected", "p_chosen", "margin"} of pairs, {"prompt",
+               "completion"} of revisions, {"prompt"} of prompts. p_chosen is the label, the
+               probability that chosen is better; margin is p_chosen less that of the other,
+               2 * p_chosen - 1, or what the source says. TRL's RewardTrainer asks for scores that
+               far apart if the column is there
+    hh         {"chosen", "rejected"}, whole transcripts
+    prompts    {"prompt"[, "kind", "category"]}, each once
+    mincai     what read_prompts and read_pairs give as it is; of pairs {"prompt", "a", "b", "p_a"}
+
+A format of rows is an entry in PROMPTS, PAIRS or SOURCES: its name in messages -> (whether a row is
 of it, what to make of the row). The first that fits is taken; so for files, by FILES. A fault in
 mincai's own rows, or in a file, stops the job; somebody else's row that cannot be used is counted.
 
@@ -39,13 +51,15 @@ from mincai.constitution import dialogue
 from mincai.plumbing import data, distributed, lock, output
 from mincai.plumbing.cli import arg, run
 from mincai.plumbing.tokenizer import WORDS
-from mincai.plumbing.turns import QUOTED, Unusable, asked, quote, transcript
+from mincai.plumbing.turns import QUOTED, Unusable, asked, quote, transcript, turns_of
 
 
 @dataclass(frozen=True)
 class Config:
-    source: str = arg("runs/tiny/comparisons.jsonl", "comparisons or revisions, by its rows")
-    out: str = arg("runs/tiny/pairs.jsonl", "JSONL to write: TRL's preferences, or completions")
+    source: str = arg("runs/tiny/comparisons.jsonl", "pairs, prompts or revisions, by its rows")
+    out: str = arg("runs/tiny/pairs.jsonl", "JSONL to write")
+    to: str = arg("trl", "its format", choices=("trl", "hh", "prompts", "mincai"))
+    contrast: float = arg(0.05, "trl, hh: leave out labels nearer to 1/2, as train_pm.py", least=0)
     again: bool = arg(False, "replace an output that exists")
 
     def check_out(self):
@@ -402,8 +416,11 @@ def need_label(p_a, where) -> None:
 
 
 def own_pair(row, where):
-    """The row, checked but for its ids, which only a vocabulary can tell right from wrong."""
-    need(row, ("prompt", "a_ids", "b_ids", "p_a"), where, text=("prompt", "setting"))
+    """The row, checked but for its ids, which only a vocabulary can tell right from wrong. Of rows
+    without ids the texts count."""
+    texts = () if "a_ids" in row or "b_ids" in row or "a" not in row else ("a", "b")
+    sides = texts or ("a_ids", "b_ids")
+    need(row, ("prompt", *sides, "p_a"), where, text=("prompt", "setting", *texts))
     need_label(row["p_a"], where)
     return row
 
@@ -493,10 +510,16 @@ def read_pairs(path, tokenizer, dropped: Counter):
     others are drawn by lot, seeded by the file's name. Raises UserError, with path and line number,
     for a fault in mincai's own rows, and as read_rows does.
     """
+
+    def ids(answer):
+        return [*tokenizer.encode(f" {answer}"), tokenizer.eot]
+
     lot, texts = random.Random(Path(path).name), []
     known = "chosen and rejected; or prompt, a_ids, b_ids and p_a"
     for where, _, found in read_rows(path, PAIRS, known, dropped):
         if isinstance(found, dict):  # mincai's own
+            texts_of = {} if "a_ids" in found else {f"{x}_ids": found[x].strip() for x in "ab"}
+            found = found | {key: ids(text) for key, text in texts_of.items()}
             need_ids(found, where, tokenizer.n_vocab)
             yield {**found, "from": where}
             continue
@@ -505,40 +528,107 @@ def read_pairs(path, tokenizer, dropped: Counter):
             continue
         prompt, *answers = found
         texts += [text for text in (prompt["prompt"], *answers) if QUOTED.search(text)]
-        a, b = (
-            [*tokenizer.encode(f" {answer}"), tokenizer.eot]
-            for answer in (answers if first else answers[::-1])
-        )
+        a, b = map(ids, answers if first else answers[::-1])
         yield {**prompt, "a_ids": a, "b_ids": b, "p_a": float(first), "from": where}
     tell_quoted(path, texts)
 
 
-# --- export ---------------------------------------------------------------------------------------
+# --- conversion -----------------------------------------------------------------------------------
 
 
-def comparison(row, where) -> tuple[dict, str]:
-    """(a comparison in TRL's format, why it is to be left out or "")."""
+def comparison(row, where) -> dict:
+    """A comparison of ours as it is, with both answers as text."""
     need(row, ("prompt", "a", "b"), where, text=("prompt", "a", "b", "setting"))
     need_label(row["p_a"], where)
-    p, a, b = row["p_a"], row["a"].strip(), row["b"].strip()
-    chosen, rejected = (a, b) if p > 0.5 else (b, a)
-    pair = {"chosen": f" {chosen}", "rejected": f" {rejected}", "p_chosen": max(p, 1 - p)}
-    why = "undecided" if p == 0.5 else "" if a and b else "empty answer"
-    return {"prompt": dialogue(row["prompt"], row.get("setting")), **pair}, why
+    return row
 
 
-def revision(row, where) -> tuple[dict, str]:
-    """The same for a revision, as a prompt and its completion."""
+def revision(row, where) -> dict:
     need(row, ("prompt", "revision"), where, text=("prompt", "revision", "setting"))
-    prompt = dialogue(row["prompt"], row.get("setting"))
-    why = "" if row.get("changed") is True else "not changed"
-    return {"prompt": prompt, "completion": " " + row["revision"].strip()}, why
+    return row
 
 
-EXPORTS = {
+def foreign_pair(row, where) -> dict:
+    """Somebody else's pair as a comparison, and its margin if it has one. Which answer is (A) is
+    drawn by lot, else it would always be the better one."""
+    prompt, *answers = both_sides(row, where)
+    name, margin = f"pair-{where.rpartition(' ')[2]}", row.get("margin")
+    first = random.Random(name).random() < 0.5
+    a, b = answers if first else answers[::-1]
+    more = {"margin": margin} if type(margin) in (int, float) else {}
+    return {"id": name, **prompt, "a": a, "b": b, "p_a": float(first), **more}
+
+
+SOURCES = {
     "comparisons": (lambda row: "p_a" in row, comparison),
     "revisions": (lambda row: "revision" in row, revision),
+    **{name: (fits, foreign_pair) for name, (fits, make) in PAIRS.items() if make is both_sides},
 }
+WRITTEN = {
+    "trl": "TRL's format",
+    "hh": "HH-RLHF's format",
+    "prompts": "prompts alone",
+    "mincai": "mincai's format",
+}
+
+
+def ranked(row, contrast) -> tuple[str, str, float]:
+    """(the better answer, the worse one, the label's probability that it is); Unusable where the
+    label does not say, as train_pm.py leaves it out, and where nothing can be told apart."""
+    p, a, b = row["p_a"], row["a"].strip(), row["b"].strip()
+    flaws = {
+        "undecided": p == 0.5 or abs(p - 0.5) < contrast,
+        "empty answer": not a or not b,
+        "equal answers": a == b,
+    }
+    for flaw, is_there in flaws.items():
+        if is_there:
+            raise Unusable(flaw)
+    return (a, b, p) if p > 0.5 else (b, a, 1 - p)
+
+
+def as_trl(row, cfg):
+    asks = {"prompt": dialogue(row["prompt"], row.get("setting"))}
+    if "revision" in row:
+        if row.get("changed") is not True:
+            raise Unusable("not changed")
+        return asks | {"completion": " " + row["revision"].strip()}
+    chosen, rejected, p = ranked(row, cfg.contrast)
+    asks |= {"chosen": f" {chosen}", "rejected": f" {rejected}"}
+    return asks | {"p_chosen": p, "margin": row.get("margin", 2 * p - 1)}
+
+
+def as_hh(row, cfg):
+    chosen, rejected, _ = ranked(row, cfg.contrast)
+    if row.get("setting"):
+        raise Unusable("has a setting, which HH-RLHF's transcripts cannot hold")
+    turns = turns_of(dialogue(row["prompt"]))
+    text = "".join(f"\n\n{role}: {text.strip()}" for role, text in turns)
+    sides = {"chosen": quote(chosen), "rejected": quote(rejected)}
+    return {side: f"{text}\n\nAssistant: {answer}" for side, answer in sides.items()}
+
+
+def as_prompt(row, cfg):
+    known = {key: row[key] for key in ("kind", "category") if row.get(key)}
+    return {"prompt": dialogue(row["prompt"], row.get("setting")), **known}
+
+
+def as_own(row, cfg):
+    return row
+
+
+MAKE = {"trl": as_trl, "hh": as_hh, "prompts": as_prompt, "mincai": as_own}
+
+
+def source_rows(cfg, dropped) -> tuple[str, list]:
+    """(what the source holds, its rows: pairs, revisions or prompts)."""
+    path = cfg.source.removeprefix("benign:")
+    _, first = next(file_rows(path), ("", {}))
+    if isinstance(first, dict) and not any(fits(first) for fits, _ in SOURCES.values()):
+        return "prompts", read_prompts(path, "benign" if cfg.source.startswith("benign:") else "")
+    known = "pairs, prompts, or the rows of comparisons.jsonl or revisions.jsonl"
+    found = list(read_rows(path, SOURCES, known, dropped))
+    return next(form for _, form, _ in found if form), [row for *_, row in found if row]
 
 
 def main(cfg: Config) -> dict:
@@ -547,18 +637,30 @@ def main(cfg: Config) -> dict:
     if out.exists() and (not cfg.again or out.resolve() == source.resolve()):
         told = "is there already; give another --out, or add --again if it is not the source"
         raise UserError(f"{cfg.out}: {told}")
-    known = "the rows of comparisons.jsonl or revisions.jsonl"
-    found = list(read_rows(cfg.source, EXPORTS, known, Counter()))
-    form = found[0][1]
-    written = [row for _, _, (row, why) in found if not why]
-    left = Counter(why for _, _, (_, why) in found if why)
+    left, written = Counter(), {}
+    form, rows = source_rows(cfg, left)
+    to = "prompts" if form == "prompts" and cfg.to == "trl" else cfg.to  # what TRL has for them
+    if form == "prompts" and to == "hh" or form == "revisions" and to in ("hh", "mincai"):
+        told = f"{form} are no pairs of answers, which {WRITTEN[to]} holds"
+        raise UserError(f"{cfg.source}: {told}; give another --to")
+    count = len(rows) + sum(left.values())
+    for number, row in enumerate(rows):
+        try:
+            made = MAKE[to](row, cfg)
+        except Unusable as why:
+            left[str(why)] += 1
+            continue
+        key = made["prompt"] if to == "prompts" else number
+        left["repeated"] += key in written
+        written.setdefault(key, made)
+    left = +left
     told = ", ".join(f"{count} {why}" for why, count in left.items()) or "none"
     if not written:
         raise UserError(f"{cfg.source}: no row is left to write ({told}); make more of them")
     with lock.alone(cfg.out):
-        data.write_jsonl(cfg.out, written)
+        data.write_jsonl(cfg.out, written.values())
         data.write_json(data.sidecar(cfg.out), data.stamp(cfg, form=form))
-    counts = f"{len(written)} of {len(found)} {form} in TRL's format"
+    counts = f"{len(written)} of {count} {form} in {WRITTEN[to]}"
     print(f"formats: {counts}; left out: {told} -> {cfg.out}")
     return {"written": len(written), **left}
 

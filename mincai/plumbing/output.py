@@ -4,7 +4,8 @@ A checkpoint folder says in its run.json that mincai made it ("mincai": the vers
 wrote there ("files"). Only these files are ever touched; whatever else lies in the folder stays. A
 file of rows is vouched for by its sidecar, rows.jsonl by rows.run.json; any other JSON file by its
 own key "mincai". What is there without such a word is refused, and --again changes nothing about
-that. A stage asks before it works, by its Config's `check_out`, and not when hours are spent.
+that. A stage asks before it works, by its Config's `check_out`, and not when hours are spent. The
+model card alone is left out instead, where a person has one of their own.
 
 A checkpoint is put together apart and gets its name when it is whole: in OUT.partial beside OUT, or
 in OUT/.partial where OUT is there already. Links to folders and to files are followed, never
@@ -27,7 +28,9 @@ from mincai import UserError
 from mincai.plumbing import lock
 
 PATIENCE = 2  # seconds
-BESIDE = (".partial", ".progress", lock.INSIDE)  # of ours, in a folder that is no checkpoint yet
+CARD = "README.md"  # for people, who may write their own or change ours; theirs is kept
+# What may lie in a folder that is no checkpoint yet
+BESIDE = (".partial", ".progress", lock.INSIDE, CARD)
 LIST = "partial.json"  # of a folder that is not whole yet: what is to be in it, as in run.json
 ANOTHER = "give another --out"
 TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.[0-9a-f]{16}\.tmp")
@@ -156,8 +159,13 @@ def _listed(path, key="files"):
 
 def _own(folder):
     """What mincai wrote in a checkpoint's folder, a set of names. A run that was stopped while it
-    replaced an older checkpoint has left .partial to say so."""
-    return _listed(folder / "run.json") | _listed(folder / ".partial" / LIST, "replaces")
+    replaced an older checkpoint has left .partial to say so. A card that a person has changed is
+    not ours any more."""
+    own = _listed(folder / "run.json") | _listed(folder / ".partial" / LIST, "replaces")
+    hashes = (stamp_of(folder / "run.json") or {}).get("sha256")
+    made = hashes.get(CARD) if isinstance(hashes, dict) else None
+    changed = made and (folder / CARD).is_file() and sha256(folder / CARD) != made
+    return own - {CARD} if changed else own
 
 
 def _left(work):
@@ -179,6 +187,13 @@ def _stranger(folder, name, own):
         if os.path.lexists(path) and (path.is_symlink() or not expected):
             return path
     return None
+
+
+def is_foreign(folder, name) -> bool:
+    """Whether something that mincai did not write, or not so, has this name in a checkpoint's
+    folder."""
+    real = Path(os.path.realpath(folder))
+    return _stranger(real, name, _own(real)) is not None
 
 
 def _inner(names):

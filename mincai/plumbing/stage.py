@@ -18,7 +18,17 @@ import torch
 from tqdm import tqdm
 
 from mincai import Diverged
-from mincai.plumbing import checkpoint, cli, data, distributed, lock, memory, output, progress
+from mincai.plumbing import (
+    card,
+    checkpoint,
+    cli,
+    data,
+    distributed,
+    lock,
+    memory,
+    output,
+    progress,
+)
 from mincai.plumbing.cli import arg
 from mincai.plumbing.weights import common_tokenizer, resolve
 
@@ -130,7 +140,10 @@ class Stage:
         stamp = data.stamp(self.cfg, inputs=self.inputs, metrics=metrics)
         stamp |= {} if finished else {"unfinished": True}
         extra = tokenizer.files() | {"run.json": stamp}
-        extra |= dict.fromkeys(checkpoint.SPECIAL, tokenizer.eot)
+        extra |= tokenizer.special()
+        if not output.is_foreign(self.cfg.out, output.CARD):
+            few_words = tokenizer.words is not None
+            extra[output.CARD] = card.written(self.name, self.cfg, stamp, few_words)
         for name, rows in {"metrics": log, **more}.items():
             extra[f"{name}.jsonl"] = "".join(json.dumps(row) + "\n" for row in rows)
         checkpoint.save(model, self.cfg.out, extra)

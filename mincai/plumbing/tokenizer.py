@@ -40,6 +40,11 @@ class Tokenizer:
         self.silent = frozenset(control.values())
         self.newline = self.encode("\n")[-1]
 
+    def special(self) -> dict[str, int]:
+        """What config.json says of ids, for other libraries to read."""
+        padding = self.ranks[bytes([bpe_files.PADDING])]
+        return {"bos_token_id": self.eot, "eos_token_id": self.eot, "pad_token_id": padding}
+
     def encode(self, text: str) -> list[int]:
         return self.encoding.encode_ordinary(text)
 

@@ -33,7 +33,9 @@ def figures(value):
 
 def content(path):
     if path.suffix == ".safetensors":
-        return {name: tensor.tolist() for name, tensor in load_file(path).items()}
+        found = {name: tensor.tolist() for name, tensor in load_file(path).items()}
+        own = {name: found.pop(name) for name in [*found] if name.startswith("mincai.")}
+        return found | {name.removeprefix("mincai."): value for name, value in own.items()}
     if path.suffix == ".jsonl":
         return [figures(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
     return figures(json.loads(path.read_text(encoding="utf-8")))

@@ -75,6 +75,28 @@ def test_scalar_round_trip_is_exact(tiny_gpt, tmp_path):
         checkpoint.load(tmp_path / "pm")
 
 
+def test_a_score_for_other_libraries_stands_beside_our_own(tiny_gpt, tmp_path):
+    """What they read is one matrix and no bias: w.(last hidden state) is our score, gain and shift
+    in it. An untied trunk, and a head that nothing can be folded into, come back as well."""
+    model = ScalarModel(tiny_gpt)
+    model.gain.fill_(2.5), model.shift.fill_(-1.75), model.score.bias.data.fill_(0.5)
+    checkpoint.save(model, tmp_path / "pm")
+    tensors = load_file(tmp_path / "pm" / "model.safetensors")
+    with torch.no_grad():
+        ours = model(IDS)
+        model.gpt.ln_f.bias.copy_(tensors["transformer.ln_f.bias"])
+        theirs = model.gpt(IDS) @ tensors["score.weight"][0]
+    torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=0)
+    again = checkpoint.load(tmp_path / "pm", scalar=True)
+    assert torch.equal(again(IDS), ours)
+    config = json.loads((tmp_path / "pm" / "config.json").read_text())
+    assert config["architectures"] == ["GPT2ForSequenceClassification"]
+    assert config["id2label"] == {"0": "score"}
+    again.score.weight.data.zero_()
+    checkpoint.save(again, tmp_path / "zero")
+    assert same_bits(checkpoint.load(tmp_path / "zero", scalar=True), again)
+
+
 def test_scalar_from_a_language_model_has_its_trunk_and_a_fresh_head(tiny_gpt, folder):
     torch.manual_seed(0)
     first = checkpoint.load(folder, scalar=True, new_head=True)
@@ -338,7 +360,7 @@ def test_config_that_does_not_fit_the_weights(folder):
 
 def test_untied_head_and_foreign_weights(folder):
     edit_weights(folder, lambda t: t.update({"lm_head.weight": torch.zeros(64, 32)}))
-    refuse(folder, "lm_head.weight differs")
+    refuse(folder, "config.json", "lm_head.weight differs", "write false there")
     edit_weights(
         folder,
         lambda t: t.update(
@@ -350,11 +372,22 @@ def test_untied_head_and_foreign_weights(folder):
 
 @pytest.mark.parametrize(
     "prefix, inner",
-    [("_orig_mod.", "_orig_mod"), ("module.", "module"), ("pretrained_model.", "pretrained_model")],
+    [
+        ("_orig_mod.", "_orig_mod"),
+        ("module.", "module"),
+        ("pretrained_model.", "pretrained_model"),
+        ("base_model.model.", "merge_and_unload()"),
+    ],
 )
 def test_a_wrapped_model_is_told(folder, prefix, inner):
     edit_weights(folder, lambda t: [t.update({prefix + name: t.pop(name)}) for name in list(t)])
     refuse(folder, f"weights are named {prefix}*", f"save the model inside it, its .{inner}")
+
+
+def test_an_adapter_alone_is_told(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(UserError, match="is an adapter without .* merge_and_unload"):
+        checkpoint.load(tmp_path)
 
 
 def test_a_value_head_beside_a_model_is_told(folder):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import train_pm
 from mincai import UserError
 from mincai.constitution import dialogue
 from mincai.plumbing import cli, data, formats
@@ -402,12 +403,14 @@ def test_exported_comparisons_come_back_with_their_answers_and_hard_labels(write
             "chosen": " no .",
             "rejected": " yes .",
             "p_chosen": 0.75,
+            "margin": 0.5,
         },
         {
             "prompt": "Setting: a lesson\nHuman: q2\nAssistant:",
             "chosen": " yes .",
             "rejected": " no .",
             "p_chosen": 0.75,
+            "margin": 0.5,
         },
     ]
     back, dropped = read_pairs(out, BYTES)
@@ -422,6 +425,95 @@ def test_exported_comparisons_come_back_with_their_answers_and_hard_labels(write
         (" yes .", " no ."),
     ]
     assert not dropped
+
+
+def test_an_undecided_judge_exports_nothing_as_train_pm_learns_nothing(write, tmp_path):
+    """By the same rule and default; equal answers are none either."""
+    assert formats.Config().contrast == train_pm.Config().contrast == 0.05
+    pairs = [{**OWN_PAIR, "p_a": p} for p in (0.5002, 0.46, 0.5499, 0.56, 0.44, 0.9)]
+    pairs.append({**OWN_PAIR, "b": " yes . "})
+    out, source = str(tmp_path / "out.jsonl"), str(write(pairs))
+    found = formats.main(formats.Config(source, out))
+    assert found == {"written": 3, "undecided": 3, "equal answers": 1}
+    assert [row["p_chosen"] for row in data.read_jsonl(out)] == [0.56, 0.56, 0.9]
+    found = formats.main(formats.Config(source, out, contrast=0.0, again=True))
+    assert found == {"written": 6, "equal answers": 1}
+    found = formats.main(formats.Config(source, out, to="mincai", again=True))  # the label says it
+    assert found == {"written": 7} and data.read_jsonl(out) == pairs
+
+
+WHOLE = [  # the same pair, in every format that holds it
+    ("ours", {"id": "pair-1", "prompt": SHOWN[7:-11], "a": "good", "b": "bad", "p_a": 1.0}),
+    ("hh", HH),
+    ("trl", {"prompt": SHOWN, "chosen": " good", "rejected": " bad"}),
+    ("messages", {"prompt": [USER, REPLY, SECOND], "chosen": [GOOD], "rejected": [BAD]}),
+]
+
+
+@pytest.mark.parametrize("to", ["trl", "hh", "mincai", "prompts"])
+@pytest.mark.parametrize("row", [row for _, row in WHOLE], ids=[name for name, _ in WHOLE])
+def test_every_pair_becomes_every_format(write, tmp_path, row, to):
+    out = tmp_path / "out.jsonl"
+    assert formats.main(formats.Config(str(write([row])), str(out), to)) == {"written": 1}
+    [made] = data.read_jsonl(out)
+    if to == "prompts":
+        assert made == {"prompt": SHOWN}
+        return
+    if to == "hh":
+        assert made == {"chosen": f"{TALK} good", "rejected": f"{TALK} bad"}
+    if to == "trl":
+        assert made == WHOLE[2][1] | {"p_chosen": 1.0, "margin": 1.0}
+    [pair], dropped = read_pairs(out, BYTES)
+    assert answers(pair) == (" good", " bad") and dialogue(pair["prompt"]) == SHOWN and not dropped
+
+
+@pytest.mark.parametrize("to", ["trl", "prompts", "mincai"])
+def test_prompts_of_every_format_are_converted(write, tmp_path, to):
+    out, asked = tmp_path / "out.jsonl", {"prompt": [USER, REPLY, SECOND], "label": "safe"}
+    for source in (
+        write("first one\nfirst one\n", "lines.txt"),
+        write("prompt,label\nfirst one,safe\n", "table.csv"),
+        write([asked], "talk.jsonl"),
+        write([{**OWN_PROMPT, "setting": "x"}], "own.jsonl"),
+    ):
+        found = formats.main(formats.Config(str(source), str(out), to, again=True))
+        assert found == {"written": 1}
+        if to != "mincai":
+            assert data.read_jsonl(out)[0]["prompt"].endswith("\nAssistant:")
+        before, after = (
+            [{key: row.get(key) for key in ("prompt", "kind", "setting")} for row in rows]
+            for rows in (formats.read_prompts(source), formats.read_prompts(out))
+        )
+        if source.name == "own.jsonl" and to != "mincai":
+            before[0]["prompt"] = "a\nb"  # a transcript's turns have no blank lines
+        assert before == after
+
+
+def test_what_a_format_cannot_hold_is_counted_or_said(write, tmp_path, capsys):
+    out = str(tmp_path / "out.jsonl")
+    rows = [OWN_PAIR, {**OWN_PAIR, "setting": "a lesson"}, {**OWN_PAIR, "p_a": 0.5}]
+    formats.main(formats.Config(source := str(write(rows)), out, "hh"))
+    told = "left out: 1 has a setting, which HH-RLHF's transcripts cannot hold, 1 undecided"
+    assert f"formats: 1 of 3 comparisons in HH-RLHF's format; {told}" in capsys.readouterr().out
+    formats.main(formats.Config(source, out, "prompts", again=True))
+    assert "formats: 2 of 3 comparisons in prompts alone; left out: 1 repeated" in (
+        capsys.readouterr().out
+    )
+    bad = [HH, {**HH, "rejected": f"{TALK} "}, HH, {**HH, "margin": 0}]
+    found = formats.main(formats.Config(str(write(bad)), out, again=True))
+    assert found == {"written": 2, "empty answer": 1, "no preference": 1}
+    kept = formats.main(formats.Config(str(write([{**HH, "margin": 3}])), out, again=True))
+    assert kept == {"written": 1} and data.read_jsonl(out)[0]["margin"] == 3
+    for rows, to in (([{"prompt": "x"}], "hh"), ([{"prompt": "x", "revision": "y"}], "hh")):
+        words = complaint(formats.main, formats.Config(str(write(rows)), out, to, again=True))
+        assert "no pairs of answers" in words and "give another --to" in words
+
+
+def test_comparisons_without_ids_are_read_by_their_texts(write):
+    texts = {"prompt": "first", "a": "yes . ", "b": "no .", "p_a": 0.25}
+    [pair], dropped = read_pairs(write([texts]), BYTES)
+    assert BYTES.decode(pair["a_ids"]) == " yes ." and pair["a_ids"][-1] == BYTES.eot
+    assert BYTES.decode(pair["b_ids"]) == " no ." and pair["p_a"] == 0.25 and not dropped
 
 
 def test_revisions_become_prompts_with_completions_where_something_changed(write, tmp_path):
@@ -445,7 +537,7 @@ def test_revisions_become_prompts_with_completions_where_something_changed(write
 @pytest.mark.parametrize(
     "rows, words",
     [
-        ([{"text": "x"}], "line 1: keys text"),
+        ([{"score": "x"}], "line 1: keys score"),
         ([OWN_PAIR, {"prompt": "x", "revision": "y"}], "line 2: a row of rev"),
         ([{**OWN_PAIR, "p_a": 2}], "line 1: p_a is 2"),
         ([{**OWN_PAIR, "a": None}], "line 1: this row lacks a;"),
