@@ -4,7 +4,7 @@
 
 `python -m mincai --prompts ...` ends with it. answers.jsonl has of each prompt the base's answer,
 phase 1's and PPO's; answers.html shows them. Nothing grades them: the loop has trained on these
-very prompts, and no oracle knows them. What is read is written down, and judging it is the reader's.
+very prompts, and no oracle knows them. Reading them is what the page is for.
 """
 
 import random
@@ -61,9 +61,10 @@ def build(rows: list[dict], title: str, temperature: float, unread=lambda row: [
             new = unread(row)
             told = f"The model has never read: {' '.join(new)}. Its answers mean little."
             cells = [said(row[stage] or "(nothing)", NAMES[stage]) for stage in stages]
-            setting = said(row["setting"], "Setting") if row["setting"] else ""
-            shown += [setting, said(row["prompt"], "Human"), text(told, "caption") if new else ""]
-            shown.append(tag("div", *cells, class_="beside answers"))
+            setting = text(f"Setting: {row['setting']}", "caption") if row["setting"] else ""
+            about = [setting, text(told, "caption") if new else ""]
+            beside = tag("div", *cells, class_="beside")
+            shown.append(tag("article", tag("h3", row["prompt"]), *about, beside))
         parts.append(tag("section", *shown))
     how = f"One sample each at temperature {temperature:g}." if temperature else "The likeliest."
     head = (tag("h1", title), text(f"{ABOUT} {how}"), tag("nav", *links))
@@ -79,7 +80,8 @@ def main(cfg: Config) -> list[dict]:
         return data.read_jsonl(path)
     begun, rng = begin("answers", cfg), random.Random(cfg.seed)
     every = formats.loop_prompts(cfg.prompts)
-    asked = [row for kind in KINDS for row in data.choose(every, kind, cfg.most, rng)]
+    chosen = {id(row) for kind in KINDS for row in data.choose(every, kind, cfg.most, rng)}
+    asked = [row for row in every if id(row) in chosen]  # in the files' order
     stages = [s for s in NAMES if s == "base" or (out / s).is_dir()]
     folders = [cfg.base, *(str(out / stage) for stage in stages[1:])]
     folders, tokenizer, (config, *_) = begun.open(*folders)

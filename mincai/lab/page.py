@@ -195,6 +195,7 @@ body{margin:0;background:var(--bg);color:var(--ink);font:16px/1.55 system-ui,-ap
 main{max-width:860px;margin:0 auto;padding:32px 20px 80px;overflow-wrap:anywhere} h3{font-size:1rem;margin:0}
 h1{font-size:1.7rem;line-height:1.2;margin:0 0 .3em} nav{display:flex;flex-wrap:wrap;gap:2px 16px;font-size:.9rem}
 h2{font-size:1.3rem;margin:2.4em 0 .5em;padding-top:.9em;border-top:1px solid var(--rule)} figure,blockquote p{margin:0}
+article{margin:0 0 1.8em}
 small,.caption,figcaption,caption,footer{font-size:.875rem;color:var(--soft)} details{margin:.7em 0}
 code,pre{font:.85em/1.5 ui-monospace,Menlo,Consolas,monospace} summary{cursor:pointer}
 pre{overflow-x:auto;overflow-wrap:normal;background:var(--wash);border-radius:8px;padding:12px 14px;margin:.6em 0}
