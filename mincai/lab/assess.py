@@ -165,8 +165,8 @@ def wins(model, planner, rows, ours, theirs, principles, cfg, desc) -> dict:
     return {**won, "mean_p": sum(p) / max(1, len(p)), "same_slot": same_slot}
 
 
-def report(result: dict) -> str:
-    """eval.json as text, in one table."""
+def table(result: dict) -> Table:
+    """eval.json as one table."""
     stages, rows = result["stages"].values(), []
     for kind in KINDS:
         found = [stage[kind] for stage in stages]
@@ -184,7 +184,11 @@ def report(result: dict) -> str:
         for name, label in labels.items():
             rows.append([f"{kind}: {label}", "", *(one.get(name, "none") for one in found)])
     head = ["n", *(NAMES[name] for name in result["stages"])]
-    return as_text([Table("On held-out English prompts", head, rows)]) + "\n"
+    return Table("On held-out English prompts", head, rows)
+
+
+def report(result: dict) -> str:
+    return as_text([table(result)]) + "\n"
 
 
 def main(cfg: Config) -> dict:
