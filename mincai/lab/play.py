@@ -78,6 +78,7 @@ class Play:
         ]
         found = {"stages": {s: NAMES[s] for s in self.models}, "principles": principles}
         found |= {"requests": self.requests, "families": self.families}
+        found["words"] = sorted(self.planner.tokenizer.words or ())
         return found | {"characters": CHARACTERS}
 
 

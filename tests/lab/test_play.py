@@ -220,6 +220,8 @@ def test_an_attack_goes_around_the_request(opened):
 
 
 def test_words_never_read_are_named_and_a_setting_counts(opened):
+    words = opened.about()["words"]
+    assert words == sorted(words) and "lamp" in words and "flat" not in words
     assert play.ask(opened, PLAIN)["unread"] == []
     assert play.ask(opened, PLAIN)["outside"] is False
     kind = constitution.Principle(
