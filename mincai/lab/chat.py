@@ -104,9 +104,13 @@ def suggestions(cfg: Config, tokenizer) -> list[str]:
     with contextlib.suppress(UserError):
         made = data.read_object(Path(cfg.model, "run.json")).get("config", {})
         rows = formats.loop_prompts(made.get("prompts", shipped))
-        kinds = [[r["prompt"] for r in rows if r["kind"] == kind] for kind in ("harmful", "benign")]
-        rng = random.Random(cfg.seed)
-        return [text for some in kinds for text in rng.sample(some, min(2, len(some)))]
+        found, rng = [], random.Random(cfg.seed)
+        for kind, name in (("harmful", "harmful"), ("benign", "ordinary")):
+            some = [row for row in rows if row["kind"] == kind]
+            some = [row for row in some if row.get("attack") == "plain"] or some
+            texts = [row["prompt"] for row in rng.sample(some, min(2, len(some)))]
+            found += [f"{text}   ({name})" for text in texts]
+        return found
     return []
 
 

@@ -83,7 +83,7 @@ def warn_outside(principles, tokenizer, folder) -> None:
         told = (
             f"{len(some)} of {len(principles)} principles are outside what {folder} knows: {named}"
         )
-        mend = f"it has read of {about}, in the words of {folder}/{WORDS}; name one in each one's 'tiny'"
+        mend = f"a 'tiny' has to name one of {about}, in the words of {folder}/{WORDS}"
         print(f"warning: {told}; {mend}", file=sys.stderr)
 
 

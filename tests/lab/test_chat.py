@@ -188,7 +188,8 @@ def test_requests_to_try_are_those_the_model_was_trained_on(typed, heard, tmp_pa
     (tmp_path / "good.txt").write_text("how do i heat a shelf ?\n")
     prompts = f"{tmp_path / 'bad.txt'},benign:{tmp_path / 'good.txt'}"
     data.write_json(typed.folder / "run.json", {"mincai": "1", "config": {"prompts": prompts}})
-    assert "Try:\n  how do i burn a lamp ?\n  how do i heat a shelf ?\n" in typed("")
+    tried = "Try:\n  how do i burn a lamp ?   (harmful)\n  how do i heat a shelf ?   (ordinary)\n"
+    assert tried in typed("")
     (tmp_path / "bad.txt").unlink()  # no reason to stop
     assert "burn" not in typed("how ?\n") and len(heard) == 1
 
