@@ -21,7 +21,7 @@ import train_pm
 import train_ppo
 import train_sft
 from mincai import UserError, constitution, critique, feedback
-from mincai.lab import assess, english, evaluate, measure, plan
+from mincai.lab import answers, assess, english, evaluate, measure, plan
 from mincai.plumbing import cli, distributed, formats, lock
 from mincai.plumbing.cli import arg
 from mincai.plumbing.presets import PRESETS
@@ -48,7 +48,8 @@ class Config:
     plan: bool = arg(False, "say what rows, time and memory each stage takes, and stop")
 
 
-ONE_WRITES = (english.main, pretrain.main, evaluate.main, assess.main)  # the other processes wait
+# the other processes wait
+ONE_WRITES = (english.main, pretrain.main, evaluate.main, assess.main, answers.main)
 SCALED = ("harmful", "helpful", "attacks", "number", "updates")  # flags that --scale multiplies
 ALL_ENGLISH = 800  # prompts, about: what 0 stands for, where a share of all is asked for
 
@@ -100,6 +101,11 @@ def stages(cfg: Config) -> list[tuple[str, object, object]]:
         base=base, prompts=str(folder / "prompts_eval.jsonl"), out=str(out), **principles
     )
     add("evaluate", assess if preset.english else evaluate, preset.evaluate, **held_out)
+    if cfg.prompts:
+        shared = answers.Config.__dataclass_fields__
+        sampling = {flag: value for flag, value in preset.evaluate.items() if flag in shared}
+        where = dict(base=base, prompts=train_on, out=str(out), **principles)
+        add("answer your prompts", answers, sampling, **where)
     return todo
 
 

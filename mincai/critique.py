@@ -20,7 +20,7 @@ import torch
 from mincai import UserError, constitution, shipped
 from mincai.plumbing import data, distributed, formats, output
 from mincai.plumbing.cli import arg, run
-from mincai.plumbing.planner import Planner, load_shots
+from mincai.plumbing.planner import Planner, load_shots, warn_outside
 from mincai.plumbing.stage import Settings, begin
 from mincai.sample import generate_batched
 
@@ -207,6 +207,7 @@ def main(cfg: Config) -> dict:
     sizes = dict(batch=cfg.batch_size, length=config.block_size)
     stage.plan_memory("sample", config, "--batch-size", **sizes)
     formats.warn_unread(rows, tokenizer, cfg.model)
+    warn_outside(principles, tokenizer, cfg.model)
     planner = Planner(tokenizer, config.block_size, load_shots(cfg.fewshot, every))
     writer = Writer(stage.load(folder), planner, cfg, generator, stage.journal())
     chosen = data.choose(rows, "harmful", cfg.harmful, rng) * cfg.responses

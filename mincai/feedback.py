@@ -23,7 +23,7 @@ from mincai import Diverged, UserError, constitution, shipped
 from mincai.plumbing import data, distributed, formats, output
 from mincai.plumbing.cli import arg, run
 from mincai.plumbing.logprobs import next_logp
-from mincai.plumbing.planner import Planner, load_shots
+from mincai.plumbing.planner import Planner, load_shots, warn_outside
 from mincai.plumbing.stage import Settings, begin
 from mincai.sample import generate_batched, generate_then
 
@@ -293,6 +293,7 @@ def main(cfg: Config) -> dict:
     sizes = dict(batch=cfg.batch_size, length=config.block_size, models=2, reads_on=cfg.reasons)
     stage.plan_memory("sample", config, "--batch-size", **sizes)
     formats.warn_unread(rows, tokenizer, cfg.model)
+    warn_outside(principles, tokenizer, cfg.model)
     judging, model = map(stage.load, folders)
     planner = Planner(tokenizer, config.block_size, load_shots(cfg.fewshot, every, cfg.reasons))
     models = Models(model, judging, planner, generator, stage.journal())

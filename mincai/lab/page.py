@@ -118,12 +118,13 @@ def words(x, y, what, kind: str = "", anchor: str = "") -> Html:
     return tag("text", what, class_=kind, x=x, y=y, text_anchor=anchor)
 
 
-def plot(points: list[tuple], left: float, top: float, width: float, height: float) -> Html:
+def plot(points: list[tuple], left, top, width, height, low=math.inf, high=-math.inf) -> Html:
     """Axes with ticks, the line, its first and last value, as the inside of an <svg>. `flat` points
-    cannot be drawn."""
+    cannot be drawn. low, high: what the axis spans at least."""
     xs, ys = zip(*points)
-    margin = 0.15 * (max(ys) - min(ys))  # for the first value, where the line leaves it free
-    low, high = min(ys) - margin, max(ys) + margin
+    low, high = min(low, *ys), max(high, *ys)
+    margin = 0.15 * (high - low)  # for the first value, where the line leaves it free
+    low, high = low - margin, high + margin
 
     def at(x, y):
         across, down = (x - xs[0]) / (xs[-1] - xs[0]), (high - y) / (high - low)
@@ -140,22 +141,25 @@ def plot(points: list[tuple], left: float, top: float, width: float, height: flo
     out.append(words(left + width / 2, top + height + 33, "update", "soft", "middle"))
     line = " ".join("{},{}".format(*at(*point)) for point in points)
     out.append(tag("polyline", class_="curve", points=line))
-    for point, right, down in ((points[0], 2, 16 if ys[1] >= ys[0] else -8), (points[-1], 7, 4)):
+    near = [y for x, y in points if at(x, y)[0] <= left + 50] + [ys[1]]
+    rises = max(near) - ys[0] >= ys[0] - min(near)  # the first value stands where the line is not
+    for point, right, down in ((points[0], 2, 16 if rises else -8), (points[-1], 7, 4)):
         x, y = at(*point)
         out.append(tag("circle", class_="end", cx=x, cy=y, r=3))
         out.append(words(f"{x + right:.1f}", f"{y + down:.1f}", short(point[1]), "value"))
     return join(out)
 
 
-def chart(title: str, unit: str, points: list[tuple]) -> Html:
-    """A curve over updates with its name above it; or its name and a sentence."""
+def chart(title: str, unit: str, points: list[tuple], **span) -> Html:
+    """A curve over updates with its name above it; or its name and a sentence. span: as `plot` has
+    it."""
     if flat(points):
         return tag("p", tag("b", title), f", {unit}: {flat(points)}", class_="caption")
     (_, first), (update, last) = points[0], points[-1]
     label = f"{title}, {unit}: {short(first)} at first, {short(last)} at update {update:g}"
     frame = {"viewBox": "0 0 400 178", "role": "img", "aria_label": label}
     name = tag("figcaption", tag("b", title), f", {unit}")
-    return tag("figure", name, tag("svg", plot(points, 44, 8, 298, 130), **frame))
+    return tag("figure", name, tag("svg", plot(points, 44, 8, 286, 130, **span), **frame))
 
 
 def picture(stages: list[tuple], score: list[tuple]) -> Html:
@@ -195,11 +199,12 @@ body{margin:0;background:var(--bg);color:var(--ink);font:16px/1.55 system-ui,-ap
 main{max-width:860px;margin:0 auto;padding:32px 20px 80px;overflow-wrap:anywhere} h3{font-size:1rem;margin:0}
 h1{font-size:1.7rem;line-height:1.2;margin:0 0 .3em} nav{display:flex;flex-wrap:wrap;gap:2px 16px;font-size:.9rem}
 h2{font-size:1.3rem;margin:2.4em 0 .5em;padding-top:.9em;border-top:1px solid var(--rule)} figure,blockquote p{margin:0}
+article{margin:0 0 1.8em}
 small,.caption,figcaption,caption,footer{font-size:.875rem;color:var(--soft)} details{margin:.7em 0}
 code,pre{font:.85em/1.5 ui-monospace,Menlo,Consolas,monospace} summary{cursor:pointer}
 pre{overflow-x:auto;overflow-wrap:normal;background:var(--wash);border-radius:8px;padding:12px 14px;margin:.6em 0}
 ol{list-style:none;padding:0;margin:1.2em 0} .trail>li{border-left:2px solid var(--rule);padding:0 0 1.1em 18px}
-.trail .caption{margin:.1em 0 .4em} blockquote{margin:.4em 0;padding:8px 12px;background:var(--wash);border-radius:8px}
+.trail .caption{margin:.1em 0 .4em} main>:nth-child(4) h2{margin-top:1em} blockquote{margin:.4em 0;padding:8px 12px;background:var(--wash);border-radius:8px}
 .won{outline:2px solid var(--line)} blockquote b{font-size:.8rem;color:var(--soft)} figure svg{width:100%;height:auto}
 .beside,.boxes,.charts{display:grid;grid-template-columns:repeat(3,minmax(0,1fr));gap:10px} .boxes{gap:14px 28px}
 .two,.charts{grid-template-columns:repeat(2,minmax(0,1fr))} .charts{gap:14px 20px} .boxes b{font-size:1.25rem}
@@ -210,6 +215,10 @@ table{border-collapse:collapse;font-size:.9rem;width:100%;font-variant-numeric:t
 th,td{text-align:left;vertical-align:top;padding:5px 10px 5px 0;font-weight:400} tr{border-bottom:1px solid var(--rule)}
 thead th{font-weight:600} td{white-space:nowrap;width:15%} td small{display:block;font-size:.78rem}
 tbody th{min-width:7em} .in1{padding-left:1em} .in2{padding-left:2em}
+@media(min-width:1000px){main{max-width:1120px;padding-top:20px} .trail>li{display:grid;column-gap:20px;padding-bottom:.5em;
+  grid-template-columns:20em minmax(0,1fr)} .trail blockquote{padding:5px 12px;margin:.2em 0}
+  .trail blockquote b{margin-right:.6em} .trail blockquote p{display:inline} .trail p{margin:.1em 0}
+  .trail{font-size:.9375rem;line-height:1.4} .trail details{margin:.2em 0}}
 @media(max-width:640px){.charts,.beside,.two,.boxes{grid-template-columns:minmax(0,1fr)} main{padding:20px 16px 60px}
   .boxes{gap:24px} .boxes li+li::before{content:"\\2193";left:50%;top:-24px}}"""
 CSS = COLOURS + SVG + PAGE

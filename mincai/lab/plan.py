@@ -238,6 +238,15 @@ def evaluate(cfg, shape, tested) -> Stage:
     return Stage("evaluate", 3 * rows, *tokens, **sizes)
 
 
+def answers(cfg, shape, loop) -> Stage:
+    """Three stages answer prompts of one's own; the base alone is shown examples."""
+    number = sum(take(loop, kind, cfg.most) for kind in ("harmful", "benign"))
+    prompt, room = mean(lengths(loop)), shape.block_size - cfg.max_new
+    read = number * (min(room, shots_of(cfg)["answer"] + prompt) + 2 * prompt)
+    sizes = dict(memory=_sampling(cfg, shape), disk=_jsonl(number, prompt + 3 * cfg.max_new))
+    return Stage("answer your prompts", number, read, 3 * number * cfg.max_new, **sizes)
+
+
 def pretraining(cfg, shape) -> Stage:
     steps = max(1, cfg.tokens // (cfg.batch_size * cfg.block_size))
     rows = steps * cfg.batch_size
@@ -261,6 +270,7 @@ def stages(configs) -> list[Stage]:
     judging, grading = configs["AI feedback"], configs["evaluate"]
     judged = feedback(judging, shape, loop)
     graded = assess if hasattr(grading, "fewshot") else evaluate
+    answering = configs.get("answer your prompts")
     return [
         *found,
         revised,
@@ -269,6 +279,7 @@ def stages(configs) -> list[Stage]:
         pm(configs["preference model"], shape, loop, judged.rows, judging.max_new),
         ppo(configs["PPO"], shape, loop),
         graded(grading, shape, tested),
+        *([answers(answering, shape, loop)] if answering else []),
     ]
 
 

@@ -28,7 +28,7 @@ from mincai.plumbing import data, formats
 from mincai.plumbing.checkpoint import load
 from mincai.plumbing.cli import arg, pick_device, run, set_threads
 from mincai.plumbing.logprobs import answer_scores
-from mincai.plumbing.planner import Planner, load_shots
+from mincai.plumbing.planner import Planner, load_shots, outside
 from mincai.plumbing.weights import common_tokenizer, resolve
 from mincai.sample import generate
 from mincai.tinyworld import attacks
@@ -78,6 +78,7 @@ class Play:
         ]
         found = {"stages": {s: NAMES[s] for s in self.models}, "principles": principles}
         found |= {"requests": self.requests, "families": self.families}
+        found["words"] = sorted(self.planner.tokenizer.words or ())
         return found | {"characters": CHARACTERS}
 
 
@@ -207,6 +208,7 @@ def ask(play: Play, asked) -> dict:
     principle = play.principles[asked["principle"]]
     found = {"prompt": prompt, "setting": setting, "answers": [*answers.values()]}
     found["unread"] = play.planner.tokenizer.unread(conversation)
+    found["outside"] = outside(principle, play.planner.tokenizer)
     found["critique"] = found["judge"] = None
     if texts[asked["criticised"]]:
         found["critique"] = criticise(play, conversation, texts[asked["criticised"]], principle)

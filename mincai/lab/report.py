@@ -55,18 +55,18 @@ CURVES = {
     "dev_quality": ("quality", "development"),
 }
 CAPTIONS = {
-    "Request": "One of the prompts that the loop trains on.",
-    "The base's answer": "The pretrained model answers; nothing has taught it to refuse.",
-    "Principle": "Drawn by lot, most often from those on what the request is about.",
-    "Critique": "The same model reads all three and says what is wrong.",
-    "Revision": "Then it writes the answer anew. Phase 1 fine-tunes it on such revisions.",
-    "Two answers": "Two samples of the fine-tuned model. Outlined: the judge's choice.",
-    "Judgement": "The base is the judge, in both orders; the mean is the label that phase 2 learns.",
-    "A held-out harmful request": "Never trained on; graded by the world's rules, which none sees.",
+    "Request": "One of those that the loop trains on.",
+    "The base's answer": "Nothing has taught this model to refuse.",
+    "Principle": "Drawn by lot, mostly on the topic.",
+    "Critique": "The same model says what is wrong.",
+    "Revision": "Phase 1 learns answers like this.",
+    "Two answers": "Phase 1's. Outlined: the judge's choice.",
+    "Judgement": "By the base, in both orders. The mean is the label that phase 2 learns.",
+    "A held-out harmful request": "Never trained on; graded by rules that no stage sees.",
     "A held-out ordinary request": "To be helped, not refused.",
 }
-ABOUT = """A model that complies with everything criticises and revises its own answers under written
-principles, learns the revisions, then learns from its own judgements."""
+ABOUT = """A model revises its own answers under written principles, learns the revisions, then learns from its
+own judgements."""
 LOOP = """Fine-tuning on the revisions ends phase 1. Then the base model compares answers of the fine-tuned
 one, a preference model learns the labels, and PPO raises its score at a price for each nat of KL to the
 fine-tuned model. Decided: the label is off 1/2 by at least --contrast. Same slot twice: the judge named the
@@ -115,7 +115,8 @@ def trail(folder: Path, cfg: Config) -> Html:
         return said(asks.get(name, "(of another constitution)"), name)
 
     def told(name, *parts):
-        out.append(tag("li", tag("h3", name), text(CAPTIONS[name], "caption"), *parts))
+        step = tag("div", tag("h3", name), text(CAPTIONS[name], "caption"))
+        out.append(tag("li", step, tag("div", *parts)))
 
     if row:
         about = [row[key] for key in ("kind", "category", "attack") if row.get(key)]
@@ -124,7 +125,7 @@ def trail(folder: Path, cfg: Config) -> Html:
         for one in [r for r in row["rounds"] if r is not shown]:
             others += [words(one["principle"]), said(one["critique"], "Critique")]
             others.append(said(one["revision"], "Revision"))
-        told("Request", text(", ".join(about), "caption"), asked(row))
+        told("Request", asked(row, ", ".join(about)))
         told("The base's answer", said(row["original"]))
         told("Principle", words(shown["principle"]))
         told("Critique", said(shown["critique"]))
@@ -139,7 +140,9 @@ def trail(folder: Path, cfg: Config) -> Html:
         first = f"{pair['p_ab']:.3f} with A in the first place"
         label = f"{pair['p_a']:.3f}: {first}, {1 - pair['p_ba']:.3f} with A in the second."
         reasons = said(pair["reasons"] or "(none were written)", "Reasons")
-        told("Judgement", words(pair["principle"]), reasons, text(f"P(A is better) = {label}"))
+        principle = asks.get(pair["principle"], "(of another constitution)")
+        under = text(f"Principle {pair['principle']}: {principle}", "caption")
+        told("Judgement", under, reasons, text(f"P(A is better) = {label}"))
     for one, answers in trails.held_out(samples, row):
         cells = []
         for stage, sample in answers.items():
@@ -150,9 +153,9 @@ def trail(folder: Path, cfg: Config) -> Html:
     return join([tag("ol", *out, class_="trail") if out else "", *notes])
 
 
-def asked(row: dict) -> Html:
+def asked(row: dict, about: str = "") -> Html:
     setting = said(row["setting"], "Setting") if row.get("setting") else ""
-    return join([setting, said(row["prompt"], "Human")])
+    return join([setting, said(row["prompt"], f"Human ({about})" if about else "Human")])
 
 
 def facts(folder: Path) -> list[tuple[str, str, list[str]]]:
@@ -186,7 +189,7 @@ def picture(folder: Path) -> str:
 def results(found: dict) -> list:
     if any("attack_success" not in one for one in found["stages"].values()):
         # An English run, which no oracle grades
-        return [tag("pre", assess.report(found).strip("\n"), tabindex="0")]
+        return [assess.table(found)]
     sampled, greedy, *others = tables(found)
     folded = [page.fold(some.caption, page.table(some)) for some in others]
     return [*map(text, headlines(found)), text(RESULTS), sampled, greedy, *folded]
@@ -194,7 +197,10 @@ def results(found: dict) -> list:
 
 def curves(rows: list[dict]) -> list:
     points = {key: curve(rows, key) for key in CURVES}
-    drawn = [page.chart(*CURVES[key], some) for key, some in points.items() if some]
+    drawn = []
+    for key, some in points.items():
+        rate = {"low": 0, "high": 1} if key.startswith("dev_") else {}  # a few of 64 are no event
+        drawn += [page.chart(*CURVES[key], some, **rate)] if some else []
     return [text(OVER), tag("div", *drawn, class_="charts")]
 
 

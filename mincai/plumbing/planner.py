@@ -6,10 +6,12 @@ whole, the first of the file before the others, until the room is used up; a tex
 even alone is given up. Both are counted, and nothing is ever cut.
 """
 
+import sys
 from collections import Counter
 
 from mincai import UserError, constitution
-from mincai.plumbing import data
+from mincai.plumbing import data, distributed
+from mincai.plumbing.tokenizer import WORDS, words_of
 
 KINDS = ("answer", "review", "compare")
 
@@ -57,6 +59,30 @@ class Planner:
         if counts["no room"]:
             told.append(f"{counts['no room']} texts did not fit the model's {self.limit} tokens")
         return ", ".join(told)
+
+
+def outside(principle, tokenizer) -> bool:
+    """Whether a model of few words knows nothing that this principle says: it has words that the
+    model has never read, or none of those that say what the shipped principles are about. False for
+    a model whose words are not listed."""
+    if tokenizer.words is None:
+        return False
+    about = {p.about for p in constitution.load_constitution()}
+    return bool(tokenizer.unread(principle.tiny)) or about.isdisjoint(words_of(principle.tiny))
+
+
+def warn_outside(principles, tokenizer, folder) -> None:
+    """One line on stderr if principles are outside what the model in this folder knows: it takes
+    them for others."""
+    some = [p for p in principles if outside(p, tokenizer)]
+    if some and distributed.is_main():
+        named = ", ".join([repr(p.tiny) for p in some[:3]] + ["..."] * (len(some) > 3))
+        about = ", ".join(dict.fromkeys(p.about for p in constitution.load_constitution()))
+        told = (
+            f"{len(some)} of {len(principles)} principles are outside what {folder} knows: {named}"
+        )
+        mend = f"a 'tiny' has to name one of {about}, in the words of {folder}/{WORDS}"
+        print(f"warning: {told}; {mend}", file=sys.stderr)
 
 
 def load_shots(path: str, principles, reasons: bool = True) -> dict[str, list[str]]:

@@ -5,6 +5,7 @@ end-of-text marker cannot end anything; control ids are appended by the code tha
 """
 
 import base64
+import os
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +23,10 @@ FILES = (FILE, WORDS, *bpe_files.WRITTEN)
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 GPT2_TOKENS = 50257
 END = "<|endoftext|>"
+CACHED = {  # names in tiktoken's cache: SHA-1 of where it gets them from
+    "6d1cbeee0f20b3d9449abfede4726ed8212e3aee": "GPT-2's vocab.bpe",
+    "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6": "GPT-2's encoder.json",
+}
 
 
 class Tokenizer:
@@ -115,11 +120,22 @@ def _gpt2(path):
     try:
         encoding = tiktoken.get_encoding("gpt2")
     except Exception as error:  # tiktoken lets its HTTP library's errors through
-        told = f"is not there and GPT-2's vocabulary could not be fetched ({error})"
-        advice = "set TIKTOKEN_CACHE_DIR to a folder that holds it"
-        raise UserError(f"{path} {told}; {advice}") from None
+        told = f"is not there and GPT-2's vocabulary could not be fetched ({error!s:.90})"
+        raise UserError(f"{path} {told}; {_advice(os.environ.get('TIKTOKEN_CACHE_DIR'))}") from None
     eot = encoding.eot_token
     return {encoding.decode_single_token_bytes(i): i for i in range(eot)}, {END: eot}
+
+
+def _advice(cache):
+    """What to do where tiktoken finds GPT-2's files neither in the folder `cache` nor outside."""
+    names = [f"{name} ({what})" for name, what in CACHED.items()]
+    beside = "or put GPT-2's vocab.json and merges.txt beside the weights"
+    if not cache:
+        return f"set TIKTOKEN_CACHE_DIR to a folder that holds {' and '.join(names)}, {beside}"
+    lacks = [told for name, told in zip(CACHED, names) if not Path(cache, name).is_file()]
+    wrong = f"lacks {' and '.join(lacks)}" if lacks else "holds files that are not GPT-2's"
+    mend = "copy the cache of a machine on which tiktoken.get_encoding('gpt2') works"
+    return f"TIKTOKEN_CACHE_DIR, {cache}, {wrong}: {mend}, {beside}"
 
 
 def _end(folder, control):

@@ -7,9 +7,13 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from mincai import constitution
 from mincai.lab import chat
+from mincai.model import ScalarModel
+from mincai.plumbing import checkpoint, data
+from mincai.plumbing.logprobs import answer_scores
 from mincai.plumbing.tokenizer import load_tokenizer
 
 
@@ -105,6 +109,89 @@ def test_a_model_beside_is_warned_for_too(talk, heard, tiny_base, tmp_path):
             assert err.count("\n") == 1
         else:
             assert err == ""
+
+
+# --- in a terminal --------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def typed(monkeypatch, capsys, tmp_path, tiny_base):
+    """typed(text, **settings): what chat prints when this is typed. free: with a model whose words
+    are not listed, as GPT-2's are not."""
+    folder = shutil.copytree(tiny_base, tmp_path / "run" / "free")
+    (folder / "words.txt").unlink()
+
+    def run(text, free=True, **settings):
+        monkeypatch.setattr(sys, "stdin", Terminal(text))
+        usual = {"model": str(folder if free else tiny_base), "device": "cpu", "max_new": 8}
+        chat.main(chat.Config(threads=1, **usual | settings))
+        return capsys.readouterr().out
+
+    run.folder = folder
+    return run
+
+
+def test_a_conversation_goes_on_until_a_new_one_begins(typed, heard):
+    out = typed("one ?\ntwo ?\n/new\nthree ?\n/quit\nfour ?\n")
+    assert heard == [
+        constitution.dialogue("one ?"),
+        constitution.dialogue("one ?\nAssistant: café .\nHuman: two ?"),
+        constitution.dialogue("three ?"),
+    ]
+    assert "asked alone" not in out
+
+
+def test_a_model_that_has_read_single_turns_is_asked_each_request_alone(typed, heard):
+    out = typed("one ?\ntwo ?\n", free=False)
+    assert heard == [constitution.dialogue("one ?"), constitution.dialogue("two ?")]
+    assert "each request is asked alone" in out
+
+
+def test_the_oldest_turns_make_room_and_that_is_said_once(typed, heard):
+    words = " ".join(["lamp"] * 100)
+    out = typed(f"first {words} ?\nsecond {words} ?\nthird {words} ?\nfourth {words} ?\n")
+    assert out.count("the oldest turns are left out from now on") == 1
+    last = heard[-1]
+    assert "first" not in last and "third" in last and last.count("Human: ") == 2
+    assert [prompt.count("Human: ") for prompt in heard] == [1, 2, 2, 2]
+
+
+def test_commands_are_no_requests(typed, heard):
+    out = typed("/help\n/what\nSetting: a lesson\nhow ?\n")
+    assert heard == [constitution.dialogue("how ?", "a lesson")] and out.count("/quit  ") == 2
+    assert "/new" in out and "Setting: " in out
+
+
+def test_the_preference_models_score_stands_beside(typed, heard, tiny_base):
+    torch.manual_seed(1)
+    pm, tokenizer = ScalarModel(checkpoint.load(tiny_base)), load_tokenizer(tiny_base)
+    pm.gain.fill_(50.0)
+    checkpoint.save(pm, typed.folder.parent / "pm", tokenizer.files())
+    out = typed("how ?\nand ?\n")
+    ids = [tokenizer.ranks[bytes([b])] for b in " café .".encode()] + [tokenizer.eot]
+    prompts = [tokenizer.encode(prompt) for prompt in heard]
+    scores = answer_scores(pm, prompts, [ids] * 2).tolist()
+    assert f"{scores[0]:.2f}" != f"{scores[1]:.2f}"
+    for score in scores:
+        assert f"Assistant: café .   [score {score:+.2f}]\n" in out
+    assert "score" not in typed("how ?\n", free=False)  # no pm/ beside that one
+    assert "[score " in typed("how ?\n", free=False, pm=str(typed.folder.parent / "pm"))
+
+
+def test_requests_to_try_are_those_the_model_was_trained_on(typed, heard, tmp_path):
+    (tmp_path / "bad.txt").write_text("how do i burn a lamp ?\n")
+    (tmp_path / "good.txt").write_text("how do i heat a shelf ?\n")
+    prompts = f"{tmp_path / 'bad.txt'},benign:{tmp_path / 'good.txt'}"
+    data.write_json(typed.folder / "run.json", {"mincai": "1", "config": {"prompts": prompts}})
+    tried = "Try:\n  how do i burn a lamp ?   (harmful)\n  how do i heat a shelf ?   (ordinary)\n"
+    assert tried in typed("")
+    (tmp_path / "bad.txt").unlink()  # no reason to stop
+    assert "burn" not in typed("how ?\n") and len(heard) == 1
 
 
 def test_a_missing_folder_is_one_line(monkeypatch, capsys, tmp_path):

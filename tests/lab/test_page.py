@@ -108,6 +108,24 @@ def test_a_curve_goes_through_its_points():
     assert re.findall(r'text-anchor="end">([^<]*)', made) == ["1", "2", "3"]
 
 
+@pytest.mark.parametrize(
+    "ys, down", [([0, 1, 2], 16), ([2, 1, 0], -8), ([1, 0.9, 3, 3], 16), ([2, 2.1, 0, 0], -8)]
+)
+def test_the_first_value_stands_where_the_line_is_not(ys, down):
+    """Below a line that rises beside it, above one that falls, whatever it does at first."""
+    made = page.plot([(20 * x, float(y)) for x, y in enumerate(ys)], 0, 0, 20 * len(ys) - 20, 100)
+    first = float(re.search(r'<circle class="end" cx="0\.?0?" cy="([\d.]+)"', made)[1])
+    value = float(re.search(r'class="value" x="2\.0" y="([\d.]+)"', made)[1])
+    assert value - first == pytest.approx(down, abs=0.1)
+
+
+def test_the_last_value_has_room():
+    """Eight characters of 7.5 pixels, bold, within the drawing's 400."""
+    made = page.chart("entropy", "nats", [(1, 0.5), (9, 0.000123)])
+    x = float(re.findall(r'class="value" x="([\d.]+)"', made)[-1])
+    assert ">0.000123<" in made and x + 8 * 7.5 < 400
+
+
 def test_a_drawing_says_in_words_what_it_shows():
     made = page.chart("KL", "nats an answer", [(1, 0.0), (24, 1.5)])
     assert 'role="img" aria-label="KL, nats an answer: 0 at first, 1.50 at update 24"' in made

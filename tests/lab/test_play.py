@@ -1,5 +1,6 @@
 """What the page shows is what the models say; what it is sent is data; nobody else may ask."""
 
+import dataclasses
 import http.client
 import json
 import random
@@ -219,7 +220,15 @@ def test_an_attack_goes_around_the_request(opened):
 
 
 def test_words_never_read_are_named_and_a_setting_counts(opened):
+    words = opened.about()["words"]
+    assert words == sorted(words) and "lamp" in words and "flat" not in words
     assert play.ask(opened, PLAIN)["unread"] == []
+    assert play.ask(opened, PLAIN)["outside"] is False
+    kind = constitution.Principle(
+        "harm-1", "be kind .", "be kind ."
+    )  # its words, but not its sense
+    stranger = dataclasses.replace(opened, principles={"harm-1": kind})
+    assert play.ask(stranger, PLAIN)["outside"] is True
     found = play.ask(opened, PLAIN | {"request": "how do i rent a flat ?", "setting": "a party"})
     assert found["unread"] == ["party", "rent", "flat"] and found["setting"] == "a party"
     assert (

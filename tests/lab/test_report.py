@@ -462,9 +462,27 @@ def test_an_english_run_is_printed_as_assess_prints_it(tmp_path):
         "unseen_category": rate([]),
     }
     data.write_json(tmp_path / "eval.json", {"stages": {"base": {"harmful": side, "benign": side}}})
-    assert "harmful: refuses, by its phrases" in part(
-        report.build(report.Config(out=str(tmp_path))), "results"
-    )
+    results = part(report.build(report.Config(out=str(tmp_path))), "results")
+    assert "harmful: refuses, by its phrases" in results
+    assert "1 of 2" in results and "50.0%" not in results  # two answers are no percentage
+
+
+def test_the_way_to_ppos_answer_stands_open(text):
+    """Each step is a heading with its caption, and beside it what was said."""
+    steps = re.findall(r"<li><div><h3>(.*?)</h3><p class=.caption.>(.*?)</p></div><div>", text)
+    assert [tuple(map(html.unescape, step)) for step in steps] == [*report.CAPTIONS.items()]
+    trail = part(text, "trail")
+    assert trail.index("PPO</b>") < trail.index(html.escape("A held-out ordinary request"))
+    shown = re.sub("<details>.*?</details>", "", trail)
+    assert "ppo says" in shown and "a critique" in shown and "it keeps it" not in shown
+
+
+def test_a_rates_axis_spans_all_rates(text):
+    """From 0 to 1: of 64 development requests a few more or fewer are no event."""
+    dev = re.search(r"<figure><figcaption><b>attacks that succeed.*?</figure>", text)[0]
+    assert re.findall(r'text-anchor="end">([^<]*)', dev) == ["0", "0.5", "1"]
+    score = re.search(r"<figure><figcaption><b>score.*?</figure>", text)[0]
+    assert re.findall(r'text-anchor="end">([^<]*)', score) == ["0.2", "0.4", "0.6", "0.8", "1"]
 
 
 def test_the_command_takes_the_folder_as_it_is(folder, monkeypatch, capsys):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from mincai import UserError, constitution
-from mincai.plumbing.planner import KINDS, Planner, load_shots
+from mincai.plumbing.planner import KINDS, Planner, load_shots, outside, warn_outside
 from mincai.plumbing.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -270,3 +270,28 @@ def test_the_shipped_examples_fit_beside_a_long_text(tmp_path, monkeypatch):
         planner = Planner(tokenizer, 1024, shots)
         planner.prompt(kind, text, 120)
         assert planner.counts["examples"] >= least, kind
+
+
+# --- principles that a model of few words does not know -------------------------------------------
+
+
+def own(text):
+    return constitution.Principle("own-1", text, text)
+
+
+def test_principles_outside_what_the_tiny_model_knows_are_named(tiny_base, capsys):
+    """It has read every word of "be kind .", but of no principle that says so."""
+    knows = load_tokenizer(tiny_base)
+    assert not any(outside(p, knows) for p in PRINCIPLES)
+    assert not knows.unread("be kind .")
+    some = [own("be kind ."), own("no theft ."), own("never spy on people .")]
+    assert [outside(p, knows) for p in some] == [True, False, True]
+    warn_outside(some, knows, "some/model")
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "'be kind .'" in told and "'never spy on people .'" in told
+    assert told.startswith("warning: 2 of 3 principles are outside what some/model knows: ")
+    assert "theft" in told and "some/model/words.txt" in told
+    warn_outside(PRINCIPLES, knows, "some/model")
+    knows.words = None  # a model that has read English
+    warn_outside(some, knows, "some/model")
+    assert capsys.readouterr().err == ""

@@ -2,19 +2,24 @@
 learnt."""
 
 import base64
+import hashlib
+import inspect
 import json
 import os
 import random
+import re
 from pathlib import Path
 
 import pytest
 import tiktoken
+import tiktoken_ext.openai_public
 import torch
 
 from mincai import UserError
 from mincai.model import GPT, GPTConfig
 from mincai.plumbing import bpe_files, checkpoint
 from mincai.plumbing.tokenizer import (
+    CACHED,
     END,
     FILE,
     GPT2_TOKENS,
@@ -176,6 +181,40 @@ def test_gpt2_out_of_reach_is_said(tmp_path, monkeypatch):
         b"".join(base64.b64encode(bytes([b])) + b" %d\n" % b for b in range(256))
     )
     assert load_tokenizer(tmp_path).n_vocab == 257
+
+
+def test_what_tiktokens_cache_lacks_is_named(tmp_path, monkeypatch):
+    """By the names that tiktoken looks for, whatever of them is there; it is asked for them here."""
+    asked = []
+
+    def read_file(address):
+        asked.append(hashlib.sha1(address.encode()).hexdigest())
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(tiktoken.load, "read_file", read_file)
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+    cache = tmp_path / "cache"
+    cache.mkdir()
+
+    def told(value):
+        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", value)
+        with pytest.raises(UserError) as error:
+            load_tokenizer(tmp_path)
+        return str(error.value)
+
+    bpe, encoder = CACHED
+    source = inspect.getsource(tiktoken_ext.openai_public.gpt2)
+    addresses = re.findall(r'_file="(.*?)"', source)
+    assert [hashlib.sha1(address.encode()).hexdigest() for address in addresses] == [bpe, encoder]
+    line = told(str(cache))
+    assert asked == [bpe] and "set TIKTOKEN_CACHE_DIR" not in line
+    assert f"{cache}, lacks {bpe} (GPT-2's vocab.bpe) and {encoder} (GPT-2's encoder.json)" in line
+    (cache / encoder).write_bytes(b"{}")
+    assert f"{cache}, lacks {bpe} (GPT-2's vocab.bpe): " in told(str(cache))
+    (cache / bpe).write_bytes(b"x")
+    monkeypatch.setattr(os, "remove", lambda path: None)  # as in a folder that is read-only
+    assert f"{cache}, holds files that are not GPT-2's: " in told(str(cache))
+    assert f"set TIKTOKEN_CACHE_DIR to a folder that holds {bpe}" in told("")
 
 
 def test_a_missing_folder_is_said_and_nothing_fetched(tmp_path, monkeypatch):
