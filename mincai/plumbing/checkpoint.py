@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.overrides import TorchFunctionMode
 
 from mincai import UserError
 from mincai.model import GPT, GPTConfig, ScalarModel
@@ -195,8 +196,7 @@ def load(folder, device="cpu", scalar=False, new_head=False) -> GPT | ScalarMode
         told = f'{UNTIED} differs from wte.weight, but "tie_word_embeddings" is not false'
         advice = "write false there if the model has learnt a head of its own, else " + BOTH
         raise UserError(f"{folder / 'config.json'}: {told}; {advice}")
-    # shapes only: no memory, and no random numbers drawn to be overwritten
-    with torch.device("meta"):
+    with torch.device("meta"), Undrawn():  # shapes only: no memory
         model = GPT(config)
     _fill(model, tensors, folder)
     model.tokens = min(config.vocab_size, tokenizer.tokens_in(folder))
@@ -208,6 +208,16 @@ def load(folder, device="cpu", scalar=False, new_head=False) -> GPT | ScalarMode
     model = model.to(device)
     workers.fit(model.gpt if scalar else model)
     return model
+
+
+class Undrawn(TorchFunctionMode):
+    """Leaves out what torch.nn.init does: no random numbers are drawn to be overwritten, and no
+    compiler is imported to draw shapes, which takes longer than reading a small model."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return None
+        return function(*args, **(kwargs or {}))
 
 
 def _fill(model, tensors, folder):

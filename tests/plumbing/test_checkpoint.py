@@ -3,6 +3,9 @@ wrong."""
 
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -474,3 +477,20 @@ def test_a_file_that_may_not_be_read_is_not_called_missing(tiny_gpt, tmp_path, m
     monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith(".safetensors"))
     with pytest.raises(UserError, match=r"model.safetensors: cannot be read \(Permission denied\)"):
         checkpoint.load(tmp_path / "model")
+
+
+def test_opening_a_model_imports_no_compiler_and_draws_nothing(tmp_path, tiny_gpt):
+    """The import would take longer than all the rest of a small model's loading."""
+    checkpoint.save(tiny_gpt, tmp_path / "m")
+    code = """
+import sys, torch
+from mincai.plumbing.checkpoint import load
+before = torch.random.get_rng_state()
+load(sys.argv[1])
+assert torch.equal(torch.random.get_rng_state(), before)
+assert "torch._dynamo" not in sys.modules
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "m")]
+    root = Path(__file__).resolve().parents[2]
+    ran = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
