@@ -149,6 +149,7 @@ def test_float32_products_beside_bfloat16_may_be_fast(monkeypatch):
 def test_the_benchmark_and_its_checks(gpu, tmp_path):
     found = bench.main(
         bench.Config(
+            model="tiny",
             batch=4,
             micro_batch=2,
             prompt=8,
