@@ -219,16 +219,20 @@ class Drawing:
         return self.model.unembed(self.model(self.then.expand(B, K), positions, mask, cache)[:, -1])
 
 
+@torch.inference_mode()
 def _decode_eager(d: Drawing, logits):
     """Token by token until every row has stopped -> ids, logp (B, max_new), arbitrary after a row's
     stop token, and the logits (B, V) after `then`, None if there is nothing to read."""
-    (B, max_new), valid = d.uniforms.shape, d.valid
+    (B, max_new), P, uniforms = d.uniforms.shape, d.valid.shape[1], d.uniforms
     after = torch.zeros_like(logits) if len(d.then) else None
     out_ids, out_logp = d.nothing()
     rows = torch.arange(B, device=logits.device)  # which sample each row of the cache belongs to
     finished = torch.zeros_like(rows, dtype=torch.bool)
+    hidden = torch.zeros(B, P + max_new, dtype=d.cache.k.dtype)  # -inf in columns that do not count
+    hidden[:, :P].masked_fill_(~d.valid, float("-inf"))
+    positions = d.valid.sum(1)  # (B'), of the token about to be drawn
     for t in range(max_new):
-        token, logp = pick(logits, d.uniforms[rows, t], d.temperature)
+        token, logp = pick(logits, uniforms[:, t], d.temperature)
         out_ids[rows, t], out_logp[rows, t] = token, logp
         finished = finished | _is_stop(token, d.stop)
         done = int(finished.sum())
@@ -237,15 +241,17 @@ def _decode_eager(d: Drawing, logits):
         if 4 * done >= len(rows):  # copying the cache costs, carrying finished rows costs more
             alive, gone = (some.nonzero().squeeze(1) for some in (~finished, finished))
             if after is not None:
-                after[rows[gone]] = d.read_on(gone, valid[gone])
+                after[rows[gone]] = d.read_on(gone, hidden[gone, : d.cache.seen] == 0)
             d.cache.keep(alive)
-            rows, finished, valid, token = rows[alive], finished[alive], valid[alive], token[alive]
-        valid = torch.cat([valid, ~finished[:, None]], dim=1)  # (B', P + t + 1)
-        positions = valid.sum(1, keepdim=True) - 1
-        hidden = d.model(token[:, None], positions, valid[:, None], d.cache)
-        logits = d.model.unembed(hidden[:, -1])
+            some = rows, finished, uniforms, hidden, positions, token
+            rows, finished, uniforms, hidden, positions, token = (x[alive] for x in some)
+        hidden[:, P + t].masked_fill_(finished, float("-inf"))
+        last = d.model.step(token, positions, hidden[:, : P + t + 1], d.cache)
+        logits, positions = d.model.unembed(last), positions + 1
     if after is not None:
-        after[rows] = d.read_on(torch.arange(len(rows), device=rows.device), valid)
+        after[rows] = d.read_on(
+            torch.arange(len(rows), device=rows.device), hidden[:, : d.cache.seen] == 0
+        )
     return out_ids, out_logp, after
 
 
