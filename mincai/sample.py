@@ -228,8 +228,8 @@ def _decode_eager(d: Drawing, logits):
     out_ids, out_logp = d.nothing()
     rows = torch.arange(B, device=logits.device)  # which sample each row of the cache belongs to
     finished = torch.zeros_like(rows, dtype=torch.bool)
-    hidden = torch.zeros(B, P + max_new, dtype=d.cache.k.dtype)  # -inf in columns that do not count
-    hidden[:, :P].masked_fill_(~d.valid, float("-inf"))
+    bias = torch.zeros(B, P + max_new, dtype=d.cache.k.dtype, device=rows.device)
+    bias[:, :P].masked_fill_(~d.valid, float("-inf"))  # in columns that do not count
     positions = d.valid.sum(1)  # (B'), of the token about to be drawn
     for t in range(max_new):
         token, logp = pick(logits, uniforms[:, t], d.temperature)
@@ -241,16 +241,16 @@ def _decode_eager(d: Drawing, logits):
         if 4 * done >= len(rows):  # copying the cache costs, carrying finished rows costs more
             alive, gone = (some.nonzero().squeeze(1) for some in (~finished, finished))
             if after is not None:
-                after[rows[gone]] = d.read_on(gone, hidden[gone, : d.cache.seen] == 0)
+                after[rows[gone]] = d.read_on(gone, bias[gone, : d.cache.seen] == 0)
             d.cache.keep(alive)
-            some = rows, finished, uniforms, hidden, positions, token
-            rows, finished, uniforms, hidden, positions, token = (x[alive] for x in some)
-        hidden[:, P + t].masked_fill_(finished, float("-inf"))
-        last = d.model.step(token, positions, hidden[:, : P + t + 1], d.cache)
+            some = rows, finished, uniforms, bias, positions, token
+            rows, finished, uniforms, bias, positions, token = (x[alive] for x in some)
+        bias[:, P + t].masked_fill_(finished, float("-inf"))
+        last = d.model.step(token, positions, bias[:, : P + t + 1], d.cache)
         logits, positions = d.model.unembed(last), positions + 1
     if after is not None:
         after[rows] = d.read_on(
-            torch.arange(len(rows), device=rows.device), hidden[:, : d.cache.seen] == 0
+            torch.arange(len(rows), device=rows.device), bias[:, : d.cache.seen] == 0
         )
     return out_ids, out_logp, after
 
