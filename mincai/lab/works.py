@@ -94,7 +94,7 @@ def least_seconds(work: Work, bandwidth: float, rate: float) -> float:
 
 
 def ceilings(threads, device) -> tuple[float, float]:
-    """Bytes read and matrix operations done a second here, the best of five, in float32."""
+    """Bytes read and matrix operations done a second here, the best of six, in float32."""
     x, a, b = (torch.ones(*size, device=device) for size in ((2**26,), (1024, 768), (768, 3072)))
     best = [
         min(seconds(work, threads, device) for _ in range(6)) for work in (x.sum, lambda: a @ b)

@@ -164,6 +164,17 @@ def test_the_benchmark_and_its_checks(gpu, tmp_path):
     assert json.loads((tmp_path / "bench.json").read_text())["device"] == "a pretended GPU"
 
 
+def test_the_table_of_the_benchmark(gpu, monkeypatch):
+    """On the device, through a graph where it samples; PPO is timed above."""
+    some = [bench.Work("sampling", "tiny", 2, 9, 4), bench.Work("judging", "tiny", 2, 9)]
+    some.append(bench.Work("SFT step", "tiny", 2, 50))
+    monkeypatch.setattr(bench, "rows", lambda device: some if device == "cuda" else [])
+    monkeypatch.setattr(bench.works, "ceilings", lambda *_: (1e10, 1e11))
+    monkeypatch.setattr(bench, "check_gpu", lambda _: {})
+    found = bench.main(bench.Config(repeat=1, threads=1, dtype="bfloat16"))
+    assert [row["work"] for row in found["rows"]] == [work.name for work in some]
+
+
 def less(monkeypatch, **flags):
     """Give the stages test_pipeline's toy numbers, and these."""
     real = pipeline.stages
