@@ -189,11 +189,7 @@ def main(cfg: Config) -> dict:
     optimizer = optim.adamw(pm, cfg.lr)
     net = distributed.wrap(pm)
     kept = stage.training(model=pm, optimizer=optimizer)
-    todo = [
-        (epoch, batch)
-        for epoch in range(1, cfg.epochs + 1)
-        for batch in data.length_batches(lengths, cfg.batch_size, shuffle)
-    ]
+    todo = data.every_batch(cfg.epochs, lengths, cfg.batch_size, shuffle)
 
     # --- the loop ---
     bar = tqdm(todo[kept.steps :], desc="pm", unit="step", disable=not distributed.is_main())
@@ -211,12 +207,15 @@ def main(cfg: Config) -> dict:
         generator = torch.Generator().manual_seed(cfg.seed + 1)
         sampler = stage.load(folder)
         mean, std = normalise(pm, sampler, prompts, tokenizer.eot, 2 * size, generator)
-    log = kept.log
     result = {f"val_{k}": v for k, v in found.items()}
-    result |= {"train_loss": log[-1]["loss"] if log else None, "score_mean": mean, "score_std": std}
+    result |= {
+        "train_loss": kept.log[-1]["loss"] if kept.log else None,
+        "score_mean": mean,
+        "score_std": std,
+    }
     result |= {"pairs": len(train), "held": len(held), "dropped": dict(dropped), "steps": steps}
     result["seconds"] = stage.seconds()
-    stage.save_model(pm, tokenizer, result, log)
+    stage.save_model(pm, tokenizer, result, kept.log)
     told = "nothing held out"
     if held:
         told = (

@@ -126,11 +126,7 @@ def main(cfg: Config) -> dict:
         before = mean_loss(model, held, cfg.micro_batch or cfg.batch_size)
     net = distributed.wrap(model)
     kept = stage.training(model=model, optimizer=optimizer)
-    todo = [
-        (epoch, batch)
-        for epoch in range(1, cfg.epochs + 1)
-        for batch in data.length_batches(lengths, cfg.batch_size, shuffle)
-    ]
+    todo = data.every_batch(cfg.epochs, lengths, cfg.batch_size, shuffle)
 
     # --- the loop ---
     bar = tqdm(todo[kept.steps :], desc="sft", unit="step", disable=not distributed.is_main())
@@ -163,11 +159,11 @@ def main(cfg: Config) -> dict:
     # --- what came of it ---
     with stage.precision():
         after = mean_loss(model, held, cfg.micro_batch or cfg.batch_size)
-    log = kept.log
-    metrics = {"loss": log[-1]["loss"] if log else None, "val_before": before, "val_after": after}
+    metrics = {"loss": kept.log[-1]["loss"] if kept.log else None}
+    metrics |= {"val_before": before, "val_after": after}
     metrics |= {"rows": len(train), "held": len(held), "dropped": dict(dropped), "steps": steps}
     metrics["seconds"] = stage.seconds()
-    stage.save_model(model, tokenizer, metrics, log)
+    stage.save_model(model, tokenizer, metrics, kept.log)
     told = f"held-out loss {before:.3f} -> {after:.3f} nats a token" if held else "nothing held out"
     stage.say(f"wrote {cfg.out} in {metrics['seconds']:.0f} s: {steps} steps, {told}")
     distributed.barrier()

@@ -98,9 +98,8 @@ def judge_once(
     letters = [tokenizer.encode(letter)[0] for letter in "AB"]
     if reasons:
         stop = {tokenizer.eot, tokenizer.newline}
-        texts, logp = generate_then(
-            model, prompts, max_new, stop, batch_size, then, letters, desc, journal
-        )
+        how = dict(desc=desc, journal=journal)
+        texts, logp = generate_then(model, prompts, max_new, stop, batch_size, then, letters, **how)
         for i, ids in zip(fits, texts):
             written[i] = constitution.clean(tokenizer.decode(ids))
     else:

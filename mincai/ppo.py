@@ -41,6 +41,7 @@ from mincai.sample import generate, left_pad
 
 # Of a minibatch's tokens: one in a hundred is no rare event, and nothing useful is learnt
 MOST_BEYOND = 0.01
+LARGEST = ("ratio_max", "ratio_error")  # of micro-batches these do not add up
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,10 @@ def update(
     """
     B, rank, world = len(batch.ids), distributed.rank(), distributed.world()
     assert B % how.minibatches == 0, (B, how.minibatches)
-    steps, largest, norms = [], [], {}
+    steps, norms = [], {}
+    learners = {"critic_grad_norm": (critic, "--critic-lr"), "grad_norm": (policy, "--lr")}
+    if not how.train_policy:
+        del learners["grad_norm"]
     for order in orders(B, how.epochs, generator):
         for rows in order.view(how.minibatches, -1):
             for learner in (policy, critic):
@@ -211,43 +215,50 @@ def update(
             slices = rows[rank::world].split(how.micro_batch)
             for k, mb_rows in enumerate(slices):
                 part = Part(batch, mb_rows, total, last=k == len(slices) - 1)
-                vf, (pg, extremes) = workers.beside(
+                vf, pg = workers.beside(
                     distributed.bare(policy.net),
                     partial(_add_value_gradient, critic.net, part, returns, how),
                     partial(_add_policy_gradient, policy.net, part, adv, how),
                 )
-                parts.append((vf | pg, extremes))
+                parts.append(vf | pg)
+            whole = {"tokens": total}
+            for name, (learner, _) in learners.items():
+                whole[name] = torch.nn.utils.clip_grad_norm_(learner.net.parameters(), how.max_norm)
+            *parts, whole = _numbers([*parts, whole])
             parts = distributed.merge(parts)
-            sums, extremes = ([part[i] for part in parts] for i in (0, 1))
-            step = {name: sum(part[name] for part in sums) for name in sums[0]}
+            step = {
+                name: (max if name in LARGEST else sum)(part[name] for part in parts)
+                for name in parts[0]
+            }
             steps.append(step)
-            largest.append({name: max(part[name] for part in extremes) for name in extremes[0]})
             place = f"minibatch {len(steps)} of {how.epochs * how.minibatches}"
-            if step["ratios_beyond"] > MOST_BEYOND * total:
+            if step["ratios_beyond"] > MOST_BEYOND * whole["tokens"]:
                 raise Diverged(
-                    f"{place}: {step['ratios_beyond']:.0f} of its {int(total)} tokens are more than "
+                    f"{place}: {step['ratios_beyond']:.0f} of its {whole['tokens']:.0f} tokens are more than "
                     f"e^{losses.LIMIT:g} times likelier, or less likely, than when they were sampled: the "
                     f"policy has run away; lower --lr or --epochs, or raise --beta"
                 )
             _check_finite(step["pg_loss"], f"{place}: pg_loss", "--lr")
             _check_finite(step["vf_loss"], f"{place}: vf_loss", "--critic-lr")
-            learners = {"critic_grad_norm": (critic, "--critic-lr"), "grad_norm": (policy, "--lr")}
-            if not how.train_policy:
-                del learners["grad_norm"]
-            for name, (learner, flag) in learners.items():
-                norm = torch.nn.utils.clip_grad_norm_(learner.net.parameters(), how.max_norm)
-                norms[name] = float(norm)
+            for name, (_, flag) in learners.items():
+                norms[name] = whole[name]
                 _check_finite(norms[name], f"{place}: {name}", flag)
             for learner, _ in learners.values():
                 learner.optimizer.step()
     for learner in (policy, critic):
         learner.optimizer.zero_grad(set_to_none=True)
-    metrics = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+    names = [name for name in steps[0] if name not in LARGEST]
+    metrics = {name: sum(step[name] for step in steps) / len(steps) for name in names}
     metrics["ratios_beyond"] = sum(step["ratios_beyond"] for step in steps)
-    metrics["ratio_max"] = max(step["ratio_max"] for step in largest)
-    metrics |= {f"first_{name}": steps[0][name] for name in ("approxkl", "clipfrac")}
-    metrics["first_ratio_error"] = largest[0]["ratio_error"]
+    metrics["ratio_max"] = max(step["ratio_max"] for step in steps)
+    metrics |= {f"first_{name}": steps[0][name] for name in ("approxkl", "clipfrac", "ratio_error")}
     return {**metrics, "grad_norm": 0.0, **norms}
+
+
+def _numbers(found: list[dict]) -> list[dict]:
+    """Dicts of 0-d tensors with Python's numbers in them; the host waits for the device once."""
+    numbers = iter(torch.stack([x.double() for some in found for x in some.values()]).tolist())
+    return [{name: next(numbers) for name in some} for some in found]
 
 
 def _check_finite(number, name, flags):
@@ -278,12 +289,11 @@ def _add_value_gradient(critic, mb: Part, returns, how: Steps) -> dict:
             values, mb.values, returns[mb.rows], mb.mask, how.value_clip, mb.total
         )
         (loss * distributed.world()).backward()
-    return {"vf_loss": float(vf["loss"]), "vf_clipfrac": float(vf["clipfrac"])}
+    return {"vf_loss": vf["loss"], "vf_clipfrac": vf["clipfrac"]}
 
 
-def _add_policy_gradient(policy, mb: Part, adv, how: Steps) -> tuple[dict, dict]:
-    """The policy's share of the minibatch's metrics: what adds up, and the largest of what does
-    not."""
+def _add_policy_gradient(policy, mb: Part, adv, how: Steps) -> dict:
+    """The policy's share of the minibatch's metrics."""
     with torch.set_grad_enabled(how.train_policy), distributed.no_sync(policy, mb.last):
         with how.precision():
             logits = response_logits(policy, mb.ids, mb.valid, mb.start)  # (b, R, V)
@@ -292,10 +302,9 @@ def _add_policy_gradient(policy, mb: Part, adv, how: Steps) -> tuple[dict, dict]
         if how.train_policy:
             (loss * distributed.world()).backward()
     ratio = losses.ratios(logp.detach(), mb.logp, mb.mask)
-    sums = {"pg_loss": pg["loss"], "approxkl": pg["approx_kl"], "clipfrac": pg["clipfrac"]}
-    sums |= {"ratio_mean": pg["ratio"], "ratios_beyond": losses.beyond(logp, mb.logp, mb.mask)}
-    largest = {"ratio_max": ratio.max(), "ratio_error": (ratio - 1).abs().max()}
-    return {k: float(v) for k, v in sums.items()}, {k: float(v) for k, v in largest.items()}
+    found = {"pg_loss": pg["loss"], "approxkl": pg["approx_kl"], "clipfrac": pg["clipfrac"]}
+    found |= {"ratio_mean": pg["ratio"], "ratios_beyond": losses.beyond(logp, mb.logp, mb.mask)}
+    return found | {"ratio_max": ratio.max(), "ratio_error": (ratio - 1).abs().max()}
 
 
 def diagnostics(batch: Rollout, scores, ended, returns, *, beta) -> dict:

@@ -219,16 +219,20 @@ class Drawing:
         return self.model.unembed(self.model(self.then.expand(B, K), positions, mask, cache)[:, -1])
 
 
+@torch.inference_mode()
 def _decode_eager(d: Drawing, logits):
     """Token by token until every row has stopped -> ids, logp (B, max_new), arbitrary after a row's
     stop token, and the logits (B, V) after `then`, None if there is nothing to read."""
-    (B, max_new), valid = d.uniforms.shape, d.valid
+    (B, max_new), P, uniforms = d.uniforms.shape, d.valid.shape[1], d.uniforms
     after = torch.zeros_like(logits) if len(d.then) else None
     out_ids, out_logp = d.nothing()
     rows = torch.arange(B, device=logits.device)  # which sample each row of the cache belongs to
     finished = torch.zeros_like(rows, dtype=torch.bool)
+    bias = torch.zeros(B, P + max_new, dtype=d.cache.k.dtype, device=rows.device)
+    bias[:, :P].masked_fill_(~d.valid, float("-inf"))  # in columns that do not count
+    positions = d.valid.sum(1)  # (B'), of the token about to be drawn
     for t in range(max_new):
-        token, logp = pick(logits, d.uniforms[rows, t], d.temperature)
+        token, logp = pick(logits, uniforms[:, t], d.temperature)
         out_ids[rows, t], out_logp[rows, t] = token, logp
         finished = finished | _is_stop(token, d.stop)
         done = int(finished.sum())
@@ -237,15 +241,16 @@ def _decode_eager(d: Drawing, logits):
         if 4 * done >= len(rows):  # copying the cache costs, carrying finished rows costs more
             alive, gone = (some.nonzero().squeeze(1) for some in (~finished, finished))
             if after is not None:
-                after[rows[gone]] = d.read_on(gone, valid[gone])
+                after[rows[gone]] = d.read_on(gone, bias[gone, : d.cache.seen] == 0)
             d.cache.keep(alive)
-            rows, finished, valid, token = rows[alive], finished[alive], valid[alive], token[alive]
-        valid = torch.cat([valid, ~finished[:, None]], dim=1)  # (B', P + t + 1)
-        positions = valid.sum(1, keepdim=True) - 1
-        hidden = d.model(token[:, None], positions, valid[:, None], d.cache)
-        logits = d.model.unembed(hidden[:, -1])
+            some = rows, finished, uniforms, bias, positions, token
+            rows, finished, uniforms, bias, positions, token = (x[alive] for x in some)
+        bias[:, P + t].masked_fill_(finished, float("-inf"))
+        last = d.model.step(token, positions, bias[:, : P + t + 1], d.cache)
+        logits, positions = d.model.unembed(last), positions + 1
     if after is not None:
-        after[rows] = d.read_on(torch.arange(len(rows), device=rows.device), valid)
+        every = torch.arange(len(rows), device=rows.device)
+        after[rows] = d.read_on(every, bias[:, : d.cache.seen] == 0)
     return out_ids, out_logp, after
 
 
@@ -311,23 +316,14 @@ def _decode_graph(d: Drawing, logits):
 
 
 def generate_batched(
-    model,
-    prompts,
-    max_new,
-    stop,
-    batch_size=64,
-    temperature=1.0,
-    generator=None,
-    n=1,
-    desc=None,
-    journal=None,
+    model, prompts, max_new, stop, batch_size=64, temperature=1.0, generator=None, n=1, **more
 ) -> list[list[int]]:
     """`generate` for any number of prompts, batch_size rows at a time -> token lists, prompt-major
     as there.
 
     Prompts of similar length share a batch, so little is padded. A row's random numbers are drawn
     in the order of the prompts, whatever the batches, so batch_size does not change what is
-    sampled. desc, journal: see `by_chunks`.
+    sampled. more: desc and journal, see `by_chunks`.
     """
     where = model.device if generator is None else generator.device
     uniforms = torch.zeros(len(prompts), n, max_new)
@@ -341,13 +337,11 @@ def generate_batched(
         return [rows[k * n : (k + 1) * n] for k in range(len(chunk))]
 
     lengths = [len(p) for p in prompts]
-    answers = by_chunks(write, lengths, max(1, batch_size // n), model, desc, journal)
+    answers = by_chunks(write, lengths, max(1, batch_size // n), model, **more)
     return [answer for some in answers for answer in some]
 
 
-def generate_then(
-    model: GPT, prompts, max_new: int, stop, batch_size, then, of, desc=None, journal=None
-):
+def generate_then(model: GPT, prompts, max_new: int, stop, batch_size, then, of, **more):
     """What `generate_batched` writes at temperature 0, and what the model makes of it: (token
     lists, log-probs (N, len(of)) float32 on the CPU of the tokens `of`, after answer and
     `then`)."""
@@ -358,7 +352,7 @@ def generate_then(
         logp = torch.log_softmax(samples.after, dim=-1)[:, of]
         return list(zip(samples.lists(), logp.tolist()))
 
-    found = by_chunks(write, [len(p) for p in prompts], batch_size, model, desc, journal)
+    found = by_chunks(write, [len(p) for p in prompts], batch_size, model, **more)
     logp = torch.tensor([logp for _, logp in found]).reshape(-1, len(of))
     return [answer for answer, _ in found], logp
 

@@ -85,7 +85,7 @@ def fake_judge(monkeypatch):
     def start(tokenizer, write, choose):
         letters = [tokenizer.encode(letter)[0] for letter in "AB"]
 
-        def generate_then(model, prompts, max_new, stop, batch_size, then, of, *_):
+        def generate_then(model, prompts, max_new, stop, batch_size, then, of, **_):
             assert of == letters
             written = write(prompts)
             return written, choose(

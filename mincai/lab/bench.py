@@ -1,12 +1,16 @@
-"""How fast, and how much memory: sampling and the three kinds of training step, on this machine.
+"""How fast, and how much memory: sampling, judging and learning on this machine.
 
-    python -m mincai.lab.bench                          the tiny model's shape
-    python -m mincai.lab.bench --model gpt2 --dtype bfloat16
+    python -m mincai.lab.bench                          a table of many pieces of work
+    python -m mincai.lab.bench --against transformers   ... and the same work there, by turns
+    python -m mincai.lab.bench --against FOLDER         ... and in another checkout of mincai
+    python -m mincai.lab.bench --model gpt2 --dtype bfloat16   one shape: steps, peak memory
 
 Weights are random, of the shape asked for: speed does not depend on them. On a GPU it first checks
 what only a GPU can tell: that replayed graphs draw the tokens that the CPU draws, and that bfloat16
 log-probs are near those of float32. Times are the median of several repetitions after a first one
-that is not counted, with the device waited for.
+that is not counted, with the device waited for. "of the roofline" is the share of the speed that
+the machine's bytes and matrix operations a second would allow, both as measured here. One thread's
+time is the processor's, which other work on the machine moves less than the wall's.
 
 That takes a while. `rates` are three speeds in a few seconds (reading, writing, learning), by which
 plan.py says what a run will take before it begins.
@@ -21,6 +25,8 @@ from functools import partial
 import torch
 
 from mincai import losses, ppo
+from mincai.lab import works
+from mincai.lab.works import Work
 from mincai.model import GPT, GPTConfig, ScalarModel
 from mincai.plumbing import cli, data, memory, optim, output, weights, workers
 from mincai.plumbing.cli import arg, precision
@@ -37,8 +43,15 @@ RATE = 1e-5  # of learning, which no time depends on
 
 @dataclass(frozen=True)
 class Config:
-    model: str = arg("tiny", f"shape: {', '.join(SHAPES)}", choices=tuple(SHAPES))
-    batch: int = arg(64, "rows sampled together, and answers of a PPO update", least=1)
+    model: str = arg(
+        "", f"only this shape: {', '.join(SHAPES)}; empty for the table", choices=("", *SHAPES)
+    )
+    against: str = arg("", "of the table: transformers, or the folder of another mincai")
+    batch: int = arg(
+        64,
+        "(this and the next three: of one shape) rows sampled together, and answers of a PPO update",
+        least=1,
+    )
     micro_batch: int = arg(16, "rows of one training forward", least=1)
     prompt: int = arg(64, "tokens of a prompt", least=1)
     max_new: int = arg(48, "tokens of an answer", least=1)
@@ -59,6 +72,72 @@ def median_seconds(work, repeat, device) -> float:
         wait()
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:])
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+
+def rows(device) -> list[Work]:
+    """What is timed: sampling by batch, what shares a prompt, learning; and how the time grows."""
+    gpu = device == "cuda"
+    return [
+        *(Work("sampling", "tiny", batch, 32, 64) for batch in (1, 8, 32, 64)),
+        *(
+            Work("sampling", "gpt2", batch, 32, 16)
+            for batch in ((64, 256, 512) if gpu else (8, 32))
+        ),
+        Work("one prompt", "tiny", 16, 128, 48),
+        Work("one prompt", "gpt2", 16, 128, 16),
+        Work("judging", "gpt2", 4, 970, header=780),
+        Work("SFT step", "tiny", 32, 96),
+        Work("PPO update", "tiny", 64, 32, 32),
+        *(Work("sampling", "tiny", 8, 32, new) for new in (240, 480, 960)),
+        *(Work("sampling", shape, 8, 32, 16) for shape in ("tiny", "256 wide", "512 wide")),
+    ]
+
+
+def compare(work: Work, mine, other, repeat: int) -> dict:
+    """Seconds of the work by turns, medians after a first turn that is not counted."""
+    here, there, lacks = [], [], None if other else "no peer"
+    for _ in range(repeat + 1):
+        here.append(mine(work))
+        if not lacks:
+            try:
+                told = other(work)
+            except NotImplementedError as error:
+                told = str(error)
+            lacks = told if isinstance(told, str) else None
+            there.append(told)
+    row = {"work": work.name, "seconds": statistics.median(here[1:])}
+    row["tokens_per_s"] = work.tokens / row["seconds"]
+    if lacks:
+        return row | {"lacks": lacks}
+    ratios = sorted(b / a for a, b in zip(here[1:], there[1:]))
+    row |= {"peer_seconds": statistics.median(there[1:]), "ratio": statistics.median(ratios)}
+    return row | {"least_ratio": ratios[0], "largest_ratio": ratios[-1]}
+
+
+def table(cfg, threads, device) -> dict:
+    """The table, printed row by row as it is measured."""
+    how, found = (threads, device, cfg.dtype), []
+    with works.peer(cfg.against, how) as other:
+        workers.use(threads)
+        torch.set_num_threads(threads)
+        bandwidth, rate = works.ceilings(threads, device)
+        print(f"bench: {bandwidth / 1e9:.1f} GB/s read, {rate / 1e9:,.0f} GFLOP/s in float32")
+        print(f"{'':58} {'ms':>8} {'tokens/s':>9} {'of the roofline':>16}")
+        mine = works.clock(works.in_mincai, *how)
+        for work in rows(device):
+            row = compare(work, mine, other, cfg.repeat)
+            row["of_roofline"] = works.least_seconds(work, bandwidth, rate) / row["seconds"]
+            found.append(row)
+            told = f"{row['seconds'] * 1e3:8,.1f} {row['tokens_per_s']:9,.0f} {row['of_roofline']:16.0%}"
+            if "ratio" in row:
+                told += "  {ratio:.2f}x ({least_ratio:.2f} to {largest_ratio:.2f})".format(**row)
+            elif other:
+                told += f"  lacking there: {row['lacks']}"
+            print(f"{work.name:58} {told}", flush=True)
+    return {"bytes_per_s": bandwidth, "operations_per_s": rate, "rows": found}
 
 
 # --- whole steps, at full size --------------------------------------------------------------------
@@ -230,16 +309,19 @@ def main(cfg: Config) -> dict:
     if cfg.out:
         output.check_file(cfg.out)
     threads, device = cli.set_threads(cfg.threads), cli.pick_device(cfg.device)
-    config = SHAPES[cfg.model]
-    memory.announce("ppo", config, device, "--batch or --micro-batch", **sizes(cfg))
     found = check_gpu(TINY) if device == "cuda" else {}
-    found |= measure(config, cfg, device)
+    if cfg.model:
+        config = SHAPES[cfg.model]
+        memory.announce("ppo", config, device, "--batch or --micro-batch", **sizes(cfg))
+        found |= measure(config, cfg, device)
+        what = f"{memory.parameters(config):,} parameters"
+    else:
+        found |= table(cfg, threads, device)
+        what = "the table"
     stamp = data.stamp(cfg, found=found)
-    print(
-        f"bench: {memory.parameters(config):,} parameters, {cfg.dtype}, {stamp['device']}, "
-        f"{threads} threads, torch {torch.__version__}"
-    )
-    for name, number in found.items():
+    where = f"{cfg.dtype}, {stamp['device']}, {threads} threads, torch {torch.__version__}"
+    print(f"bench: {what}, {where}")
+    for name, number in found.items() if cfg.model else ():
         speed = "GB" not in name and "log-probs" not in name
         shown = f"{number:12,.0f} tokens/s" if speed else f"{number:12,.3f}"
         print(f"  {name:42} {shown}")

@@ -257,6 +257,12 @@ def length_batches(lengths, batch_size, generator):
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
+def every_batch(epochs, lengths, batch_size, generator) -> list[tuple[int, list]]:
+    """(epoch, counted from 1; row numbers) of each batch of a training; see length_batches."""
+    every = range(1, epochs + 1)
+    return [(e, batch) for e in every for batch in length_batches(lengths, batch_size, generator)]
+
+
 def micro_batches(batch: list, size: int) -> list[tuple[list, bool]]:
     """This process's rows of a batch, at most `size` in a list (0: all in one), and whether they
     count. A process without a row still takes part in summing gradients, with one that does not."""

@@ -29,12 +29,13 @@ class Planner:
             kind: [(text, len(tokenizer.encode(text + "\n\n")) + 1) for text in some]
             for kind, some in (shots or {}).items()
         }
-        self.counts = Counter()
+        self.counts, self.heads = Counter(), {}  # heads: the ids of examples already read
 
     def prompt(self, kind: str, text: str, max_new: int) -> list[int] | None:
         """Token ids of the examples of this kind that fit, and then the text; None if the text
         alone leaves no room for max_new tokens."""
-        room = self.limit - max_new - len(self.tokenizer.encode(text))
+        ids = self.tokenizer.encode(text)
+        room = self.limit - max_new - len(ids)
         if room < 0:
             self.counts["no room"] += 1
             return None
@@ -47,7 +48,17 @@ class Planner:
                 self.counts["left out"] += 1
         self.counts["prompts"] += 1
         self.counts["examples"] += len(chosen)
-        return self.tokenizer.encode("\n\n".join([*chosen, text]))
+        return self._behind("\n\n".join(chosen), text) if chosen else ids
+
+    def _behind(self, head: str, text: str) -> list[int]:
+        """The ids of `head`, an empty line and the text. Those of the head are made once: no token
+        reaches from it into the line's end, which begins a chunk of its own (tokenizer.PATTERN)
+        unless there is other white space before it."""
+        if head[-1:].isspace():
+            return self.tokenizer.encode(f"{head}\n\n{text}")
+        if head not in self.heads:
+            self.heads[head] = self.tokenizer.encode(head)
+        return self.heads[head] + self.tokenizer.encode(f"\n\n{text}")
 
     def summary(self) -> str:
         """One clause for a stage's last line; empty where there is nothing to say."""

@@ -90,6 +90,24 @@ def test_cache_written_by_column_equals_the_growing_one(tiny_gpt):
         assert_close(step[:, 0], full[:, t], atol=1e-4, rtol=1e-4)
 
 
+@torch.no_grad()
+def test_a_step_equals_the_forward_of_one_token(tiny_gpt):
+    """To the bit: rows of uneven length, one of which sees no column after its first new one."""
+    prompts = [IDS[0, :6].tolist(), IDS[1, :3].tolist(), [9]]
+    ids, valid = left_pad(prompts)
+    plain, fast = (KVCache(tiny_gpt.config, 3, 10) for _ in range(2))
+    for cache in (plain, fast):
+        tiny_gpt(ids, positions_of(valid), attention_mask(valid), cache)
+    for t, new in enumerate(([10, 20, 30], [40, 11, 21], [31, 41, 5])):
+        alive = torch.tensor([True, True, t == 0])
+        valid, new = torch.cat([valid, alive[:, None]], dim=1), torch.tensor(new)
+        positions = valid.sum(1, keepdim=True) - 1
+        expected = tiny_gpt(new[:, None], positions, valid[:, None], plain)[:, 0]
+        bias = torch.zeros(valid.shape).masked_fill(~valid, float("-inf"))
+        assert torch.equal(tiny_gpt.step(new, positions[:, 0], bias, fast), expected)
+    assert torch.equal(fast.k, plain.k) and torch.equal(fast.v, plain.v) and fast.seen == plain.seen
+
+
 def test_filled_cache_without_a_mask_is_refused(tiny_gpt):
     """Causal by default would then mean: one query, which sees only the first key."""
     cache = KVCache(tiny_gpt.config, 2, 16)

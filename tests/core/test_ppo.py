@@ -475,6 +475,21 @@ def test_an_update_leaves_no_gradient():
     assert all(p.grad is None for net in (policy, critic) for p in net.parameters())
 
 
+@pytest.mark.parametrize("micro_batch", [24, 3])
+def test_the_host_waits_once_a_minibatch(monkeypatch, micro_batch):
+    """On a GPU each number that Python sees stops it; micro-batches must not."""
+    nets, waits = networks(), []
+    batch = collect(nets, ragged())
+    adv, returns = batch.mask.float(), batch.mask.float()
+    opts = [torch.optim.SGD(net.parameters(), 0.001) for net in (nets[0], nets[2])]
+    for name in ("__float__", "__int__", "__bool__", "item", "tolist"):
+        real = getattr(torch.Tensor, name)
+        counted = lambda self, name=name, real=real: waits.append(name) or real(self)  # noqa: E731
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    update(nets, opts, batch, adv, returns, minibatches=2, micro_batch=micro_batch)
+    assert waits == ["tolist"] * 2 * 2
+
+
 def test_warm_up_trains_the_critic_only():
     nets = policy, ref, critic = networks()
     before = {k: v.clone() for k, v in critic.state_dict().items()}

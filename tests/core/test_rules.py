@@ -95,6 +95,7 @@ def call_faults(name, tree):
     optional = {
         "plumbing.weights": {"huggingface_hub"},
         "plumbing.formats": {"pyarrow"},
+        "lab.works": {"transformers"},
     }  # used where installed
     allowed |= optional.get(name, set())
     for module in imports_of(tree):

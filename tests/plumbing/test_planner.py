@@ -43,6 +43,35 @@ def talk(words):
 # --- what fits ------------------------------------------------------------------------------------------------
 
 
+def test_examples_are_read_once_and_give_the_tokens_of_the_whole_text(tokenizer, monkeypatch):
+    """Whatever the last example ends with, and the text begins with."""
+    texts = ["Human: hi", "  two spaces", "\n\nlines", "'s", "x", "\u2028 wide", "!?", "7 7"]
+    for end in (
+        "a lamp .",
+        "B)",
+        "it's",
+        "space ",
+        "line\n",
+        "tab\t",
+        "\xa0",
+        "\u2028",
+        "9",
+        "\x1c",
+    ):
+        planner, whole = Planner(tokenizer, 10**4, {"compare": ["first: 'll", end]}), []
+        for text in texts:
+            expected = tokenizer.encode(f"first: 'll\n\n{end}\n\n{text}")
+            whole.append(planner.prompt("compare", text, 1) == expected)
+        assert all(whole), (end, whole)
+    planner = Planner(tokenizer, 10**4, {"compare": ["one", "two"]})
+    read, encode = [], tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda text: read.append(text) or encode(text))
+    for text in ("three", "four"):
+        planner.prompt("compare", text, 1)
+    planner.prompt("answer", "five", 1)
+    assert read == ["three", "one\n\ntwo", "\n\nthree", "four", "\n\nfour", "five"]
+
+
 def test_examples_go_in_whole_while_there_is_room():
     """The room is 60 - 20 - 15 = 25 letters, and an example costs its length and 3: 13 fit, 33 do
     not, then 8 do."""

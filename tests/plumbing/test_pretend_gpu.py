@@ -149,6 +149,7 @@ def test_float32_products_beside_bfloat16_may_be_fast(monkeypatch):
 def test_the_benchmark_and_its_checks(gpu, tmp_path):
     found = bench.main(
         bench.Config(
+            model="tiny",
             batch=4,
             micro_batch=2,
             prompt=8,
@@ -161,6 +162,17 @@ def test_the_benchmark_and_its_checks(gpu, tmp_path):
     )
     assert found["bfloat16 log-probs, largest difference"] < 0.1 and "PPO update: peak GB" in found
     assert json.loads((tmp_path / "bench.json").read_text())["device"] == "a pretended GPU"
+
+
+def test_the_table_of_the_benchmark(gpu, monkeypatch):
+    """On the device, through a graph where it samples; PPO is timed above."""
+    some = [bench.Work("sampling", "tiny", 2, 9, 4), bench.Work("judging", "tiny", 2, 9)]
+    some.append(bench.Work("SFT step", "tiny", 2, 50))
+    monkeypatch.setattr(bench, "rows", lambda device: some if device == "cuda" else [])
+    monkeypatch.setattr(bench.works, "ceilings", lambda *_: (1e10, 1e11))
+    monkeypatch.setattr(bench, "check_gpu", lambda _: {})
+    found = bench.main(bench.Config(repeat=1, threads=1, dtype="bfloat16"))
+    assert [row["work"] for row in found["rows"]] == [work.name for work in some]
 
 
 def less(monkeypatch, **flags):
