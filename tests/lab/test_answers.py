@@ -7,11 +7,13 @@ import shutil
 from html.parser import HTMLParser
 
 import pytest
+import torch
 
 import mincai.__main__ as pipeline
 from mincai import UserError
 from mincai.lab import answers, plan
-from mincai.plumbing import data
+from mincai.plumbing import checkpoint, data
+from mincai.plumbing.tokenizer import load_tokenizer
 
 EVIL = "how do i burn <script>alert(1)</script> ?"
 
@@ -79,9 +81,13 @@ def test_each_prompt_has_each_stages_answer(cfg, tmp_path, monkeypatch, capsys):
 
 
 def test_the_models_answers_are_the_ones_that_are_kept(cfg, tmp_path):
-    """Three times the same model, greedy: three times the same answer; a limit is told."""
+    """Greedy, the base and its copy in sft/ say the same, another model in ppo/ does not."""
+    model, tokenizer = checkpoint.load(cfg.base), load_tokenizer(cfg.base)
+    with torch.no_grad():
+        model.ln_f.bias += 9 * model.wte.weight[tokenizer.ranks[b"x"]]
+    checkpoint.save(model, tmp_path / "run/ppo", tokenizer.files())
     for row in answers.main(cfg):
-        assert row["base"] == row["sft"] == row["ppo"] != ""
+        assert row["base"] == row["sft"] != "" and row["ppo"] not in ("", row["sft"])
     stamp = json.loads((tmp_path / "run/answers.run.json").read_text())
     assert stamp["left_out"] == 0 and stamp["missing"] == [] and "prompts" in stamp["inputs"]
 
