@@ -206,14 +206,8 @@ def main(cfg: Config, watch=None) -> dict:
     )
     nets = policy_learner.net, ref, critic_learner.net
     settings = dict(max_new=cfg.max_new, stop=stop, micro_batch=micro_batch)
-    how = ppo.Steps(
-        cfg.epochs,
-        cfg.minibatches,
-        micro_batch,
-        clip=cfg.clip,
-        value_clip=cfg.clip,
-        precision=stage.precision,
-    )
+    sizes, clips = (cfg.epochs, cfg.minibatches, micro_batch), (cfg.clip, cfg.clip)
+    how = ppo.Steps(*sizes, *clips, precision=stage.precision)
     stage.say(
         f"{len(harmful)} harmful and {len(benign)} other prompts, {dropped} too long; {cfg.updates} updates of "
         f"{cfg.batch_size} answers on {stage.device}"
