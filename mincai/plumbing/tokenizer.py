@@ -5,6 +5,7 @@ end-of-text marker cannot end anything; control ids are appended by the code tha
 """
 
 import base64
+import functools
 import os
 from collections import Counter
 from itertools import pairwise
@@ -65,6 +66,10 @@ class Tokenizer:
 
     def files(self) -> dict[str, bytes]:
         """What to write beside a checkpoint so that `load_tokenizer` finds the vocabulary again."""
+        return dict(self._files)
+
+    @functools.cached_property
+    def _files(self):
         files = bpe_files.write(self.ranks, self.control, self.eot)
         if self.control == {END: len(self.ranks)}:
             lines = (
@@ -96,6 +101,14 @@ def load_tokenizer(folder) -> Tokenizer:
     if not path.exists():
         ranks, control = bpe_files.read(folder) or _gpt2(path)
         return Tokenizer(ranks, control, _end(folder, control))
+    states = [os.stat(file) for file in (path, path.with_name(WORDS)) if file.is_file()]
+    told = tuple((state.st_ino, state.st_size, state.st_mtime_ns) for state in states)
+    return _read_once(path, told)
+
+
+@functools.lru_cache(8)  # every stage and every model loaded asks for it; GPT-2's takes a while
+def _read_once(path, states):
+    """The vocabulary of these files while they stay as they are."""
     ranks = {}
     for number, line in enumerate(data.read_bytes(path).splitlines(), 1):
         try:

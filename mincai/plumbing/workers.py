@@ -18,6 +18,7 @@ import torch
 
 from mincai.plumbing import distributed
 
+PATIENCE = 5  # seconds, after which it is looked whether workers live
 SMALL = 256  # channels; wider models have matrices that threads can share
 _cores = 1
 
@@ -116,7 +117,7 @@ def _next(found, workers):
     """What a worker has sent; RuntimeError where one was killed, whose chunk would never come."""
     while True:
         try:
-            return found.get(timeout=5)
+            return found.get(timeout=PATIENCE)
         except multiprocessing.queues.Empty:
             if any(worker.exitcode not in (None, 0) for worker in workers):
                 raise RuntimeError(

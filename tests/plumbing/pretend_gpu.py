@@ -14,7 +14,6 @@ import contextlib
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 CUDA = torch.device("cuda", 0)
 aten = torch.ops.aten
@@ -34,6 +33,7 @@ WAITS = {
     aten.is_nonzero.default,
 }
 MOVES = {torch.Tensor.to, torch.Tensor.cuda, torch.Tensor.cpu}
+TREES = (list, tuple, dict)
 CAPTURING = "operation not permitted when stream is capturing"
 
 
@@ -92,7 +92,21 @@ class PretendTensor(torch.Tensor):
 
 
 def tensors(tree):
-    return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
+    """Those in lists, tuples and dicts. Not torch's own way, which takes half of a test's time."""
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    parts = tree.values() if isinstance(tree, dict) else tree
+    return [x for some in parts for x in tensors(some)] if isinstance(tree, TREES) else []
+
+
+def tree_map(function, tree):
+    """The tree with function(leaf) in place of every leaf."""
+    if isinstance(tree, dict):
+        return {name: tree_map(function, some) for name, some in tree.items()}
+    if not isinstance(tree, TREES):
+        return function(tree)
+    parts = [tree_map(function, some) for some in tree]
+    return parts if type(tree) is list else tuple(parts)
 
 
 def unwrap(x):

@@ -267,7 +267,7 @@ def test_out_of_memory_is_one_line_that_says_what_to_do(capsys):
     assert exit.value.code == 2
     assert capsys.readouterr().err == (
         "mincai: error: the GPU is out of memory (it was asked for 2.50 GiB more); lower --micro-batch, --batch-size "
-        "or --max-new, where it has them; what is done is kept, the same command goes on\n"
+        "or --max-new, where it has them; finished stages are kept\n"
     )
 
 

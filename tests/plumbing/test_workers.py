@@ -47,7 +47,9 @@ def test_what_a_process_raises_is_raised_here():
         list(workers.spread(work, list(range(5)), 2))
 
 
-def test_a_process_that_is_killed_is_told():
+def test_a_process_that_is_killed_is_told(monkeypatch):
+    monkeypatch.setattr(workers, "PATIENCE", 0.5)
+
     def work(n):
         if n == 1:
             os._exit(9)
