@@ -338,7 +338,12 @@ def describe(configs, device: str, card: bool) -> str:
     rates = [bench.rates(shape, device, configs["PPO"].dtype)]
     if card and device == "cpu":
         rates.append(bench.stated(shape, configs["AI feedback"].batch_size))
-    return table(stages(configs), rates)
+    # two networks, each with the optimiser's two moments; the new state is written beside the old
+    state = _bytes(2 * 2 * 3 * _weights(shape))
+    return (
+        table(stages(configs), rates)
+        + f"\nwhile PPO trains, its state takes up to {state} more disk"
+    )
 
 
 def warning(configs, preset: str) -> str:

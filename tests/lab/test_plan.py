@@ -258,6 +258,8 @@ def test_the_plan_is_printed_and_nothing_is_done(tmp_path, slow, capsys):
         line.startswith("time here: made up: 100 tokens/s read, 10 written") for line in told
     )
     assert any(line.startswith("on a card: an A10") for line in told)
+    # 124,439,808 parameters of 4 bytes, two networks with two moments each, an old and a new state
+    assert told[-1] == "while PPO trains, its state takes up to 6.0 GB more disk"
 
 
 def test_a_preset_for_gpus_says_on_a_cpu_what_it_would_take(tmp_path, slow, monkeypatch, capsys):
