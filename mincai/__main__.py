@@ -158,14 +158,18 @@ def main(cfg: Config) -> None:
         say(f"mincai: {plan.warning(configs, cfg.preset)}")
     check(cfg, todo)
     # what lies outside, a base, other runs may use meanwhile: its stage holds it alone
-    written = [config.out for config in configs.values() if Path(out) in Path(config.out).parents]
-    with lock.alone(*[out, f"{out}/eval.json", *written] if distributed.is_main() else []):
+    results = [getattr(config, "result", config.out) for config in configs.values()]
+    written = [result for result in results if Path(out) in Path(result).parents]
+    with lock.alone(*[out, *written] if distributed.is_main() else []):
         for number, (name, stage, config) in enumerate(todo, 1):
             say(f"\n[{number}/{len(todo)}] {name}")
             if stage is train_ppo.main and not preset.english:
                 stage(config, measure.watcher(configs["evaluate"]))
-            elif distributed.is_main() or stage not in ONE_WRITES:
+            elif stage not in ONE_WRITES:
                 stage(config)
+            elif distributed.is_main():
+                with distributed.single():
+                    stage(config)
             distributed.barrier()
     say(
         f"\nmincai: all of it in {time.time() - started:.0f} s. Talk with it: python -m mincai.lab.chat "

@@ -196,6 +196,8 @@ def finished(opened: measure.Run, cfgs: dict, control: Control) -> dict:
             made = {"curve": curve(folder)}
         except UserError as error:
             made = {"failed": str(error)}
+            for left in folder.glob("*.progress"):  # with which nobody goes on
+                output.clear(left)
         data.write_jsonl(folder / "answers.jsonl", answers)
         data.write_json(folder / "made.json", {"seconds": round(time.time() - started), **made})
     row = {"name": control.name, "what": control.what, **measure.read_object(folder / "made.json")}

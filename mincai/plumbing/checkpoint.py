@@ -84,11 +84,7 @@ def save(model: GPT | ScalarModel, folder, extra: dict | None = None) -> None:
     tensors = {k: v.detach().cpu().contiguous() for k, v in _to_file(model, gpt).items()}
 
     def write(work):
-        try:
-            save_file(tensors, work / "model.safetensors", metadata={"format": "pt"})
-        except SafetensorError as error:  # the disk is full, for one
-            number = re.search(r"os error (\d+)", str(error))
-            raise OSError(0, os.strerror(int(number[1])) if number else str(error)) from None
+        save_file(tensors, work / "model.safetensors", metadata={"format": "pt"})
         mask = os.umask(0)  # safetensors 0.8 writes for its owner alone, whatever the umask
         os.umask(mask)
         os.chmod(work / "model.safetensors", 0o666 & ~mask)

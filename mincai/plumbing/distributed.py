@@ -13,7 +13,7 @@ is waited for, until TIMEOUT. After an error on one rank torchrun stops the othe
 """
 
 import os
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 
 import torch
@@ -29,8 +29,27 @@ TIMEOUT = timedelta(hours=3)
 # --- processes ------------------------------------------------------------------------------------
 
 
+_single = False
+
+
 def _started():
     return dist.is_available() and dist.is_initialized()
+
+
+def _several():
+    return _started() and not _single
+
+
+@contextmanager
+def single():
+    """What one process does while the others wait behind it: it counts as the only one, and meets
+    nobody."""
+    global _single
+    before, _single = _single, True
+    try:
+        yield
+    finally:
+        _single = before
 
 
 def start(device: str) -> str:
@@ -70,12 +89,12 @@ def stop():
 
 def rank() -> int:
     """This process's number, from 0; 0 if it is the only one."""
-    return dist.get_rank() if _started() else 0
+    return dist.get_rank() if _several() else 0
 
 
 def world() -> int:
     """How many processes there are."""
-    return dist.get_world_size() if _started() else 1
+    return dist.get_world_size() if _several() else 1
 
 
 def is_main() -> bool:

@@ -114,8 +114,9 @@ def _leave(place, process):
         del _held[place]
         _, number, made = held
         if number is not None:
-            with contextlib.suppress(OSError):
-                place.unlink()  # before others can lock it
+            with contextlib.suppress(OSError):  # its folder may have been moved away
+                if os.path.samestat(os.fstat(number), os.lstat(place)):
+                    place.unlink()  # before others can lock it
             os.close(number)
             _remove(made)
 

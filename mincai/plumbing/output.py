@@ -23,6 +23,8 @@ import time
 import uuid
 from pathlib import Path, PurePosixPath
 
+from safetensors import SafetensorError
+
 import mincai
 from mincai import UserError
 from mincai.plumbing import lock
@@ -43,8 +45,11 @@ def writing(path, advice=ANOTHER):
     """Turn what writing to the path raises into a UserError."""
     try:
         yield
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); {advice}") from None
+    except (OSError, SafetensorError) as error:
+        # safetensors tells of a full disk in words of its own
+        number = re.search(r"os error (\d+)", str(error))
+        why = getattr(error, "strerror", None) or (os.strerror(int(number[1])) if number else error)
+        raise UserError(f"{path}: cannot be written ({why}); {advice}") from None
 
 
 # --- may it be written? ---------------------------------------------------------------------------

@@ -48,23 +48,30 @@ def _files(processes):
 def check(cfg) -> None:
     """Look at what an earlier run of this stage has left. UserError where it was begun with other
     settings or inputs, unless cfg.again: then it goes, as it does where nothing was saved yet."""
+    stale = _stale(cfg)
+    distributed.barrier()  # all have looked, before one of them writes there
+    if stale:
+        clear(cfg)
+
+
+def _stale(cfg):
+    """Whether there is something that this run cannot go on with; UserError as check says."""
     folder, world = place(cfg.result), distributed.world()
     if not os.path.lexists(folder):
-        return
+        return False
     if folder.is_dir() and {path.name for path in folder.iterdir()} <= output.temporaries(folder):
-        return  # stopped before it had its run.json, which is written again
+        return False  # stopped before it had its run.json, which is written again
     stamp = output.stamp_of(folder / "run.json") or {}
-    saved = any((folder / name).is_file() for name in _files(world)[1:])
+    kept = [folder / name for name in _files(world) if name.startswith(("state.s", "chunks"))]
+    saved = any(path.is_file() and path.stat().st_size for path in kept)
     try:
         if saved and stamp.get("processes") == world:
             data.done(folder, cfg)
-            return
+            return False
     except UserError:
         if not cfg.again:
             raise
-    distributed.barrier()  # all have looked
-    clear(cfg)
-    distributed.barrier()
+    return True
 
 
 def clear(cfg) -> None:
@@ -76,9 +83,10 @@ def clear(cfg) -> None:
 
 def forget(cfg) -> None:
     """The same where the output is there, which a run that was killed may have left: unless another
-    run is making it anew just now."""
+    run is making it anew just now, or has begun to with other settings and may go on."""
     if distributed.is_main() and os.path.lexists(place(cfg.result)):
         with contextlib.suppress(UserError), lock.alone(cfg.result):
+            data.done(place(cfg.result), cfg)
             clear(cfg)
 
 
@@ -149,7 +157,11 @@ class Training:
         self.path, self.rows = folder / "state.safetensors", folder / "metrics.jsonl"
         self.steps, self.log = 0, []
         if self.path.exists():
-            self._restore()
+            try:
+                self._restore()
+            except UserError:
+                if not cfg.again:
+                    raise
         distributed.barrier()  # all have read
         self.file = None
         if distributed.is_main():
@@ -162,11 +174,15 @@ class Training:
                 kept = {name: file.get_tensor(name) for name in file.keys()}
                 told = json.loads(file.metadata()["progress"])
             with open(self.rows, "rb") as rows:
-                self.log = [json.loads(rows.readline()) for _ in range(told["rows"])]
+                log = [json.loads(rows.readline()) for _ in range(told["rows"])]
+            for name, part in self.parts.items():
+                drawn = isinstance(part, torch.Generator)
+                if drawn and kept[f"{name}/state"].shape != part.get_state().shape:
+                    raise ValueError("it was begun on another kind of device")
         except (OSError, SafetensorError, ValueError) as error:
             told = f"cannot be read ({error}); add --again to begin anew"
             raise UserError(f"{self.path.parent}: {told}") from None
-        self.steps = told["steps"]
+        self.steps, self.log = told["steps"], log
         self.notes[:] = told["notes"]
         for name, part in self.parts.items():
             some = {

@@ -169,7 +169,7 @@ def begin(name: str, cfg: Settings) -> Stage | None:
         return None
     cfg.check_out()
     if distributed.is_main():
-        stage = replace(stage, place=lock.Held(cfg.out))
+        stage = replace(stage, place=lock.Held(cfg.result))
         if distributed.world() == 1 and data.done(cfg.out, cfg, cfg.again):
             stage.say(f"{cfg.out} has been made meanwhile")
             return None

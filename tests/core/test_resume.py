@@ -11,6 +11,8 @@ import kills
 import pytest
 import torch
 from compare_runs import figures
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import train_ppo
 import train_sft
@@ -217,12 +219,81 @@ def test_another_number_of_processes_begins_anew(stopped, monkeypatch):
     assert len(seen) == steps > 2
 
 
+def test_rows_of_metrics_without_a_state_are_nothing_to_go_on_with(stopped):
+    """As after a stop in the first minute, or where memory is short at the first step."""
+    cfg, output = stopped
+    (progress.place(output) / "state.safetensors").unlink()
+    train_sft.main(changed(cfg, lr=1e-3))
+    assert json.loads((output / "run.json").read_text())["config"]["lr"] == 1e-3
+    steps = [row["step"] for row in data.read_jsonl(output / "metrics.jsonl")]
+    assert steps == list(range(1, len(steps) + 1)) and not progress.place(output).exists()
+
+
+def test_an_output_that_is_there_takes_no_progress_of_another_run(stopped):
+    cfg, output = stopped
+    place, aside = progress.place(output), output.with_name("aside")
+    place.rename(aside)
+    train_sft.main(changed(cfg, lr=1e-3))
+    aside.rename(place)  # begun with --again and other settings, stopped, and to go on
+    train_sft.main(changed(cfg, lr=1e-3))
+    assert (place / "state.safetensors").exists()
+    train_sft.main(changed(cfg, again=True))
+    assert not place.exists()
+
+
+def test_all_processes_meet_whatever_they_see(stopped, monkeypatch):
+    cfg, output = stopped
+    met = []
+    monkeypatch.setattr(progress.distributed, "barrier", lambda: met.append(1))
+    progress.check(cfg)
+    (progress.place(output) / "state.safetensors").unlink()
+    progress.check(cfg)  # it goes
+    progress.check(cfg)  # one that comes late must not wait alone for those that saw nothing
+    assert len(met) == 3 and not progress.place(output).exists()
+
+
 def test_a_state_that_cannot_be_read_is_one_line(stopped):
     cfg, output = stopped
     state = progress.place(output) / "state.safetensors"
     state.write_bytes(state.read_bytes()[:-9])
     with pytest.raises(UserError, match=r"sft.progress: cannot be read .*; add --again"):
         train_sft.main(cfg)
+    train_sft.main(changed(cfg, again=True))
+    steps = [row["step"] for row in data.read_jsonl(output / "metrics.jsonl")]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) > 2
+
+
+def test_random_numbers_of_another_device_are_refused_before_anything_is_set(made, tmp_path, often):
+    _, cfg, output = kills.stages(made, tmp_path)["train_sft"]
+    generator, net = torch.Generator(), torch.nn.Linear(2, 2)
+    progress.Training(cfg, {}, {"net": net, "drawn": generator}, []).step()
+    state = progress.place(output) / "state.safetensors"
+    with safe_open(state, "pt") as file:
+        kept = {name: file.get_tensor(name) for name in file.keys()}
+        told = file.metadata()
+    save_file(kept | {"drawn/state": torch.zeros(16, dtype=torch.uint8)}, state, told)  # a GPU's
+    other = torch.nn.Linear(2, 2)
+    before = other.weight.clone()
+    with pytest.raises(UserError, match="another kind of device.*; add --again"):
+        progress.Training(cfg, {}, {"net": other, "drawn": generator}, [])
+    assert torch.equal(other.weight, before)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no such limit")
+def test_a_state_for_which_the_disk_has_no_room_is_one_line(made, tmp_path, often):
+    import resource
+
+    _, cfg, _ = kills.stages(made, tmp_path)["train_sft"]
+    training = progress.Training(cfg, {}, {"net": torch.nn.Linear(300, 300)}, [])
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(
+            UserError, match=r"state.safetensors: cannot be written \(File too large"
+        ):
+            training.step()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_folder_of_somebody_else_is_refused_before_work(made, tmp_path):

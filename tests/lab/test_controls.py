@@ -5,8 +5,10 @@ import dataclasses
 import json
 import random
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import train_pm
 import train_ppo
@@ -14,7 +16,7 @@ import train_sft
 from mincai import UserError, critique, feedback
 from mincai.lab import controls, evaluate, measure
 from mincai.lab.table import as_text, rate
-from mincai.plumbing import data
+from mincai.plumbing import data, progress
 from mincai.plumbing.tokenizer import load_tokenizer
 from mincai.tinyworld import world
 
@@ -285,3 +287,18 @@ def test_half_a_run_is_refused_in_a_line(cfg, tmp_path):
         UserError, match=r"revisions.run.json: is not there; controls need a whole run"
     ):
         controls.main(measure.open_run(dataclasses.replace(cfg, out=str(tmp_path)), "cpu"))
+
+
+def test_a_control_that_failed_leaves_no_progress_behind(tmp_path, monkeypatch):
+    def fail(opened, cfgs, control, folder):
+        cfg = controls.train_pm.Config(out=str(folder / "pm"))
+        progress.Training(cfg, {}, {"net": torch.nn.Linear(2, 2)}, []).step({"step": 1})
+        assert (folder / "pm.progress").is_dir()
+        raise UserError("all answers score the same")
+
+    monkeypatch.setattr(controls, "make", fail)
+    opened = SimpleNamespace(out=tmp_path)
+    row = controls.finished(opened, {}, controls.Control("shuffled", "labels dealt out"))
+    assert row["failed"] == "all answers score the same"
+    names = {path.name for path in (tmp_path / "controls" / "shuffled").iterdir()}
+    assert names == {"answers.jsonl", "made.json"}

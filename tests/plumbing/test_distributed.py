@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+import mincai.__main__ as pipeline
 from mincai import UserError
 from mincai.losses import sft_loss
 from mincai.model import GPT, GPTConfig, ScalarModel
@@ -194,6 +195,39 @@ def test_one_process_does_nothing(monkeypatch):
     assert distributed.share([1, 2, 3]) == distributed.merge([1, 2, 3]) == [1, 2, 3]
     distributed.barrier()
     distributed.stop()
+
+
+def test_what_one_process_does_for_all_meets_nobody(monkeypatch, tmp_path):
+    """The loop's stages that the first process does alone: the others wait behind them, and a
+    barrier inside would let them go."""
+    met, seen = [], []
+    monkeypatch.setattr(distributed, "_started", lambda: True)
+    monkeypatch.setattr(distributed.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(distributed.dist, "barrier", lambda: met.append(1))
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: None)
+    cfg = pipeline.Config(out=str(tmp_path / "run"), device="cpu", threads=1)
+    named = {name: config for name, _, config in pipeline.stages(cfg)}
+
+    def stage(config, *_):
+        seen.append(distributed.world())
+        before = len(met)
+        distributed.barrier()
+        assert len(met) - before == distributed.world() - 1
+
+    def one(config):
+        stage(config)
+        if len(seen) == 3:
+            raise UserError("it fails")
+
+    todo = [(name, one if name == "evaluate" else stage, named[name]) for name in named]
+    todo = [row for row in todo if row[0] in ("AI feedback", "evaluate")] + [todo[-1]]
+    monkeypatch.setattr(pipeline, "stages", lambda cfg: todo)
+    monkeypatch.setattr(pipeline, "check", lambda cfg, todo: None)
+    monkeypatch.setattr(pipeline, "ONE_WRITES", (one,))
+    with pytest.raises(UserError, match="it fails"):
+        pipeline.main(cfg)
+    assert seen == [2, 1, 1] and distributed.world() == 2
 
 
 def test_torchrun_with_one_process_does_nothing(monkeypatch):

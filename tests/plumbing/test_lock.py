@@ -12,6 +12,7 @@ import pytest
 
 import mincai.__main__ as pipeline
 from mincai import UserError
+from mincai.lab import assess
 from mincai.plumbing import checkpoint, data, distributed, formats, lock, stage
 from mincai.plumbing.lock import Held, alone
 
@@ -103,6 +104,14 @@ def test_a_process_that_is_left_over_holds_nothing(tmp_path, other):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_lock_whose_folder_was_moved_away_takes_no_other_with_it(tmp_path, other):
+    out = tmp_path / "run" / "out"
+    with alone(out):
+        (tmp_path / "run").rename(tmp_path / "moved")
+        process = other(out)
+    refused(lambda: Held(out), out, process)
+
+
 def test_what_is_no_lock_stays(tmp_path):
     place = tmp_path / ".out.lock"
     for content in ("mine", "mincai, and mine"):
@@ -158,6 +167,13 @@ def test_a_stage_begins_alone_unless_its_work_is_done(tmp_path, other, capsys, m
     begun.save_rows([{"id": 2}], dict)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["rows.jsonl", "rows.run.json"]
     assert stage.begin("test", cfg) is None
+
+
+def test_a_stage_that_writes_into_a_run_holds_what_it_makes(tmp_path, other):
+    (tmp_path / "run").mkdir()
+    cfg = assess.Config(device="cpu", threads=1, out=str(tmp_path / "run"))
+    process = other(cfg.result)
+    refused(lambda: stage.begin("assess", cfg), cfg.result, process)
 
 
 def test_what_another_run_made_meanwhile_is_not_made_again(tmp_path, monkeypatch, capsys):
