@@ -399,7 +399,8 @@ def done(path, config, again=False):
             told = f"was made with {flag} {was}, {told}"
             raise UserError(f"{settings}: {told}; {advice}")
     now = inputs(config)
-    for name in [name for name in now | made_of if name not in new and made_of]:
+    others = {name for name in now | made_of if name not in new}  # what a config reads besides
+    for name in sorted(others) if others & made_of.keys() else ():
         if now.get(name) != made_of.get(name):
             told = "has changed" if name in made_of else "has come"
             told = told if name in now else "is gone"

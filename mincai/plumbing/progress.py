@@ -47,7 +47,8 @@ def _files(processes):
 
 def check(cfg) -> None:
     """Look at what an earlier run of this stage has left. UserError where it was begun with other
-    settings or inputs, unless cfg.again: then it goes, as it does where nothing was saved yet."""
+    settings, inputs or processes, unless cfg.again: then it goes, as it does where nothing was
+    saved yet."""
     stale = _stale(cfg)
     distributed.barrier()  # all have looked, before one of them writes there
     if stale:
@@ -64,10 +65,15 @@ def _stale(cfg):
     stamp = output.stamp_of(folder / "run.json") or {}
     kept = [folder / name for name in _files(world) if name.startswith(("state.s", "chunks"))]
     saved = any(path.is_file() and path.stat().st_size for path in kept)
+    if not saved:
+        return True
     try:
-        if saved and stamp.get("processes") == world:
-            data.done(folder, cfg)
-            return False
+        begun = stamp.get("processes")
+        if begun != world:  # each of which draws its own
+            told = f"was begun by {begun} processes, and now there are {world}"
+            raise UserError(f"{folder}: {told}; start as many, or add --again to begin anew")
+        data.done(folder, cfg)
+        return False
     except UserError:
         if not cfg.again:
             raise
@@ -112,7 +118,8 @@ class Journal:
             self.file = open(self.path, "a+b")
         self.held = self.file.tell() > 0  # whether an earlier run has left something
         self.file.seek(0)
-        self.call, self.line = -1, None  # the call that goes on; a line of a later one
+        # the call that goes on; a line of a later one, and where it stands
+        self.call, self.line, self.at = -1, None, 0
 
     def begin(self) -> dict:
         """{item: result} of what an earlier run has left of the call that now begins."""
@@ -125,18 +132,20 @@ class Journal:
         return found
 
     def _read(self):
-        start, line = self.file.tell(), self.file.readline()
+        self.at, line = self.file.tell(), self.file.readline()
         try:
             if line.endswith(b"\n"):
                 return json.loads(line)
         except ValueError:
             pass
-        self.file.truncate(start)
+        self.file.truncate(self.at)
         return None
 
     def add(self, items: list[int], results: list) -> None:
         """Write down what came of these items of the call; results are what JSON can hold."""
-        assert self.line is None, "what was written down belongs to another run"
+        if self.line is not None:  # calls come otherwise now: mincai itself has changed
+            self.file.truncate(self.at)
+            self.line = None
         line = {"call": self.call, "items": items, "results": results}
         with output.writing(self.path):
             self.file.write(json.dumps(line).encode() + b"\n")

@@ -209,12 +209,14 @@ def test_an_input_that_has_changed_is_refused(stopped, tmp_path):
         train_sft.main(changed(cfg, data=(str(other),)))
 
 
-def test_another_number_of_processes_begins_anew(stopped, monkeypatch):
+def test_another_number_of_processes_is_refused(stopped, monkeypatch):
     cfg, output = stopped
     stamp = progress.place(output) / "run.json"
     stamp.write_text(json.dumps(json.loads(stamp.read_text()) | {"processes": 2}))
+    with pytest.raises(UserError, match="was begun by 2 processes, and now there are 1; .*--again"):
+        train_sft.main(cfg)
     seen = counted(monkeypatch)
-    train_sft.main(cfg)
+    train_sft.main(changed(cfg, again=True))
     steps = len((output / "metrics.jsonl").read_text().splitlines())
     assert len(seen) == steps > 2
 
@@ -343,6 +345,19 @@ def test_a_line_that_was_cut_short_is_dropped(made, tmp_path):
     assert second.begin() == {}
     third = progress.Journal(cfg, {})
     assert [third.begin() for _ in range(3)] == [{2: [7, 8], 0: "x"}, {1: 0.1, 0: None}, {}]
+
+
+def test_where_calls_come_otherwise_the_rest_is_made_anew(made, tmp_path):
+    _, cfg, _ = kills.stages(made, tmp_path)["critique"]
+    first = progress.Journal(cfg, {})
+    for items in ([0, 1], [0]):
+        first.begin()
+        first.add(items, items)
+    second = progress.Journal(cfg, {})
+    assert second.begin() == {0: 0, 1: 1}
+    second.add([2], ["new"])
+    third = progress.Journal(cfg, {})
+    assert third.begin() == {0: 0, 1: 1, 2: "new"} and third.begin() == {}
 
 
 def test_states_of_every_kind_come_back_to_the_bit(made, tmp_path, often):
