@@ -17,9 +17,9 @@ VENV = .venv
 run: $(VENV)/.installed
 	$(VENV)/bin/python -m mincai $(ARGS)
 
-# Every test, on the CPU; nothing is downloaded but the packages.
+# Every test, on the CPU, in two processes; nothing is downloaded but the packages.
 test: $(VENV)/.installed-dev
-	$(VENV)/bin/python -m pytest -q tests $(ARGS)
+	$(VENV)/bin/python -m pytest -q -n 2 tests $(ARGS)
 
 # How fast this machine samples, judges and learns: a table, in under six minutes on two cores.
 #     make bench ARGS="--against ../another-checkout"
