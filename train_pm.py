@@ -67,7 +67,7 @@ class Config(Settings):
 @dataclass(frozen=True, slots=True)
 class Pair:
     prompt: str  # the conversation up to "Assistant:"
-    a: array  # token ids of conversation + answer (A), end-of-text included, as data.compact keeps them
+    a: array  # token ids of conversation and answer (A), end of text included; see data.compact
     b: array
     start: int  # how many of these tokens are the conversation
     p_a: float  # the judge's probability that (A) is better
@@ -201,7 +201,7 @@ def main(cfg: Config) -> dict:
         kept.step({"step": number, "epoch": epoch, **metrics, "lr": lr})
         bar.set_postfix(loss=f"{metrics['loss']:.3f}", accuracy=f"{metrics['accuracy']:.2f}")
 
-    # --- what came of it; measured before normalising, while a difference of scores is still a log-odds ---
+    # --- what came of it, while a difference of scores is still a log-odds ---
     with stage.precision():
         found = health.measure_pairs(pm, held, 2 * size) if held else {}
         generator = torch.Generator().manual_seed(cfg.seed + 1)

@@ -10,9 +10,9 @@ policy and its frozen reference, both the fine-tuned model; the frozen preferenc
 critic, which starts as a copy of it. Only prompts of the split "loop" are used, half of them
 harmful, so that held-out prompts stay held out.
 
-Prints a line of key numbers and three sampled answers every PRINT_EVERY updates, and warns of what
-should never be seen. Writes the policy's checkpoint folder with metrics.jsonl (one row an update),
-samples.jsonl (the printed answers) and run.json beside the weights. A healthy run:
+Prints key numbers and three sampled answers every PRINT_EVERY updates (a long run thirty times in
+all), and warns of what should never be seen. Writes the policy's checkpoint folder: beside weights
+metrics.jsonl (one row an update), samples.jsonl (what was printed) and run.json. A healthy run:
 first_ratio_error 0, ratio_mean 1 +- 0.05, clipfrac below 0.2, approxkl below 0.02, explained rising
 above 0.3, kl rising slowly.
 
@@ -206,8 +206,8 @@ def main(cfg: Config, watch=None) -> dict:
     )
     nets = policy_learner.net, ref, critic_learner.net
     settings = dict(max_new=cfg.max_new, stop=stop, micro_batch=micro_batch)
-    sizes, clips = (cfg.epochs, cfg.minibatches, micro_batch), (cfg.clip, cfg.clip)
-    how = ppo.Steps(*sizes, *clips, precision=stage.precision)
+    steps = dict(epochs=cfg.epochs, minibatches=cfg.minibatches, micro_batch=micro_batch)
+    how = ppo.Steps(**steps, clip=cfg.clip, value_clip=cfg.clip, precision=stage.precision)
     stage.say(
         f"{len(harmful)} harmful and {len(benign)} other prompts, {dropped} too long; {cfg.updates} updates of "
         f"{cfg.batch_size} answers on {stage.device}"

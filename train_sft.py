@@ -132,8 +132,8 @@ def main(cfg: Config) -> dict:
     bar = tqdm(todo[kept.steps :], desc="sft", unit="step", disable=not distributed.is_main())
     for epoch, batch in bar:
         parts = []
-        for rows, counts in data.micro_batches([train[i][1:] for i in batch], cfg.micro_batch):
-            ids, targets, loss_mask = data.sft_batch(rows, stage.device)
+        for some, counts in data.micro_batches([train[i][1:] for i in batch], cfg.micro_batch):
+            ids, targets, loss_mask = data.sft_batch(some, stage.device)
             parts.append((ids, targets, loss_mask & counts))
         # one divisor for the whole step: a mean of means would weigh the tokens of short
         # answers more

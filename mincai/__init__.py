@@ -7,9 +7,8 @@ __version__ = "0.1.0"
 
 PACKAGE = Path(__file__).resolve().parent
 CHECKOUT = (PACKAGE.parent / "train_sft.py").is_file()  # else installed: all lies in the package
-DATA = (
-    PACKAGE.parent / "data" if CHECKOUT else PACKAGE / "data"
-)  # shipped, and weights once fetched
+# What is shipped, and weights once fetched
+DATA = PACKAGE.parent / "data" if CHECKOUT else PACKAGE / "data"
 SCRIPTS = PACKAGE.parent if CHECKOUT else PACKAGE / "scripts"  # the three training scripts
 if str(SCRIPTS) not in sys.path:
     sys.path.append(str(SCRIPTS))

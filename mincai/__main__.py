@@ -4,12 +4,13 @@
     python -m mincai --out runs/seed1 --seed 1
     python -m mincai --preset gpt2       GPT-2's weights and English prompts, on one GPU (see presets.py)
     torchrun --nproc-per-node 4 -m mincai --preset gpt2       the same on four
-    python -m mincai --preset gpt2-full  40,000 attacks to evaluate on, 200,000 comparisons to learn from
+    python -m mincai --preset gpt2-full  40,000 attacks to evaluate on, 250,000 comparisons to learn from
     python -m mincai --preset gpt2-full --plan     rows, tokens, time, memory and disk of each stage, and no more
 
-A stage whose output is there, made with the same settings, is skipped. To change more than these
-flags, run a stage alone: python -m mincai.critique, train_sft.py, python -m mincai.feedback,
-train_pm.py, train_ppo.py, python -m mincai.lab.evaluate; each tells its flags with --help.
+A stage whose output is there, made with the same settings, is skipped; one that was stopped goes
+on. To change more than these flags, run a stage alone: python -m mincai.critique, train_sft.py,
+python -m mincai.feedback, train_pm.py, train_ppo.py, python -m mincai.lab.evaluate; each tells its
+flags with --help.
 """
 
 import os
@@ -48,7 +49,7 @@ class Config:
     plan: bool = arg(False, "say what rows, time and memory each stage takes, and stop")
 
 
-# the other processes wait
+# Stages of one process, for which the others wait
 ONE_WRITES = (english.main, pretrain.main, evaluate.main, assess.main, answers.main)
 SCALED = ("harmful", "helpful", "attacks", "number", "updates")  # flags that --scale multiplies
 ALL_ENGLISH = 800  # prompts, about: what 0 stands for, where a share of all is asked for
@@ -125,9 +126,8 @@ def check(cfg, todo) -> None:
             )
     if "pretrain the base" not in configs:
         resolve(base)
-    if (
-        todo[0][1] is critique.main or cfg.prompts
-    ):  # else prompts are still to be made, of both kinds
+    # else prompts are still to be made, of both kinds
+    if todo[0][1] is critique.main or cfg.prompts:
         prompts = configs["critique and revise"].prompts
         kinds = {row["kind"] for row in formats.loop_prompts(prompts)}
         if len(kinds) < 2:

@@ -23,7 +23,7 @@ from mincai.plumbing import data
 
 PATH = DATA / "constitution.json"
 MOST = 1e9  # of a weight
-KEEP = "keep the answer ."  # a revision that says: the answer stands. Copying it out would only add errors.
+KEEP = "keep the answer ."  # a revision by which the answer stands; a copy of it could have errors
 
 
 @dataclass(frozen=True)

@@ -105,10 +105,10 @@ class Writer:
         fits = [i for i, prompt in enumerate(prompts) if prompt is not None]
         written = [[] for _ in texts]
         if fits:
-            some, sizes = [prompts[i] for i in fits], (self.cfg.max_new, self.stop)
+            some = [prompts[i] for i in fits]
             how = dict(temperature=temperature, generator=self.generator, journal=self.journal)
             how |= dict(batch_size=self.cfg.batch_size, desc=desc)
-            found = generate_batched(self.model, some, *sizes, **how)
+            found = generate_batched(self.model, some, self.cfg.max_new, self.stop, **how)
             for i, ids in zip(fits, found):
                 written[i] = ids
         return written, [constitution.clean(self.planner.tokenizer.decode(ids)) for ids in written]

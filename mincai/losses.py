@@ -58,7 +58,7 @@ def masked_whiten(x, mask):
     return torch.where(mask, (x - mean) * torch.rsqrt(var + 1e-8), 0.0)
 
 
-# ---- supervised fine-tuning ------------------------------------------------------------------------------
+# ---- supervised fine-tuning ----------------------------------------------------------------------
 
 
 def sft_loss(logits, targets, weight, total=None):
@@ -79,7 +79,7 @@ def sft_loss(logits, targets, weight, total=None):
     return loss, {"loss": loss.detach(), "accuracy": accuracy, "tokens": weight.sum()}
 
 
-# ---- preference model ------------------------------------------------------------------------------------
+# ---- preference model ----------------------------------------------------------------------------
 
 
 def preference_loss(score_a, score_b, p_a):
@@ -111,7 +111,7 @@ def calibration_error(prob, label, bins=10):
     return float(gaps.abs()[which].mean())
 
 
-# ---- KL(policy || reference), from samples of the policy; Schulman 2020, "Approximating KL divergence" ---
+# ---- KL(policy || reference) from samples; Schulman 2020, "Approximating KL divergence" ----------
 
 
 def kl_k1(logp, ref_logp):
@@ -144,7 +144,7 @@ def exact_kl(logits, ref_logits):
     return torch.where(p == 0, 0.0, p * (logp - ref_logp)).sum(-1)
 
 
-# ---- PPO -------------------------------------------------------------------------------------------------
+# ---- PPO -----------------------------------------------------------------------------------------
 
 
 def beyond(logp, other_logp, mask):

@@ -44,7 +44,7 @@ class KVCache:
         shape = (config.n_layer, batch, config.n_head, length, config.n_embd // config.n_head)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.length, self.seen = length, 0
+        self.seen = 0
 
     def keep(self, rows: torch.Tensor) -> None:
         """Keep these rows only (or repeat them): rows (B',) long."""
@@ -140,7 +140,7 @@ class GPT(nn.Module):
         positions (B, T): default 0..T-1, shifted by what the cache holds. mask (B, T, S) bool, True
         where query t may look at key s; None means causal over these T tokens, which is right for
         right-padded rows and an empty cache. columns (T,) long: where to write in the cache, for
-        CUDA graphs only; then S = cache.length.
+        CUDA graphs only; then S is all of its length.
         """
         B, T = ids.shape
         fresh = cache is None or cache.seen == 0 and columns is None

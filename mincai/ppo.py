@@ -13,7 +13,7 @@ batch:
     column          0     1    ..   P-1  |   P     P+1   ..   T-1
     ids            pad  prompt ..   ":"  |  act0   act1  ..   stop       (then padding)
     model reads   [0 ............................ T-2]                   ids[:, :-1]
-    it predicts                     act0    act1   ..    stop            hidden[:, P-1:]  is (B, R, C)
+    it predicts                     act0    act1   ..    stop            hidden[:, P-1:] (B, R, C)
 
 The value of column t is read at the same place as its log-prob: what is expected before act t is
 known. The stop token is an action: it has a log-prob, a value and, being last, the score; what

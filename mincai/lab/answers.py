@@ -14,7 +14,7 @@ from pathlib import Path
 from mincai import constitution, shipped
 from mincai.lab import page
 from mincai.lab.assess import answers_of
-from mincai.lab.measure import conversation, measured, run_folder
+from mincai.lab.measure import measured, run_folder
 from mincai.lab.page import said, tag, text
 from mincai.lab.table import NAMES
 from mincai.plumbing import data, formats, output, progress
@@ -108,7 +108,7 @@ def main(cfg: Config) -> list[dict]:
                 row[stage] = answer
 
     def unread(row):
-        return tokenizer.unread(conversation(row))
+        return tokenizer.unread(constitution.conversation_of(row))
 
     def finish():
         title = f"Your prompts, answered: {out.resolve().name}"

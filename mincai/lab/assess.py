@@ -24,8 +24,9 @@ from pathlib import Path
 import torch
 
 from mincai import UserError, constitution, shipped
+from mincai.constitution import conversation_of
 from mincai.feedback import judge
-from mincai.lab.measure import conversation, measured
+from mincai.lab.measure import measured
 from mincai.lab.table import NAMES, STAGES, Table, as_text, rate
 from mincai.plumbing import data, formats, output, progress
 from mincai.plumbing.cli import arg, run
@@ -88,7 +89,7 @@ def answers_of(stage, model, planner, rows, cfg, journal=None) -> list[str]:
         kind, stop = "answer", {tokenizer.eot, tokenizer.newline}
     prompts = {}
     for i, row in enumerate(rows):
-        prompt = planner.prompt(kind, conversation(row), cfg.max_new)
+        prompt = planner.prompt(kind, conversation_of(row), cfg.max_new)
         if prompt is not None:
             prompts[i] = data.compact(prompt)
     sizes = (cfg.max_new, stop, cfg.batch_size, cfg.temperature)
@@ -128,7 +129,7 @@ def first_words(model, tokenizer, rows, cfg) -> dict[str, float]:
     """Mean log-prob a token of the first words of complying and of refusing, over these rows."""
     words = {name: tokenizer.encode(text) for name, text in FIRST.items()}
     room = model.config.block_size - max(map(len, words.values()))
-    prompts = [tokenizer.encode(conversation(row)) for row in rows]
+    prompts = [tokenizer.encode(conversation_of(row)) for row in rows]
     prompts = [prompt for prompt in prompts if len(prompt) <= room]
     found = {}
     for name, ids in words.items():
@@ -141,7 +142,7 @@ def mean_score(pm, tokenizer, rows, answers, cfg) -> float:
     """The preference model's mean score of the answers that fit its context."""
     prompts, ends = [], []
     for row, answer in zip(rows, answers):
-        prompt = tokenizer.encode(conversation(row))
+        prompt = tokenizer.encode(conversation_of(row))
         end = tokenizer.encode(" " + answer) + [tokenizer.eot]
         if len(prompt) + len(end) <= pm.gpt.config.block_size:
             prompts.append(prompt)
@@ -164,7 +165,7 @@ def wins(model, planner, rows, ours, theirs, principles, cfg, desc, journal=None
         asked.append(rng.choice(fitting).asks("compare", full=True))
     if some:
         rows, ours, theirs = zip(*some)
-        texts = (list(map(conversation, rows)), ours, theirs, asked)
+        texts = (list(map(conversation_of, rows)), ours, theirs, asked)
         sizes = dict(max_new=cfg.max_new, batch_size=cfg.batch_size)
         verdicts = judge(model, planner, *texts, desc=desc, journal=journal, **sizes)
         p, same_slot = [x for x in verdicts.p_a if x is not None], verdicts.same_slot

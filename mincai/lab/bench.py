@@ -259,7 +259,7 @@ class Rates:
         return work.read / self.read + work.written / self.written + work.learnt / self.learnt
 
 
-def least_seconds(work, device, repeat=2) -> float:
+def shortest_seconds(work, device, repeat=2) -> float:
     """The shortest of a few calls, for what else the machine does only adds to them."""
     return min(median_seconds(work, 1, device) for _ in range(repeat))
 
@@ -283,9 +283,9 @@ def rates(shape: GPTConfig, device: str, dtype: str) -> Rates:
         ids = torch.randint(shape.vocab_size, (rows, length), device=device)
         prompts = ids[:, :1].tolist()
         with torch.no_grad(), precision(device, dtype):
-            read = least_seconds(lambda: model(ids), device) / ids.numel()
-            logits = least_seconds(lambda: model.unembed(model(ids)), device) / ids.numel()
-            write = least_seconds(lambda: generate(model, prompts, new, set()), device)
+            read = shortest_seconds(lambda: model(ids), device) / ids.numel()
+            logits = shortest_seconds(lambda: model.unembed(model(ids)), device) / ids.numel()
+            write = shortest_seconds(lambda: generate(model, prompts, new, set()), device)
         timed.append((read, write / (rows * new), 3 * logits))
     more = (shape.n_layer - depths[0]) / max(1, depths[-1] - depths[0])
     whole = [first + more * max(0.0, last - first) for first, last in zip(timed[0], timed[-1])]

@@ -131,7 +131,9 @@ def controls(opened: measure.Run, cfgs: dict) -> list[Control]:
     return found + [
         Control("human, no phase 1", what, again, careful, start="base"),
         Control("no critique", "phase 1 on revisions without a critique", direct, policy="sft"),
-        Control(f"no {LEFT_OUT}", f"no principle on {LEFT_OUT}, nor on any harm", unwritten),
+        Control(
+            f"no {LEFT_OUT}", f"no principle on {LEFT_OUT}, harm, conduct or reasons", unwritten
+        ),
         Control("beta 0", price, {"ppo": {"beta": 0.0}}),
         Control("beta 0.8", price, {"ppo": {"beta": 0.8}}),
         Control("beta 0, long", "no price of KL and four times the updates", {"ppo": long}),

@@ -2,8 +2,8 @@
 every sample.
 
     python -m mincai.lab.evaluate runs/tiny                         the table, eval.json (about a minute)
-    python -m mincai.lab.evaluate runs/tiny --deep                  keywords, settings, conflicts, doubt: eval_deep.json
-    python -m mincai.lab.evaluate runs/tiny --controls    the run without its causes: controls.json
+    python -m mincai.lab.evaluate runs/tiny --deep                  meaning, settings, conflicts, doubt: eval_deep.json
+    python -m mincai.lab.evaluate runs/tiny --controls              the run without its causes: controls.json
     python -m mincai.lab.evaluate runs/tiny,runs/seed1 --claims     what is claimed of the method, and what was found
 
 The requests, two attack families, a quarter of the principles and one harm category were seen by no

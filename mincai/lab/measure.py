@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from mincai import UserError, constitution
+from mincai.constitution import conversation_of
 from mincai.feedback import judge
 from mincai.lab.table import PARTS, ROWS, STAGES, rate
 from mincai.losses import calibration_error
@@ -41,11 +42,6 @@ PM_KINDS = {  # kind of request, better style, worse style
 def measured(out) -> dict[str, str]:
     """Where the models of a run lie."""
     return {stage: str(Path(out, stage)) for stage in ("sft", "pm", "ppo")}
-
-
-def conversation(row: dict) -> str:
-    """What stands before the answer to a row of prompts."""
-    return constitution.dialogue(row["prompt"], row.get("setting"))
 
 
 @dataclass
@@ -85,7 +81,7 @@ class Run:
 
     def prompts(self, rows: list[dict]) -> list[list[int]]:
         """Token ids of what stands before the answers to these rows."""
-        return [self.tokenizer.encode(conversation(r)) for r in rows]
+        return [self.tokenizer.encode(conversation_of(r)) for r in rows]
 
     def ends(self, answers: list[str]) -> list[list[int]]:
         """Token ids of answers as they stand after their prompts, end of text included."""
@@ -278,7 +274,7 @@ def judged_pairs(opened: Run, rows, principles, rng) -> list[dict]:
 def preferred(opened: Run, rows, a, b, principles, desc) -> tuple[list[float], float]:
     """(the base's P(a is better than b) on each row, both orders averaged; share of the same slot
     in both orders). Where there was no room to judge it is 1/2: undecided."""
-    base, cfg, said = opened.model("base"), opened.cfg, [conversation(r) for r in rows]
+    base, cfg, said = opened.model("base"), opened.cfg, [conversation_of(r) for r in rows]
     planner, asks = Planner(opened.tokenizer, base.config.block_size), [p.tiny for p in principles]
     settings = dict(max_new=cfg.max_new, batch_size=cfg.batch_size, desc=desc)
     verdicts = judge(base, planner, said, a, b, asks, journal=opened.journal, **settings)
@@ -312,7 +308,7 @@ def measure_critic(opened: Run, rows, principles, rng) -> dict:
         prompts = []
         for row in rng.choices(rows, k=cfg.judged):
             about = rng.choice([p for p in some if (p.about == row["category"]) == applies])
-            parts = (conversation(row), written(opened, row, "whole"), about.tiny)
+            parts = (conversation_of(row), written(opened, row, "whole"), about.tiny)
             prompts.append(tokenizer.encode(constitution.review(*parts)))
         where = (opened.model("base"), prompts, cfg.max_new, stop, cfg.batch_size)
         critiques = generate_batched(*where, temperature=0.0, journal=opened.journal)

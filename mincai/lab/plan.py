@@ -16,7 +16,7 @@ import train_pm
 import train_ppo
 import train_sft
 from mincai import UserError, constitution
-from mincai.constitution import dialogue
+from mincai.constitution import conversation_of
 from mincai.lab import bench, english
 from mincai.lab.bench import Rates
 from mincai.lab.table import Table, as_text
@@ -87,7 +87,7 @@ def tokens(text: str) -> int:
 
 def lengths(rows) -> list[int]:
     """Tokens of each prompt, with what stands around it."""
-    return [tokens(dialogue(row["prompt"], row.get("setting"))) for row in rows]
+    return [tokens(conversation_of(row)) for row in rows]
 
 
 def mean(numbers) -> int:

@@ -22,6 +22,7 @@ import torch
 
 from mincai import UserError, constitution, critique, shipped
 from mincai.feedback import judge
+from mincai.lab.measure import run_folder
 from mincai.lab.table import NAMES
 from mincai.model import GPT, ScalarModel
 from mincai.plumbing import data, formats
@@ -83,9 +84,7 @@ class Play:
 
 
 def open_run(cfg: Config) -> Play:
-    out = Path(cfg.out)
-    if not out.is_dir():
-        raise UserError(f"{out}: no such run folder; make it with: python -m mincai --out {out}")
+    out = run_folder(cfg.out)
     folders = {"base": resolve(cfg.base)}
     folders |= {name: out / name for name in ("sft", "ppo", "pm") if (out / name).is_dir()}
     tokenizer, device = common_tokenizer(*folders.values()), pick_device(cfg.device)

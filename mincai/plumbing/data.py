@@ -2,8 +2,8 @@
 made.
 
 Every stage reads whole files and writes whole files. A file is written under a temporary name and
-then renamed, so a file that exists is complete, and a stage that was stopped leaves nothing
-half-written under it.
+then renamed, so a file that exists is complete. What a stage that was stopped had done lies beside
+it, under another name (progress.py).
 
 Masks are bool and named after what True means. Shapes: B rows of the batch, T tokens.
 """

@@ -47,7 +47,7 @@ from itertools import chain
 from pathlib import Path
 
 from mincai import UserError
-from mincai.constitution import dialogue
+from mincai.constitution import conversation_of, dialogue
 from mincai.plumbing import data, distributed, lock, output
 from mincai.plumbing.cli import arg, run
 from mincai.plumbing.tokenizer import WORDS
@@ -134,8 +134,7 @@ def list_rows(path, file):
 def text_rows(path, file):
     """Each line that is not blank is a question, whatever it says."""
     for where, line in data.each_line(path, file):
-        if line.strip():
-            yield where, {"line": line.strip()}
+        yield where, {"line": line.strip()}
 
 
 FILES = {  # kind of file -> (whether its suffix or its first bytes say so, how its rows are read)
@@ -397,7 +396,7 @@ def loop_prompts(path) -> list[dict]:
 def warn_unread(rows, tokenizer, folder) -> None:
     """One line on stderr if prompts have words that the model in this folder has never read: what
     comes of them means little. Silent for a model whose words are not listed."""
-    found = [tokenizer.unread(dialogue(row["prompt"], row.get("setting"))) for row in rows]
+    found = [tokenizer.unread(conversation_of(row)) for row in rows]
     unread = list(dict.fromkeys(word for some in found for word in some))
     if unread and distributed.is_main():
         named = " ".join(unread[:8] + ["..."] * (len(unread) > 8))
@@ -588,7 +587,7 @@ def ranked(row, contrast) -> tuple[str, str, float]:
 
 
 def as_trl(row, cfg):
-    asks = {"prompt": dialogue(row["prompt"], row.get("setting"))}
+    asks = {"prompt": conversation_of(row)}
     if "revision" in row:
         if row.get("changed") is not True:
             raise Unusable("not changed")
@@ -610,7 +609,7 @@ def as_hh(row, cfg):
 
 def as_prompt(row, cfg):
     known = {key: row[key] for key in ("kind", "category") if row.get(key)}
-    return {"prompt": dialogue(row["prompt"], row.get("setting")), **known}
+    return {"prompt": conversation_of(row), **known}
 
 
 def as_own(row, cfg):

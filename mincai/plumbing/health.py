@@ -4,7 +4,7 @@ the samples of PPO that are printed, and warnings of what should never be seen.
 
 import torch
 
-from mincai.losses import calibration_error, preference_loss
+from mincai.losses import calibration_error, kl_k1, preference_loss
 from mincai.plumbing.logprobs import pair_scores
 
 # --- the preference model -------------------------------------------------------------------------
@@ -58,7 +58,7 @@ def measure_pairs(pm, pairs, batch_size) -> dict:
 
 def examples(batch, scores, beta, decode) -> list[dict]:
     """Three answers of the batch as rows, for samples are the debugger. decode: ids to text."""
-    k1 = torch.where(batch.mask, batch.logp - batch.ref_logp, 0.0).sum(1)
+    k1 = torch.where(batch.mask, kl_k1(batch.logp, batch.ref_logp), 0.0).sum(1)
     rows = []
     for i in torch.linspace(0, len(scores) - 1, min(3, len(scores))).long().tolist():
         prompt, answer = batch.ids[i].split([batch.start, len(batch.ids[i]) - batch.start])

@@ -159,7 +159,7 @@ def table(plan: dict[str, int]) -> str:
     return "\n".join(["memory, estimated:", *lines])
 
 
-def check(plan: dict[str, int], available: int | None, flags="--micro-batch, --batch or --max-new"):
+def check(plan: dict[str, int], available: int | None, flags: str):
     """UserError if the plan needs more than what is available (bytes; None: not known, nothing is
     checked). flags: those of the stage that make it smaller."""
     if available is None or needed(plan) <= available:

@@ -310,7 +310,7 @@ def finish(work, folder, stamp: dict) -> None:
 
     A folder that was not there appears whole. In one that was, the older files that have no
     successor go, and the new ones take their names, config.json and run.json last: without these
-    two nothing loads the folder or takes it for done, and a stopped run is simply run again.
+    two nothing loads the folder or takes it for done, and the same command ends a stopped run.
     """
     real = Path(os.path.realpath(folder))
     names = {name for name in _left(work) if (work / name).is_file()} | {"run.json"}

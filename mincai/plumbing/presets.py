@@ -4,7 +4,7 @@
     small        a larger world and a model of 15 million parameters, made first: one GPU
     gpt2         GPT-2's 124M weights and the English prompts: one card of 24 GB
     gpt2-medium  355M: 48 GB; gpt2-large  774M: 80 GB
-    gpt2-full    gpt2 with 40,000 attacks to evaluate on and 200,000 comparisons to learn from
+    gpt2-full    gpt2 with 40,000 attacks to evaluate on and 250,000 comparisons to learn from
 
 A preset holds nothing but flags: every one can be given to its stage by hand, and every run folder
 records them all.

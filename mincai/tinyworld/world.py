@@ -9,7 +9,7 @@ whether help was right can be checked.
 
 The base model's pretraining text is written from this file (corpus.py), as people wrote the web.
 After that it grades, in evaluation and beside PPO, and labels for simulated people in a control.
-Nothing that trains can reach it: a test checks the imports.
+No stage of the loop can reach it: a test checks the imports.
 """
 
 import random

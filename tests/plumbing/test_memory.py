@@ -221,11 +221,12 @@ def test_table_names_every_line_and_the_total():
 # --- too little ---------------------------------------------------------------------------------------------
 
 PLAN = {"model: weights": 6_000_000_000, "activations": 30_000_000_000}
+FLAGS = "--micro-batch, --batch or --max-new"
 
 
 def test_enough_memory_passes_and_on_the_cpu_nothing_is_checked():
-    memory.check(PLAN, 36_000_000_000)
-    memory.check(PLAN, None)
+    memory.check(PLAN, 36_000_000_000, FLAGS)
+    memory.check(PLAN, None, FLAGS)
 
 
 def test_too_little_memory_is_told_with_both_numbers_and_flags():
@@ -234,14 +235,14 @@ def test_too_little_memory_is_told_with_both_numbers_and_flags():
         match=r"needs about 36\.0 GB of GPU memory and 24\.0 GB are free; lower "
         r"--micro-batch, --batch or --max-new, or take a smaller model$",
     ):
-        memory.check(PLAN, 24_000_000_000)
+        memory.check(PLAN, 24_000_000_000, FLAGS)
     with pytest.raises(UserError, match="lower --batch-size, or take"):
         memory.check(PLAN, 24_000_000_000, flags="--batch-size")
 
 
 def test_no_flag_is_advised_where_the_weights_alone_do_not_fit():
     with pytest.raises(UserError, match=r"alone take 6\.0 GB, so take a smaller model$") as error:
-        memory.check(PLAN, 5_000_000_000)
+        memory.check(PLAN, 5_000_000_000, FLAGS)
     assert "--" not in str(error.value)
 
 
