@@ -93,6 +93,8 @@ def _add_flag(parser, field):
     if field.type not in FLAGS:
         raise TypeError(f"{field.name}: a flag cannot be made of {field.type}")
     flag = "--" + field.name.replace("_", "-")
+    if field.type is bool and flag.startswith("--no-"):
+        raise TypeError(f"{field.name}: argparse takes {flag} for the opposite of another flag")
     # a flag that is not given is absent from the namespace: defaults live in the dataclass alone
     common = dict(dest=field.name, default=argparse.SUPPRESS)
     action = parser.add_argument(flag, **common, **FLAGS[field.type])

@@ -47,7 +47,7 @@ class Config(Settings):
     size: str = arg("tiny", "of the world: tiny has 648 things to do, small 2,592")
     tests: int = arg(9, "evaluation prompts of each harmful request, the families in turn", least=1)
     workers: int = arg(0, "processes that write the corpus for a GPU, 0: this one does", least=0)
-    no_prose: bool = arg(False, "control: no prose on the actions of loop and evaluation")
+    prose: bool = arg(True, "prose on all actions; --no-prose: on those of demonstrations alone")
     compile: bool = arg(False, "compile the network first; pays on a GPU and long runs")
     check_every: int = arg(1_500, "steps between looks at what it can do", least=1)
 
@@ -217,7 +217,7 @@ def main(cfg: Config) -> dict:
         return {}
     actions, principles = world.build(cfg.world, cfg.size), constitution.load_constitution()
     rng = random.Random(cfg.seed)
-    read = [a for a in actions if a.split == "demo"] if cfg.no_prose else None
+    read = [a for a in actions if a.split == "demo"] if not cfg.prose else None
     documents = corpus.documents(actions, principles, rng, read)
     sample = [next(documents) for _ in range(4000)]
     texts = ["".join(text for text, _ in document) for document in sample]

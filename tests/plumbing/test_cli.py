@@ -108,6 +108,13 @@ def test_a_type_that_no_flag_can_carry_is_a_mistake_of_the_programmer():
     with pytest.raises(TypeError, match="table"):
         cli.parse(Odd, [])
 
+    @dataclass(frozen=True)
+    class Negative:
+        no_prose: bool = cli.arg(False, "")  # --no-prose would say False
+
+    with pytest.raises(TypeError, match="no_prose"):
+        cli.parse(Negative, [])
+
 
 def test_run_calls_main_with_the_config():
     seen = []

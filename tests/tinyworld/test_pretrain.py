@@ -1,5 +1,6 @@
 """Pretraining packs whole documents, measures what it says, and keeps held-out prompts apart."""
 
+import dataclasses
 import json
 from collections import Counter
 from itertools import count, cycle
@@ -9,7 +10,7 @@ import torch
 
 from mincai import UserError, constitution
 from mincai.model import GPT, GPTConfig
-from mincai.plumbing import checkpoint
+from mincai.plumbing import checkpoint, cli
 from mincai.plumbing.tokenizer import from_ranks, load_tokenizer, words_of
 from mincai.tinyworld import attacks, corpus, pretrain, world
 
@@ -247,6 +248,27 @@ def test_the_seed_makes_the_base(tiny_base, quick, tmp_path):
         assert torch.equal(checkpoint.load(out).state_dict()[name], want[name]) == (seed == 0)
         for file in ("prompts.jsonl", "prompts_dev.jsonl", "prompts_eval.jsonl"):
             assert (out / file).read_bytes() == (tiny_base / file).read_bytes()
+
+
+@pytest.mark.parametrize("flags, every", [((), True), (("--no-prose",), False)])
+def test_a_base_without_prose_reads_it_on_demonstrated_actions_alone(
+    flags, every, quick, tmp_path, monkeypatch
+):
+    """The flag itself, as a person types it."""
+    asked, real = [], corpus.documents
+
+    def documents(actions, principles, rng, prose_on=None):
+        asked.append(prose_on)
+        return real(actions, principles, rng, prose_on)
+
+    monkeypatch.setattr(corpus, "documents", documents)
+    cfg = cli.parse(pretrain.Config, [*flags, "--out", str(tmp_path / "base")])
+    pretrain.main(dataclasses.replace(cfg, **quick))
+    [read] = asked
+    if every:
+        assert read is None
+    else:
+        assert {action.split for action in read} == {"demo"} and len(read) > 100
 
 
 def test_fewer_tokens_than_one_step_reads_are_one_step(quick, tmp_path):
