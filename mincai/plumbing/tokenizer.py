@@ -103,12 +103,12 @@ def load_tokenizer(folder) -> Tokenizer:
         return Tokenizer(ranks, control, _end(folder, control))
     states = [os.stat(file) for file in (path, path.with_name(WORDS)) if file.is_file()]
     told = tuple((state.st_ino, state.st_size, state.st_mtime_ns) for state in states)
-    return _read_once(path, told)
+    return from_ranks(*_read_once(path, told))
 
 
 @functools.lru_cache(8)  # every stage and every model loaded asks for it; GPT-2's takes a while
 def _read_once(path, states):
-    """The vocabulary of these files while they stay as they are."""
+    """(ranks, words or None) of these files while they stay as they are."""
     ranks = {}
     for number, line in enumerate(data.read_bytes(path).splitlines(), 1):
         try:
@@ -123,9 +123,9 @@ def _read_once(path, states):
         raise UserError(f"{path}: {told}")
     listed = path.with_name(WORDS)
     if not listed.exists():
-        return from_ranks(ranks)
+        return ranks, None
     words = data.read_bytes(listed).decode("utf-8", errors="replace")
-    return from_ranks(ranks, set(words.split()))
+    return ranks, frozenset(words.split())
 
 
 def _gpt2(path):

@@ -17,7 +17,7 @@ import torch
 
 from mincai import UserError
 from mincai.model import GPT, GPTConfig
-from mincai.plumbing import bpe_files, checkpoint
+from mincai.plumbing import bpe_files, checkpoint, data
 from mincai.plumbing.tokenizer import (
     CACHED,
     END,
@@ -480,3 +480,19 @@ def test_transformers_runs_what_we_saved(tokenizer, tmp_path):
     ]
     assert text == prompt + tokenizer.decode(ours)
     assert write_on.model.generation_config.eos_token_id == tokenizer.eot
+
+
+def test_a_vocabulary_is_read_once_while_its_files_stay_and_shared_with_nobody(
+    tmp_path, monkeypatch
+):
+    read, real = [], data.read_bytes
+    monkeypatch.setattr(data, "read_bytes", lambda path, *_: read.append(path.name) or real(path))
+    ranks = {bytes([b]): b for b in range(256)}
+    for name, content in from_ranks(ranks, {"lamp"}).files().items():
+        (tmp_path / name).write_bytes(content)
+    first = load_tokenizer(tmp_path)
+    first.words = None
+    assert load_tokenizer(tmp_path).words == {"lamp"}
+    assert read == ["tokenizer.tiktoken", "words.txt"]
+    (tmp_path / "words.txt").write_text("lamp quilt")
+    assert load_tokenizer(tmp_path).words == {"lamp", "quilt"}
