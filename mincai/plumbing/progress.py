@@ -4,8 +4,8 @@ bits.
 While a stage works, a folder lies beside its output: sft.progress for sft, revisions.progress for
 revisions.jsonl. It holds
 
-    run.json             settings and hashes of the inputs: with others a run is refused, or with
-                         --again begins anew; with another number of processes it begins anew
+    run.json             settings, hashes of the inputs, number of processes: with others a run
+                         is refused, or with --again begins anew
     chunks-0.jsonl       what was sampled, a line for every chunk of rows (Journal)
     state.safetensors    weights, optimisers and generators of a training (Training)
     metrics.jsonl        a row for each of its steps, as they come
