@@ -204,7 +204,8 @@ small,.caption,figcaption,caption,footer{font-size:.875rem;color:var(--soft)} de
 code,pre{font:.85em/1.5 ui-monospace,Menlo,Consolas,monospace} summary{cursor:pointer}
 pre{overflow-x:auto;overflow-wrap:normal;background:var(--wash);border-radius:8px;padding:12px 14px;margin:.6em 0}
 ol{list-style:none;padding:0;margin:1.2em 0} .trail>li{border-left:2px solid var(--rule);padding:0 0 1.1em 18px}
-.trail .caption{margin:.1em 0 .4em} main>:nth-child(4) h2{margin-top:1em} blockquote{margin:.4em 0;padding:8px 12px;background:var(--wash);border-radius:8px}
+.trail .caption{margin:.1em 0 .4em} main>:nth-child(4) h2{margin-top:1em}
+blockquote{margin:.4em 0;padding:8px 12px;background:var(--wash);border-radius:8px}
 .won{outline:2px solid var(--line)} blockquote b{font-size:.8rem;color:var(--soft)} figure svg{width:100%;height:auto}
 .beside,.boxes,.charts{display:grid;grid-template-columns:repeat(3,minmax(0,1fr));gap:10px} .boxes{gap:14px 28px}
 .two,.charts{grid-template-columns:repeat(2,minmax(0,1fr))} .charts{gap:14px 20px} .boxes b{font-size:1.25rem}
@@ -215,9 +216,10 @@ table{border-collapse:collapse;font-size:.9rem;width:100%;font-variant-numeric:t
 th,td{text-align:left;vertical-align:top;padding:5px 10px 5px 0;font-weight:400} tr{border-bottom:1px solid var(--rule)}
 thead th{font-weight:600} td{white-space:nowrap;width:15%} td small{display:block;font-size:.78rem}
 tbody th{min-width:7em} .in1{padding-left:1em} .in2{padding-left:2em}
-@media(min-width:1000px){main{max-width:1120px;padding-top:20px} .trail>li{display:grid;column-gap:20px;padding-bottom:.5em;
-  grid-template-columns:20em minmax(0,1fr)} .trail blockquote{padding:5px 12px;margin:.2em 0}
-  .trail blockquote b{margin-right:.6em} .trail blockquote p{display:inline} .trail p{margin:.1em 0}
+@media(min-width:1000px){main{max-width:1120px;padding-top:20px}
+  .trail>li{display:grid;column-gap:20px;padding-bottom:.5em;grid-template-columns:20em minmax(0,1fr)}
+  .trail blockquote{padding:5px 12px;margin:.2em 0} .trail blockquote b{margin-right:.6em}
+  .trail blockquote p{display:inline} .trail p{margin:.1em 0}
   .trail{font-size:.9375rem;line-height:1.4} .trail details{margin:.2em 0}}
 @media(max-width:640px){.charts,.beside,.two,.boxes{grid-template-columns:minmax(0,1fr)} main{padding:20px 16px 60px}
   .boxes{gap:24px} .boxes li+li::before{content:"\\2193";left:50%;top:-24px}}"""
