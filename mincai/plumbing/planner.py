@@ -6,7 +6,6 @@ whole, the first of the file before the others, until the room is used up; a tex
 even alone is given up. Both are counted, and nothing is ever cut.
 """
 
-import sys
 from collections import Counter
 
 from mincai import UserError, constitution
@@ -86,14 +85,12 @@ def warn_outside(principles, tokenizer, folder) -> None:
     """One line on stderr if principles are outside what the model in this folder knows: it takes
     them for others."""
     some = [p for p in principles if outside(p, tokenizer)]
-    if some and distributed.is_main():
+    if some:
         named = ", ".join([repr(p.tiny) for p in some[:3]] + ["..."] * (len(some) > 3))
         about = ", ".join(dict.fromkeys(p.about for p in constitution.load_constitution()))
-        told = (
-            f"{len(some)} of {len(principles)} principles are outside what {folder} knows: {named}"
-        )
+        told = f"{len(some)} of {len(principles)} principles are outside what {folder} knows"
         mend = f"a 'tiny' has to name one of {about}, in the words of {folder}/{WORDS}"
-        print(f"warning: {told}; {mend}", file=sys.stderr)
+        distributed.tell(f"warning: {told}: {named}; {mend}")
 
 
 def load_shots(path: str, principles, reasons: bool = True) -> dict[str, list[str]]:
