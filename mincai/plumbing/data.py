@@ -36,7 +36,7 @@ DEEPEST = 100  # levels of JSON
 
 @contextmanager
 def readable(path, advice="check the path, or run the stage that writes it"):
-    """Turn what reading a file raises into a UserError. A pipe, which would be waited for, is one."""
+    """Turn what reading a file raises into a UserError; no pipe is waited for."""
     if os.path.exists(path) and not os.path.isfile(path):
         what = "a folder" if os.path.isdir(path) else "a pipe, a socket or a device"
         raise UserError(f"{path}: cannot be read ({what}, no file); {advice}")
@@ -230,7 +230,7 @@ def split(rows, prompts, share, seed):
 
 
 def length_batches(lengths, batch_size, generator):
-    """Row lengths to shuffled lists of batch_size row numbers: every row once, like lengths together.
+    """Row lengths to shuffled lists of batch_size row numbers, each once, like lengths together.
 
     Lengths are jittered by +-10% before sorting: rows meet other neighbours in every epoch, at the
     price of a little padding.
@@ -293,7 +293,9 @@ def _content(value):
         files = _files(part.removeprefix(kind))
         if not files:
             return ""
-        hashes += [kind + _sha256(file) for file in files]
+        for file in files:
+            state = file.stat()
+            hashes.append(kind + _sha256(file.resolve(), state.st_size, state.st_mtime_ns))
     return " ".join(hashes)
 
 
@@ -309,15 +311,10 @@ def _files(path):
     return [file for file in files if file.is_file()]  # GPT-2's own vocabulary is no file
 
 
-def _sha256(path):
-    state = path.stat()
-    with readable(path):
-        return _read_once(path.resolve(), state.st_size, state.st_mtime_ns)
-
-
 @functools.cache  # large weights, which several stages read, while size and time stay
-def _read_once(path, size, changed):
-    return output.sha256(path)
+def _sha256(path, size, changed):
+    with readable(path):
+        return output.sha256(path)
 
 
 def stamp(config, **more):

@@ -261,8 +261,7 @@ KINDS = {
 
 
 def kind_of(name: str, value) -> str | None:
-    """What the column `name` says of a prompt: harmful, benign or nothing. A yes or no counts where
-    the column's name says what of."""
+    """What a column says of a prompt: harmful, benign or nothing. A yes counts if its name does."""
     value, said = str(value).strip().lower(), KINDS.get(name.lower().removeprefix("is_"))
     if said and value in ("0", "0.0", "false", "no"):
         return "benign" if said == "harmful" else "harmful"
@@ -296,8 +295,7 @@ def pairs_prompt(row, where):
 
 
 def question(row, where):
-    """The prompt of a question or a conversation; its kind and category, if columns say so; and
-    `read`, which columns were taken for what."""
+    """A prompt; its kind and category, if columns say so; and `read`, what was taken for what."""
     turns, used = conversation(row)
     if not turns:
         raise Unusable("empty prompt")
@@ -376,10 +374,8 @@ def tell_quoted(path, texts) -> None:
 
 def loop_prompts(path) -> list[dict]:
     """The prompts that training may use: split "loop", or no split named. UserError without any.
-
     path: one file, or several with commas between. Other people's prompts are benign where
-    "benign:" stands before a path, else what a label says, else harmful.
-    """
+    "benign:" stands before a path, else what a label says, else harmful."""
     rows = []
     for named in [str(path)] if os.path.exists(path) else str(path).split(","):
         file = named.removeprefix("benign:")
@@ -392,8 +388,8 @@ def loop_prompts(path) -> list[dict]:
 
 
 def warn_unread(rows, tokenizer, folder) -> None:
-    """One line on stderr if prompts have words that the model in this folder has never read: what
-    comes of them means little. Silent for a model whose words are not listed."""
+    """One line on stderr if prompts have words that a model of few words has never read: what comes
+    of them means little."""
     found = [tokenizer.unread(conversation_of(row)) for row in rows]
     unread = list(dict.fromkeys(word for some in found for word in some))
     if unread:
@@ -413,8 +409,7 @@ def need_label(p_a, where) -> None:
 
 
 def own_pair(row, where):
-    """The row, checked but for its ids, which only a vocabulary can tell right from wrong. Of rows
-    without ids the texts count."""
+    """The row, checked but for its ids, which take a vocabulary. Without ids the texts count."""
     texts = () if "a_ids" in row or "b_ids" in row or "a" not in row else ("a", "b")
     sides = texts or ("a_ids", "b_ids")
     need(row, ("prompt", *sides, "p_a"), where, text=("prompt", "setting", *texts))
@@ -470,14 +465,9 @@ def both_sides(row, where):
             raise Unusable(f"{name} ends with the {'human' if role == 'Human' else 'setting'}")
         found.append((asked(turns), quote(answer.strip())))
     (prompt, chosen), (other, rejected) = found
-    flaws = {
-        "conversations differ": prompt != other,
-        "empty prompt": not prompt["prompt"],
-        "empty answer": not chosen or not rejected,
-        "equal answers": chosen == rejected,
-        TIED: is_tied(row),
-    }
-    refuse(flaws)
+    refuse({"conversations differ": prompt != other, "empty prompt": not prompt["prompt"]})
+    refuse({"empty answer": not chosen or not rejected, "equal answers": chosen == rejected})
+    refuse({TIED: is_tied(row)})
     return prompt, chosen, rejected
 
 
@@ -544,8 +534,7 @@ def revision(row, where) -> dict:
 
 
 def foreign_pair(row, where) -> dict:
-    """Somebody else's pair as a comparison, and its margin if it has one. Which answer is (A) is
-    drawn by lot, else it would always be the better one."""
+    """Somebody else's pair as a comparison. Lots are drawn, else the better would always be (A)."""
     prompt, *answers = both_sides(row, where)
     name, margin = f"pair-{where.rpartition(' ')[2]}", row.get("margin")
     first = random.Random(name).random() < 0.5

@@ -18,17 +18,7 @@ import torch
 from tqdm import tqdm
 
 from mincai import Diverged
-from mincai.plumbing import (
-    card,
-    checkpoint,
-    cli,
-    data,
-    distributed,
-    lock,
-    memory,
-    output,
-    progress,
-)
+from mincai.plumbing import card, checkpoint, cli, data, distributed, lock, memory, output, progress
 from mincai.plumbing.cli import arg
 from mincai.plumbing.weights import common_tokenizer, resolve
 
@@ -110,18 +100,15 @@ class Stage:
         return found
 
     def save_rows(self, rows, stamp) -> None:
-        """Write the output, a JSONL file, and its sidecar. The processes go through the rows
-        together.
-
-        stamp: a function that gives what the sidecar records besides, when all rows are there.
-        """
+        """Write the output, a JSONL file, and its sidecar; the processes go through rows together.
+        stamp: a function that gives what the sidecar records besides, when all rows are there."""
         if distributed.is_main():
+
+            def made():
+                return data.stamp(self.cfg, inputs=self.inputs, **stamp())
+
             out = Path(self.cfg.out)
-            data.write_stamped(
-                data.sidecar(out),
-                {out.name: rows},
-                lambda: data.stamp(self.cfg, inputs=self.inputs, **stamp()),
-            )
+            data.write_stamped(data.sidecar(out), {out.name: rows}, made)
             progress.clear(self.cfg)
             self.place.release()
         else:
@@ -139,8 +126,7 @@ class Stage:
                 raise Diverged(f"{self.name}: {told}; lower --lr")
         stamp = data.stamp(self.cfg, inputs=self.inputs, metrics=metrics)
         stamp |= {} if finished else {"unfinished": True}
-        extra = tokenizer.files() | {"run.json": stamp}
-        extra |= tokenizer.special()
+        extra = tokenizer.files() | tokenizer.special() | {"run.json": stamp}
         if not output.is_foreign(self.cfg.out, output.CARD):
             few_words = tokenizer.words is not None
             extra[output.CARD] = card.written(self.name, self.cfg, stamp, few_words)
@@ -153,11 +139,9 @@ class Stage:
 
 
 def begin(name: str, cfg: Settings) -> Stage | None:
-    """Check the settings, join the other processes, choose device and threads, look at the output.
-
-    None where the output is there already, made with these settings. UserError for settings that
-    cannot be, and for an output that may not be written, or that another run is writing.
-    """
+    """Check the settings, join the other processes, choose device and threads, look at the output:
+    None where it is there already, made with these settings. UserError for settings that cannot be,
+    and for an output that may not be written, or that another run is writing."""
     started = time.time()
     cli.check(cfg)
     threads = cli.set_threads(cfg.threads)
