@@ -62,9 +62,6 @@ WRAPPED = {
 }
 
 
-# --- saving ---------------------------------------------------------------------------------------
-
-
 def save(model: GPT | ScalarModel, folder, extra: dict | None = None) -> None:
     """Write the model as a checkpoint folder, whole or not at all. Of an older checkpoint that is
     there, what mincai wrote is replaced, and everything else stays.
@@ -142,9 +139,6 @@ def _hf_config(gpt, scalar):
     }
 
 
-# --- loading --------------------------------------------------------------------------------------
-
-
 def load(folder, device="cpu", scalar=False, new_head=False) -> GPT | ScalarModel:
     """Open a checkpoint folder, in float32: a GPT, or with scalar=True a ScalarModel.
 
@@ -169,15 +163,16 @@ def load(folder, device="cpu", scalar=False, new_head=False) -> GPT | ScalarMode
             told = f"weights are named {prefix}*, as a wrapper around a model is saved"
             raise UserError(f"{folder}: {told}; save the model inside it, its .{inner}")
     head = {HEAD[name]: tensors.pop(name) for name in HEAD if name in tensors}
+    told = None
     if head.keys() == {"score.weight"}:
         told = "is another library's reward model (score.weight, but no bias, gain and shift)"
+    elif head and not scalar:
+        told = "is a preference model (it has a head)"
+    elif scalar and not head and not new_head:
+        told = "is a language model, without a preference model's head"
+    if told:
         wanted = "what train_pm.py has made" if scalar and not new_head else "a language model"
         raise UserError(f"{folder}: {told}; give {wanted}")
-    if head and not scalar:
-        raise UserError(f"{folder}: is a preference model (it has a head); give a language model")
-    if scalar and not head and not new_head:
-        told = "is a language model, without a preference model's head"
-        raise UserError(f"{folder}: {told}; give what train_pm.py has made")
     tensors = {k.removeprefix("transformer."): v for k, v in tensors.items()}
     tensors = {k: _turn(k, v) for k, v in tensors.items() if not k.endswith(BUFFERS)}
     lm_head = tensors.pop(UNTIED, None) if config.tied else None

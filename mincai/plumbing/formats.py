@@ -27,8 +27,8 @@ What is written (--to), one object a line; prompts are texts that end with "Assi
     mincai     what read_prompts and read_pairs give as it is; of pairs {"prompt", "a", "b", "p_a"}
 
 A format of rows is an entry in PROMPTS, PAIRS or SOURCES: its name in messages -> (whether a row is
-of it, what to make of the row). The first that fits is taken; so for files, by FILES. A fault in
-mincai's own rows, or in a file, stops the job; somebody else's row that cannot be used is counted.
+of it, what to make of the row). The first that fits is taken; reader_of does it for files. A fault
+in mincai's own rows, or in a file, stops the job; another's row that cannot be used is counted.
 
 A conversation of several turns becomes one prompt, such that constitution.dialogue(prompt) is
 "Human: first\\nAssistant: reply\\nHuman: second\\nAssistant:". Turns keep their newlines but no
@@ -199,13 +199,13 @@ def tell_left(path, count, left) -> None:
     """One line of a file's rows that are left out; UserError if none or fewer than half remain."""
     if not left:
         return
-    kept = count - sum(map(len, left.values()))
-    told = []
+    remaining = count - sum(map(len, left.values()))
+    reasons = []
     for why, places in left.items():
         named = ", ".join(place.removeprefix(f"{path} ") for place in places[:3])
-        told.append(f"{len(places)} {why} ({named}{', ...' * (len(places) > 3)})")
-    told = f"{count - kept} of {count} rows left out: {'; '.join(told)}"
-    if not kept or 2 * kept < count - len(left.get(TIED, ())):
+        reasons.append(f"{len(places)} {why} ({named}{', ...' * (len(places) > 3)})")
+    told = f"{count - remaining} of {count} rows left out: {'; '.join(reasons)}"
+    if not remaining or 2 * remaining < count - len(left.get(TIED, ())):
         why, places = next(iter(left.items()))
         raise UserError(f"{places[0]}: {why}; too few rows are left: {told}")
     tell(f"warning: {path}: {told}")
@@ -347,22 +347,22 @@ def read_prompts(path, kind: str = "") -> list[dict]:
     found = [each for each in read_rows(path, PROMPTS, known, Counter()) if each[2]]
     if any(name == OWN for _, name, _ in found):
         return [row for _, _, row in found]
-    common, kept, told = {"category": "", "attack": "", "split": "loop"}, {}, Counter()
+    common, prompts, readings = {"category": "", "attack": "", "split": "loop"}, {}, Counter()
     for where, _, row in found:
         if (read := row.pop("read", "prompt from prompt")) != "prompt from prompt":
-            told[read] += 1
+            readings[read] += 1
         row["kind"] = kind or row.get("kind", "harmful")
         name, same = where.rpartition(" ")[2], (row["prompt"], row.get("setting"))
-        kept.setdefault(same, {"id": f"{Path(path).stem}-{name}", **common, **row})
-    if not kept:
+        prompts.setdefault(same, {"id": f"{Path(path).stem}-{name}", **common, **row})
+    if not prompts:
         raise UserError(f"{path}: holds no prompt; write some")
-    kinds = Counter(row["kind"] for row in kept.values())
-    if told:
-        told = " | ".join(f"{count} rows: {read}" for read, count in told.most_common(3))
+    kinds = Counter(row["kind"] for row in prompts.values())
+    if readings:
+        told = " | ".join(f"{count} rows: {read}" for read, count in readings.most_common(3))
         counts = " and ".join(f"{count} {name}" for name, count in kinds.items())
-        tell(f"{path}: {counts} prompts, {len(found) - len(kept)} repeated; {told}")
-    tell_quoted(path, [row["prompt"] for row in kept.values()])
-    return list(kept.values())
+        tell(f"{path}: {counts} prompts, {len(found) - len(prompts)} repeated; {told}")
+    tell_quoted(path, [row["prompt"] for row in prompts.values()])
+    return list(prompts.values())
 
 
 def tell_quoted(path, texts) -> None:
@@ -575,9 +575,8 @@ def as_hh(row, cfg):
     if row.get("setting"):
         raise Unusable("has a setting, which HH-RLHF's transcripts cannot hold")
     turns = turns_of(dialogue(row["prompt"]))
-    text = "".join(f"\n\n{role}: {text.strip()}" for role, text in turns)
-    sides = {"chosen": quote(chosen), "rejected": quote(rejected)}
-    return {side: f"{text}\n\nAssistant: {answer}" for side, answer in sides.items()}
+    before = "".join(f"\n\n{role}: {text.strip()}" for role, text in turns) + "\n\nAssistant: "
+    return {"chosen": before + quote(chosen), "rejected": before + quote(rejected)}
 
 
 def as_prompt(row, cfg):

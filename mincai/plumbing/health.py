@@ -7,8 +7,6 @@ import torch
 from mincai.losses import calibration_error, kl_k1, preference_loss
 from mincai.plumbing.logprobs import pair_scores
 
-# --- the preference model -------------------------------------------------------------------------
-
 
 @torch.no_grad()
 def all_scores(pm, pairs, batch_size):
@@ -51,9 +49,6 @@ def measure_pairs(pm, pairs, batch_size) -> dict:
         "calibration_error": calibration_error(torch.sigmoid(a - b), p_a),
         "length_correlation": correlation(torch.stack([a, b], 1).flatten(), lengths),
     }
-
-
-# --- PPO's log ------------------------------------------------------------------------------------
 
 
 def examples(batch, scores, beta, decode) -> list[dict]:

@@ -58,7 +58,7 @@ def writing(path, advice=ANOTHER):
 def check_folder(folder, names) -> None:
     """UserError unless a checkpoint of these files (names within the folder) can be written here:
     the folder is absent, empty, or one that mincai made."""
-    real = _place(folder)
+    real = _target(folder)
     if os.path.exists(real) and not real.is_dir():
         raise UserError(f"{folder}: is a file; give a folder to save the model in")
     if real.is_dir():
@@ -69,7 +69,7 @@ def check_folder(folder, names) -> None:
         _refuse_strangers(real, own.union(names), own, MEND)
     work = partial(real)
     if not os.path.lexists(work):
-        _place(work)
+        _target(work)
         return
     if work.is_symlink() or not work.is_dir():
         raise UserError(f"{work}: {IN_THE_WAY}; {MEND}")
@@ -81,7 +81,7 @@ def check_folder(folder, names) -> None:
 def check_file(path, voucher=None, mark: str = "") -> None:
     """UserError unless this file can be written: it is absent, or mincai wrote it. voucher: the
     JSON file that says so, if not the file itself. mark: what a text that is no JSON says so by."""
-    real = _place(path)
+    real = _target(path)
     if not os.path.exists(real):
         return
     if not real.is_file():
@@ -93,7 +93,7 @@ def check_file(path, voucher=None, mark: str = "") -> None:
 
 def check_rows(path) -> None:
     """The same for a JSONL file and its sidecar."""
-    _place(path)
+    _target(path)
     if Path(path).suffix != ".jsonl":
         raise UserError(f"{path}: is to hold rows; give a name that ends in .jsonl")
     check_file(path, sidecar(path))
@@ -102,7 +102,7 @@ def check_rows(path) -> None:
 
 def check_beside(folder, *names) -> None:
     """The same for files in a run folder, the first of which, a JSON file, vouches for them all."""
-    _place(folder)
+    _target(folder)
     for name in names:
         check_file(Path(folder, name), Path(folder, names[0]))
 
@@ -112,7 +112,7 @@ def sidecar(path) -> Path:
     return Path(path).with_suffix(".run.json")
 
 
-def _place(path) -> Path:
+def _target(path) -> Path:
     """Where this path leads, links followed. UserError if nothing could be written there."""
     text = os.fspath(path)
     if not text:

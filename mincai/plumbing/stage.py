@@ -54,7 +54,7 @@ class Stage:
     threads: int
     started: float
     inputs: dict  # of what it reads: files may change while it works
-    place: lock.Held | None = None  # the output, held until it is there or the stage is dropped
+    hold: lock.Held | None = None  # the output, held until it is there or the stage is dropped
 
     def say(self, text: str) -> None:
         """Print above any progress bar, once however many processes there are."""
@@ -110,7 +110,7 @@ class Stage:
             out = Path(self.cfg.out)
             data.write_stamped(data.sidecar(out), {out.name: rows}, made)
             progress.clear(self.cfg)
-            self.place.release()
+            self.hold.release()
         else:
             for _ in rows:
                 pass
@@ -135,7 +135,7 @@ class Stage:
         checkpoint.save(model, self.cfg.out, extra)
         if finished:
             progress.clear(self.cfg)
-            self.place.release()
+            self.hold.release()
 
 
 def begin(name: str, cfg: Settings) -> Stage | None:
@@ -153,7 +153,7 @@ def begin(name: str, cfg: Settings) -> Stage | None:
         return None
     cfg.check_out()
     if distributed.is_main():
-        stage = replace(stage, place=lock.Held(cfg.result))
+        stage = replace(stage, hold=lock.Held(cfg.result))
         if distributed.world() == 1 and data.done(cfg.out, cfg, cfg.again):
             stage.say(f"{cfg.out} has been made meanwhile")
             return None

@@ -65,10 +65,6 @@ class Tokenizer:
 
     def files(self) -> dict[str, bytes]:
         """What to write beside a checkpoint so that `load_tokenizer` finds the vocabulary again."""
-        return dict(self._files)
-
-    @functools.cached_property
-    def _files(self):
         files = bpe_files.write(self.ranks, self.control, self.eot)
         if self.control == {END: len(self.ranks)}:
             lines = [b"%b %d\n" % (base64.b64encode(x), rank) for x, rank in self.ranks.items()]
