@@ -265,8 +265,9 @@ def _git_commit():
     if not (root / ".git").exists():  # installed: a commit found further up would not be ours
         return None
     command = "git describe --always --dirty --abbrev=40 --exclude=*".split()
+    how = dict(cwd=root, stderr=subprocess.DEVNULL, text=True, timeout=10)
     try:
-        return subprocess.check_output(command, cwd=root, text=True, timeout=10).strip() or None
+        return subprocess.check_output(command, **how).strip() or None
     except (OSError, subprocess.SubprocessError):
         return None
 

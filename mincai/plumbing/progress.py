@@ -50,10 +50,10 @@ def check(cfg) -> None:
     inputs or processes, unless cfg.again: then it goes, as where nothing was saved yet."""
     folder, world = place(cfg.result), distributed.world()
     stale = os.path.lexists(folder)
-    if folder.is_dir() and {path.name for path in folder.iterdir()} <= output.temporaries(folder):
+    if os.path.isdir(folder) and set(os.listdir(folder)) <= output.temporaries(folder):
         stale = False  # stopped before it had its run.json, which is written again
-    kept = [folder / name for name in _files(world) if name.startswith(("state.s", "chunks"))]
-    if any(path.is_file() and path.stat().st_size for path in kept):
+    saved = [folder / name for name in _files(world) if name.startswith(("state.s", "chunks"))]
+    if stale and any(path.is_file() and path.stat().st_size for path in saved):
         try:
             begun = (output.stamp_of(folder / "run.json") or {}).get("processes")
             if begun != world:  # each of which draws its own
