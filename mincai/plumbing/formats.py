@@ -403,8 +403,7 @@ def warn_unread(rows, tokenizer, folder) -> None:
 
 
 def need_label(p_a, where) -> None:
-    number = isinstance(p_a, (int, float)) and not isinstance(p_a, bool)
-    if not number or not 0 <= p_a <= 1:  # a NaN fails as well
+    if type(p_a) not in (int, float) or not 0 <= p_a <= 1:  # a NaN fails as well
         raise UserError(f"{where}: p_a is {p_a!r}; give a number from 0 to 1")
 
 
