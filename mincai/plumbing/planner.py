@@ -36,14 +36,15 @@ class Planner:
         if room < 0:
             self.counts["no room"] += 1
             return None
-        chosen, shots = [], self.shots.get(kind, ())
-        for example, length in shots:
+        chosen = []
+        for example, length in self.shots.get(kind, ()):
             if length <= room:
                 chosen.append(example)
                 room -= length
+            else:
+                self.counts["left out"] += 1
         self.counts["prompts"] += 1
         self.counts["examples"] += len(chosen)
-        self.counts["left out"] += len(shots) - len(chosen)
         return self._behind("\n\n".join(chosen), text) if chosen else ids
 
     def _behind(self, head: str, text: str) -> list[int]:
