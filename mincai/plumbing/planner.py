@@ -16,7 +16,7 @@ KINDS = ("answer", "review", "compare")
 
 
 class Planner:
-    """Makes prompts of texts. shots: {kind: examples as whole texts}; limit: the model's tokens."""
+    """Makes prompts of texts. shots: {kind: examples as whole texts}; limit: tokens it can read."""
 
     def __init__(self, tokenizer, limit: int, shots: dict[str, list[str]] | None = None):
         self.tokenizer, self.limit = tokenizer, limit
