@@ -62,9 +62,6 @@ def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]] | None:
     return merges
 
 
-# --- reading --------------------------------------------------------------------------------------
-
-
 def there(folder) -> list[str]:
     """Which files of a vocabulary lie in the folder, the one that says most first."""
     names = (WHOLE, VOCABULARY, MERGES, *OTHERS)
@@ -74,17 +71,14 @@ def there(folder) -> list[str]:
 def read(folder) -> tuple[dict[bytes, int], dict[str, int]] | None:
     """The vocabulary beside a model's weights: ({bytes: id}, {name of a control token: id}). None
     where the folder holds none; UserError for one that cannot be read exactly."""
-    folder = Path(folder)
     names = there(folder)
     if not names:
         return None
-    path = folder / (VOCABULARY if names[0] == MERGES else names[0])
+    path = Path(folder, VOCABULARY if names[0] == MERGES else names[0])
     if path.name in OTHERS:
         raise UserError(f"{path}: another kind of vocabulary; {ONLY}")
     try:
-        if path.name == WHOLE:
-            return _check(path, *_read_whole(path))
-        return _check(path, read_object(path), _read_merges(folder), _read_added(folder))
+        return _check(path, *(_read_whole(path) if path.name == WHOLE else _read_parts(path)))
     except (AttributeError, KeyError, TypeError, ValueError):
         raise UserError(f"{path}: not in the form that transformers writes; {AGAIN}") from None
 
@@ -105,22 +99,21 @@ def _read_whole(path):
     return model.get("vocab", {}), merges, added
 
 
-def _read_merges(folder):
-    content = read_bytes(folder / MERGES, "it belongs beside " + VOCABULARY)
-    lines = content.decode("utf-8", errors="replace").split("\n")
-    pairs = [line.rstrip("\r").split(" ") for line in lines if line.strip()]
-    return pairs[1:] if pairs and pairs[0][0] == "#version:" else pairs
-
-
-def _read_added(folder):
-    """What was added to vocab.json, as older and newer versions of transformers write it."""
-    added = read_object(folder / ADDED) if (folder / ADDED).exists() else {}
-    settings = read_object(folder / SETTINGS) if (folder / SETTINGS).exists() else {}
+def _read_parts(path):
+    vocabulary = read_object(path)
+    content = read_bytes(path.with_name(MERGES), "it belongs beside " + VOCABULARY)
+    lines = content.decode(errors="replace").split("\n")
+    merges = [line.rstrip("\r").split(" ") for line in lines if line.strip()]
+    if merges and merges[0][0] == "#version:":
+        del merges[0]
+    # what was added to it, as older and newer versions of transformers write it
+    beside = [path.with_name(name) for name in (ADDED, SETTINGS)]
+    added, settings = (read_object(file) if file.exists() else {} for file in beside)
     if settings.get("add_prefix_space"):
-        raise UserError(f"{folder / SETTINGS}: add_prefix_space is true; {ONLY}")
+        raise UserError(f"{beside[1]}: add_prefix_space is true; {ONLY}")
     for number, token in (settings.get("added_tokens_decoder") or {}).items():
         added[token["content"]] = int(number)
-    return added
+    return vocabulary, merges, added
 
 
 def _check(path, vocabulary, merges, added):
@@ -153,9 +146,6 @@ def _check(path, vocabulary, merges, added):
     return ranks, control
 
 
-# --- writing --------------------------------------------------------------------------------------
-
-
 def write(ranks: dict[bytes, int], control: dict[str, int], eot: int) -> dict[str, bytes]:
     """The vocabulary in the files that transformers' AutoTokenizer and pipeline open, by name.
     Empty where they could not give the same ids on every text."""
@@ -167,6 +157,7 @@ def write(ranks: dict[bytes, int], control: dict[str, int], eot: int) -> dict[st
     vocabulary = {spell(token): number for token, number in ranks.items()} | control
     vocabulary = dict(sorted(vocabulary.items(), key=lambda item: item[1]))
     plain = dict(lstrip=False, rstrip=False, normalized=False, single_word=False, special=True)
+    added = (*control.items(), (SPELT[PADDING], padding))
     settings = {
         "tokenizer_class": "GPT2Tokenizer",
         "add_prefix_space": False,
@@ -174,10 +165,7 @@ def write(ranks: dict[bytes, int], control: dict[str, int], eot: int) -> dict[st
         "split_special_tokens": True,  # typed text never gives a control token
         **dict.fromkeys(("bos_token", "eos_token", "unk_token"), end),
         "pad_token": SPELT[PADDING],
-        "added_tokens_decoder": {
-            str(number): {"content": name} | plain
-            for name, number in (*control.items(), (SPELT[PADDING], padding))
-        },
+        "added_tokens_decoder": {str(number): {"content": x} | plain for x, number in added},
     }
     generation = {
         **dict.fromkeys(("bos_token_id", "eos_token_id"), eot),
@@ -188,11 +176,8 @@ def write(ranks: dict[bytes, int], control: dict[str, int], eot: int) -> dict[st
         "top_k": 0,
         "top_p": 1.0,
     }
-    lines = (f"{spell(left)} {spell(right)}\n" for left, right in merges)
-    texts = (
-        json.dumps(vocabulary, ensure_ascii=False) + "\n",
-        "".join(["#version: 0.2\n", *lines]),
-        json.dumps(settings, ensure_ascii=False, indent=2) + "\n",
-        json.dumps(generation, indent=2) + "\n",
-    )
-    return {name: text.encode() for name, text in zip(WRITTEN, texts, strict=True)}
+    lines = ["#version: 0.2", *(f"{spell(left)} {spell(right)}" for left, right in merges)]
+    whole = json.dumps(vocabulary, ensure_ascii=False)
+    indented = [json.dumps(x, ensure_ascii=False, indent=2) for x in (settings, generation)]
+    texts = zip(WRITTEN, (whole, "\n".join(lines), *indented), strict=True)
+    return {name: f"{text}\n".encode() for name, text in texts}

@@ -9,7 +9,6 @@ import dataclasses
 import re
 import shlex
 
-LOOSE = ("again", "device", "threads")  # where it ran, not what it is
 # stage -> (script, title, what it is, {metric: in words})
 ABOUT = {
     "pretrain": (
@@ -73,9 +72,7 @@ ABOUT = {
         },
     ),
 }
-MADE_UP = (
-    """Its world is made up, and which things are wrong there is a convention of that world."""
-)
+MADE_UP = "Its world is made up, and which things are wrong there is a convention of that world."
 JUDGED = """It shows a mechanism at work. Its labels are a model's own judgements by principles that
 somebody wrote, so it inherits the faults of both, and a high score is no proof of a good answer."""
 LIMITS = """
@@ -117,10 +114,10 @@ def written(name: str, cfg, stamp: dict, few_words: bool) -> str:
     known = [key for key in words if metrics.get(key) is not None]
     figures = [f"| {words[key]} | {_number(metrics[key])} |" for key in known]
     table = "\n".join(["| figure | |", "| --- | --- |", *figures])
-    made_of = [
-        f"- {key}: {_public(getattr(cfg, key))}, SHA-256 {', '.join(x[:12] for x in found.split())}"
-        for key, found in stamp.get("inputs", {}).items()
-    ]
+    made_of = []
+    for key, found in stamp.get("inputs", {}).items():
+        hashes = ", ".join(x[:12] for x in found.split())
+        made_of.append(f"- {key}: {_public(getattr(cfg, key))}, SHA-256 {hashes}")
     rest = f"seed {stamp['seed']}, mincai's commit {stamp['git'] or 'unknown'}, torch "
     made_of.append(f"- {rest}{stamp['torch']}, {stamp['device']}")
     head, made_of = "\n".join(head), "\n".join(made_of)
@@ -174,9 +171,10 @@ def _public(value):
 def _command(script, cfg):
     """The command line, with the settings that are not the defaults."""
     words = script.split()
+    loose = {*cfg.LOOSE} - {"out"}  # where it ran, not what it is
     for field in dataclasses.fields(cfg):
         value, flag = getattr(cfg, field.name), field.name.replace("_", "-")
-        if value == field.default or field.name in LOOSE:
+        if value == field.default or field.name in loose:
             continue
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")

@@ -34,8 +34,8 @@ UNTIED = "lm_head.weight"  # the output's own matrix, where it is not the token 
 HEAD = {f"score.{name}": name for name in ("gain", "shift")}
 HEAD |= {name: name for name in ("score.weight", "score.bias")}
 OWN = "mincai."  # in front of a tensor's name where that name holds what others read
-SPECIAL = ("bos_token_id", "eos_token_id")  # in config.json for other libraries to read
-PADDING = "pad_token_id"  # and this, where a head reads the last token that is not it
+# In config.json for other libraries, whose heads read the last token that is not padding
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 # GPTConfig's fields in their order, as config.json calls them
 SIZES = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
 KEYS = (*SIZES, "layer_norm_epsilon", "tie_word_embeddings")
@@ -62,23 +62,19 @@ WRAPPED = {
 }
 
 
-# --- saving ---------------------------------------------------------------------------------------
-
-
 def save(model: GPT | ScalarModel, folder, extra: dict | None = None) -> None:
     """Write the model as a checkpoint folder, whole or not at all. Of an older checkpoint that is
     there, what mincai wrote is replaced, and everything else stays.
 
-    extra: file name -> bytes or str, written beside the weights; the keys of SPECIAL and PADDING
-    (int) go into config.json instead. "run.json", a dict, says in any case that mincai wrote this,
-    and which files. UserError where the folder is not mincai's to write to.
+    extra: file name -> bytes or str, written beside the weights; the keys of SPECIAL (int) go into
+    config.json instead. "run.json", a dict, says in any case that mincai wrote this, and which
+    files. UserError where the folder is not mincai's to write to.
     """
     files = dict(extra or {})
     stamp = files.pop("run.json", {})
     scalar = isinstance(model, ScalarModel)
     gpt = model.gpt if scalar else model
-    special = [key for key in (*SPECIAL, PADDING) if key in files]
-    config = _hf_config(gpt, scalar) | {key: files.pop(key) for key in special}
+    config = _hf_config(gpt, scalar) | {key: files.pop(key) for key in SPECIAL if key in files}
     files["config.json"] = json.dumps(config, indent=2) + "\n"
     # safetensors asks for contiguous copies
     tensors = {k: v.detach().cpu().contiguous() for k, v in _to_file(model, gpt).items()}
@@ -109,7 +105,7 @@ def _to_file(model, gpt):
 
 def _folded(tensors):
     """A preference model's score for GPT2ForSequenceClassification, which knows no bias, gain or
-    shift: what it reads, and beside it what `unfolded` puts back in its place.
+    shift: what it reads, and beside it what `load` puts back in its place.
 
     gain * (w.h + bias) + shift is (gain * w).(h + c * w / |w|^2) with c = bias + shift / gain, and
     the last LayerNorm's bias is added to h.
@@ -122,12 +118,6 @@ def _folded(tensors):
     found = {"score.weight": gain * w, "transformer.ln_f.bias": moved}
     own = {OWN + name: tensors[name] for name in found}
     return own | {name: x.to(tensors[name].dtype) for name, x in found.items()}
-
-
-def unfolded(tensors: dict) -> dict:
-    """The tensors of a file as mincai reads them."""
-    own = {name.removeprefix(OWN): x for name, x in tensors.items() if name.startswith(OWN)}
-    return {name: x for name, x in tensors.items() if not name.startswith(OWN)} | own
 
 
 def _turn(name, x):
@@ -149,9 +139,6 @@ def _hf_config(gpt, scalar):
     }
 
 
-# --- loading --------------------------------------------------------------------------------------
-
-
 def load(folder, device="cpu", scalar=False, new_head=False) -> GPT | ScalarModel:
     """Open a checkpoint folder, in float32: a GPT, or with scalar=True a ScalarModel.
 
@@ -169,21 +156,23 @@ def load(folder, device="cpu", scalar=False, new_head=False) -> GPT | ScalarMode
         told = "is an adapter without the model it belongs to"
         raise UserError(f"{folder}: {told}; save the two merged (PEFT's merge_and_unload)")
     config, tensors = output.steady(folder, lambda: (_config(folder), _read_weights(folder)))
-    tensors = unfolded(tensors)
+    for name in [name for name in tensors if name.startswith(OWN)]:  # see _folded
+        tensors[name.removeprefix(OWN)] = tensors.pop(name)
     for prefix, inner in WRAPPED.items():
         if any(name.startswith(prefix) for name in tensors):
             told = f"weights are named {prefix}*, as a wrapper around a model is saved"
             raise UserError(f"{folder}: {told}; save the model inside it, its .{inner}")
     head = {HEAD[name]: tensors.pop(name) for name in HEAD if name in tensors}
+    told = None
     if head.keys() == {"score.weight"}:
         told = "is another library's reward model (score.weight, but no bias, gain and shift)"
+    elif head and not scalar:
+        told = "is a preference model (it has a head)"
+    elif scalar and not head and not new_head:
+        told = "is a language model, without a preference model's head"
+    if told:
         wanted = "what train_pm.py has made" if scalar and not new_head else "a language model"
         raise UserError(f"{folder}: {told}; give {wanted}")
-    if head and not scalar:
-        raise UserError(f"{folder}: is a preference model (it has a head); give a language model")
-    if scalar and not head and not new_head:
-        told = "is a language model, without a preference model's head"
-        raise UserError(f"{folder}: {told}; give what train_pm.py has made")
     tensors = {k.removeprefix("transformer."): v for k, v in tensors.items()}
     tensors = {k: _turn(k, v) for k, v in tensors.items() if not k.endswith(BUFFERS)}
     lm_head = tensors.pop(UNTIED, None) if config.tied else None
@@ -211,9 +200,8 @@ class Undrawn(TorchFunctionMode):
     compiler is imported to draw shapes, which takes longer than reading a small model."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if getattr(function, "__module__", "") == "torch.nn.init":
-            return None
-        return function(*args, **(kwargs or {}))
+        drawn = getattr(function, "__module__", "") == "torch.nn.init"
+        return None if drawn else function(*args, **(kwargs or {}))
 
 
 def _fill(model, tensors, folder):
@@ -223,26 +211,24 @@ def _fill(model, tensors, folder):
     if odd:
         problem = "is missing" if min(odd) in expected else "does not belong to a GPT-2"
         raise UserError(f"{folder}: weight {min(odd)} {problem} ({len(odd)} differ); {BOTH}")
-    for name in expected:
-        found, wanted = (tuple(_turn(name, x[name]).shape) for x in (tensors, expected))
+    copies = {}
+    for name, x in tensors.items():
+        found, wanted = (tuple(_turn(name, y).shape) for y in (x, expected[name]))
         if found != wanted:  # as they lie in the file
             told = f"weight {name} has shape {found}, but config.json asks for {wanted}"
             raise UserError(f"{folder}: {told}; {BOTH}")
-        if tensors[name].dtype not in FLOATS:
-            told = f"weight {name} is of {tensors[name].dtype}".replace("torch.", "")
+        if x.dtype not in FLOATS:
+            told = f"weight {name} is of {x.dtype}".replace("torch.", "")
             raise UserError(f"{folder}: {told}; only floating-point weights can be loaded")
-    # Copies: what is read stays mapped to the file, which somebody may write over
-    copies = {k: v.float().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
-    for name, weight in copies.items():
+        # a copy: what is read stays mapped to the file, which somebody may write over
+        copies[name] = weight = x.float().clone(memory_format=torch.contiguous_format)
         low, high = map(float, weight.aminmax())  # NaN if one of them is
         most = math.inf if name in HEAD.values() else MOST
         if not -most < low <= high < most:
             finite = math.isfinite(low) and math.isfinite(high)
             what = f"{max(low, high, key=abs):.3g}" if finite else "NaN or infinity"
-            told = f"weight {name} holds {what}"
-            raise UserError(
-                f"{folder}: {told}; get the file again, or look at the run that made it"
-            )
+            told = f"weight {name} holds {what}; get the file again"
+            raise UserError(f"{folder}: {told}, or look at the run that made it")
     model.load_state_dict(copies, assign=True)
 
 
@@ -278,8 +264,7 @@ def _config(folder):
 
 
 def _read_weights(folder):
-    """All tensors of the folder: from model.safetensors, or from the shards that
-    model.safetensors.index.json names."""
+    """All tensors of the folder, from model.safetensors or from the shards that its index names."""
     index, shards = folder / "model.safetensors.index.json", ["model.safetensors"]
     if index.exists() and not (folder / "model.safetensors").exists():
         names = data.read_object(index).get("weight_map")

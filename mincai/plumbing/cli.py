@@ -43,9 +43,9 @@ def check(cfg) -> None:
     """UserError for a value outside the bounds or the choices of its field."""
     for field in dataclasses.fields(cfg):
         value, told = getattr(cfg, field.name), field.metadata
-        flag = f"--{field.name.replace('_', '-')}"
-        if told.get("choices"):
-            check_choice(flag, value, told["choices"])
+        flag, choices = f"--{field.name.replace('_', '-')}", told.get("choices")
+        if choices and value not in choices:
+            raise UserError(f"{flag} {value}: choose {', '.join(choices[:-1])} or {choices[-1]}")
         least, most = told.get("least", -math.inf), told.get("most", math.inf)
         if isinstance(value, (int, float)) and not least <= value <= most:  # a NaN is neither
             asked = f"from {least} to {most}" if most < math.inf else f"of {least} or more"
@@ -53,15 +53,8 @@ def check(cfg) -> None:
             raise UserError(f"{flag} {value}: give a number {asked}")
 
 
-def check_choice(flag, value, choices) -> None:
-    """UserError unless value is one of choices."""
-    if value not in choices:
-        raise UserError(f"{flag} {value}: choose {', '.join(choices[:-1])} or {choices[-1]}")
-
-
 def parse(Config, argv=None, description=""):
-    """The command line (default: sys.argv) as a `Config`; exits 2 on an unknown flag or a bad
-    value."""
+    """The command line (default: sys.argv) as a `Config`; exits 2 on an unknown or a bad flag."""
     how = dict(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser = argparse.ArgumentParser(description=description, **how)
     own = vars(Config).get("__annotations__", {})  # before those that it inherits
@@ -99,31 +92,22 @@ def _add_flag(parser, field):
     common = dict(dest=field.name, default=argparse.SUPPRESS)
     action = parser.add_argument(flag, **common, **FLAGS[field.type])
     # set afterwards, because BooleanOptionalAction appends the default once more on Python < 3.13
-    choices = " | ".join(field.metadata.get("choices", ()))
+    default, choices = field.default, " | ".join(field.metadata.get("choices", ()))
+    default = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
     told = f"{field.metadata.get('help', '')}{choices and ': ' + choices}"
-    told = f"{told} (default: {_shown(field.default)})"
-    action.help = told.strip().replace("%", "%%")
-
-
-def _shown(value):
-    if isinstance(value, tuple):
-        return ",".join(map(str, value)) or "none"
-    return "none" if value == "" else value
+    action.help = f"{told} (default: {default or 'none'})".strip().replace("%", "%%")
 
 
 def run(main, Config, description="", argv=None):
-    """What stands under `if __name__ == "__main__"`: read the flags, call main(cfg), exit with a
-    fit code.
+    """What stands under `if __name__ == "__main__"`: read the flags, call main(cfg), exit.
 
     A UserError is one line on stderr and its exit code, never a traceback, and so is a GPU without
     memory. Ctrl-C, SIGTERM and SIGHUP are a line too, and 128 + their number. Who reads only the
     head of what is printed gets no traceback after it.
     """
-    ended = []
 
     def end(number, frame):
-        ended.append(number)
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(number)
 
     for name in ("SIGTERM", "SIGHUP"):  # the latter is not everywhere
         if hasattr(signal, name) and threading.current_thread() is threading.main_thread():
@@ -135,13 +119,11 @@ def run(main, Config, description="", argv=None):
         told = error if isinstance(error, UserError) else memory.shortage(error)
         tqdm.write(f"mincai: error: {told}", file=sys.stderr)  # below any progress bar
         sys.exit(getattr(error, "code", 2))
-    except KeyboardInterrupt:
-        number = ended[0] if ended else signal.SIGINT
-        told = (
-            "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
-        )
+    except KeyboardInterrupt as stopped:
+        number = stopped.args[0] if stopped.args else 0
+        told = f"ended by {signal.Signals(number).name}" if number else "interrupted"
         print(f"\nmincai: {told}; what is done is kept, the same command goes on", file=sys.stderr)
-        sys.exit(128 + number)
+        sys.exit(128 + (number or signal.SIGINT))
     except BrokenPipeError:
         _close_stdout()
         sys.exit(128 + signal.SIGPIPE)
@@ -180,9 +162,8 @@ def set_threads(n):
     depend on their number. OMP_NUM_THREADS, where a person has set it, lowers the choice.
     """
     if n == 0:
-        has_affinity = hasattr(os, "sched_getaffinity")
-        cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-        wish = os.environ.get("OMP_NUM_THREADS", "")
+        allowed = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+        wish, cores = os.environ.get("OMP_NUM_THREADS", ""), len(allowed(0))
         n = max(1, min(8, cores, int(wish) if wish.isdigit() else cores))
     workers.use(n)
     return n
@@ -192,6 +173,6 @@ def pick_device(name):
     """'auto', 'cpu' or 'cuda' to 'cpu' or 'cuda'."""
     found = torch.cuda.is_available()
     if name == "cuda" and not found:
-        advice = "use --device cpu or a CUDA build of torch"
-        raise UserError(f"--device cuda: PyTorch sees no GPU; {advice}")
+        told = "PyTorch sees no GPU; use --device cpu or a CUDA build of torch"
+        raise UserError(f"--device cuda: {told}")
     return "cuda" if found and name != "cpu" else "cpu"

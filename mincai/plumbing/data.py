@@ -27,7 +27,7 @@ import torch
 import mincai
 from mincai import UserError
 from mincai.plumbing import distributed, output
-from mincai.plumbing.output import sidecar
+from mincai.plumbing.output import sidecar, write_json
 
 DEEPEST = 100  # levels of JSON
 
@@ -36,8 +36,7 @@ DEEPEST = 100  # levels of JSON
 
 @contextmanager
 def readable(path, advice="check the path, or run the stage that writes it"):
-    """Turn what opening or reading a file raises into a UserError. What is no file is not opened:
-    a pipe would be waited for."""
+    """Turn what reading a file raises into a UserError; no pipe is waited for."""
     if os.path.exists(path) and not os.path.isfile(path):
         what = "a folder" if os.path.isdir(path) else "a pipe, a socket or a device"
         raise UserError(f"{path}: cannot be read ({what}, no file); {advice}")
@@ -68,36 +67,33 @@ def read_bytes(path, advice="get the file again") -> bytes:
         return Path(path).read_bytes()
 
 
+def flat_json(text):
+    """What a JSON text says; ValueError for what cannot be read, or is nested so deeply that
+    whoever walks through it would run out of stack."""
+    text = text if isinstance(text, str) else text.decode(json.detect_encoding(text))
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    level = [found] if text.count("[") + text.count("{") > DEEPEST else []
+    for _ in range(DEEPEST):
+        inner = [one.values() if isinstance(one, dict) else one for one in level]
+        level = [x for some in inner for x in some if isinstance(x, (dict, list))]
+    if level:
+        raise ValueError("nested too deeply")
+    return found
+
+
 def from_json(text):
-    """What a JSON text says; ValueError for all that cannot be read, or that UTF-8 cannot hold (an
-    escaped half of a surrogate pair)."""
+    """The same, with ValueError also for an escaped half of a surrogate pair."""
     found = flat_json(text)
     if ("\\u" if isinstance(text, str) else b"\\u") in text:
         json.dumps(found, ensure_ascii=False).encode("utf-8")
     return found
 
 
-def flat_json(text):
-    """json.loads, with ValueError also for what is nested so deeply that whoever walks through it
-    would run out of stack."""
-    try:
-        found = level = json.loads(text)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    opens = ("[", "{") if isinstance(text, str) else (b"[", b"{")
-    if sum(map(text.count, opens)) > DEEPEST:
-        level = [found]
-        for _ in range(DEEPEST):
-            inner = [one.values() if isinstance(one, dict) else one for one in level]
-            level = [x for some in inner for x in some if isinstance(x, (dict, list))]
-        if level:
-            raise ValueError("nested too deeply")
-    return found
-
-
 def read_object(path, advice="get the file again") -> dict:
-    """The one object in a JSON file; UserError for any other content, and for a file that is
-    missing (with this advice)."""
+    """The one object in a JSON file; UserError for any other content. advice: if it is missing."""
     try:
         content = from_json(read_bytes(path, advice))
     except ValueError:  # JSON's and UTF-8's errors
@@ -119,8 +115,7 @@ def decoded(file, path):
 
 
 def each_line(path, file=None):
-    """("<path> line <n>", line) of each line of a text file (opened already, or not) that is not
-    blank, read as they are asked for. UserError for a file that is missing, or not UTF-8."""
+    """("<path> line <n>", line) of each line that is not blank of a text file, opened or not."""
     with nullcontext(file) if file else opened(path) as lines:
         yield from ((f"{path} line {n}", line) for n, line in decoded(lines, path) if line.strip())
 
@@ -167,32 +162,24 @@ def read_jsonl(path, need=()):
 
 
 def write_jsonl(path, rows, before=None):
-    """Rows (an iterable of dicts) to a file, one JSON object a line; whole or not at all.
-    before: see output.write_file."""
+    """Rows, an iterable of dicts, to a file, one JSON object a line; see output.write_file."""
     output.write_file(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows), before)
 
 
-def write_json(path, obj):
-    """One JSON document, indented for people; whole or not at all."""
-    output.write_file(path, [json.dumps(obj, ensure_ascii=False, indent=2) + "\n"])
-
-
 def write_stamped(path, files: dict, stamp) -> dict:
-    """JSONL files, {name: rows}, and the JSON file beside them, at `path`, that vouches for them;
-    its content.
+    """JSONL files, {name: rows}, and the JSON file at `path` that vouches for them; its content.
 
     stamp: a function that gives its content when all rows are there. The old stamp goes before new
-    rows get their name: a run that is stopped in between leaves one that says so, and is made
-    again.
+    rows get their name: a run that is stopped in between leaves one that says so, and is made anew.
     """
 
     def mark():
         write_json(path, {"mincai": mincai.__version__, "unfinished": True})
 
-    places = {name: Path(path).with_name(name) for name in files}
+    hashes = {}
     for name, rows in files.items():
-        write_jsonl(places[name], rows, mark)
-    hashes = {name: output.sha256(place) for name, place in places.items()}
+        write_jsonl(Path(path).with_name(name), rows, mark)
+        hashes[name] = output.sha256(Path(path).with_name(name))
     found = {**stamp(), "sha256": hashes}
     write_json(path, found)
     return found
@@ -202,8 +189,7 @@ def write_stamped(path, files: dict, stamp) -> dict:
 
 
 def right_pad(rows, device=None):
-    """Token lists to (ids (B, T) long, valid (B, T) bool); T is the longest row, padding is id
-    0."""
+    """Token lists to (ids (B, T) long, valid (B, T) bool); T is the longest row, padding id 0."""
     lengths = torch.tensor([len(row) for row in rows])
     assert len(rows) and lengths.max() > 0, f"nothing to pad: {len(rows)} rows"
     valid = torch.arange(int(lengths.max())) < lengths[:, None]  # (B, T)
@@ -233,8 +219,7 @@ def sft_batch(rows, device=None):
 
 
 def split(rows, prompts, share, seed):
-    """(training rows, held-out rows), by prompt (one for each row): all rows of one prompt lie on
-    one side."""
+    """(training rows, held-out rows): all rows of one of `prompts`, one a row, lie on one side."""
     names = sorted(set(prompts))
     random.Random(seed).shuffle(names)
     held = set(names[: math.ceil(share * len(names))] if len(names) > 1 else [])
@@ -245,8 +230,7 @@ def split(rows, prompts, share, seed):
 
 
 def length_batches(lengths, batch_size, generator):
-    """Row lengths to lists of row numbers, batch_size in each: every row once, lists shuffled, like
-    lengths together.
+    """Row lengths to shuffled lists of batch_size row numbers, each once, like lengths together.
 
     Lengths are jittered by +-10% before sorting: rows meet other neighbours in every epoch, at the
     price of a little padding.
@@ -276,16 +260,14 @@ def micro_batches(batch: list, size: int) -> list[tuple[list, bool]]:
 
 
 def _git_commit():
-    """The commit of the checkout this file lies in, '-dirty' added if tracked files were changed,
-    or None."""
+    """The commit of the checkout this file lies in, or None; '-dirty' if tracked files changed."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():  # installed: a commit found further up would not be ours
         return None
-    describe = ("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-    command = ["git", "-C", str(root), *describe]
+    command = "git describe --always --dirty --abbrev=40 --exclude=*".split()
+    how = dict(cwd=root, stderr=subprocess.DEVNULL, text=True, timeout=10)
     try:
-        ran = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
-        return ran.stdout.strip() or None
+        return subprocess.check_output(command, **how).strip() or None
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -295,9 +277,9 @@ def inputs(config) -> dict:
     there: what a result is made of, wherever that lies. What LOOSE names is not, nor the output.
     What a config reads besides, its `reads` says, {name: path}."""
     out, loose = getattr(config, "out", ""), getattr(type(config), "LOOSE", ())
-    settings = {name: x for name, x in vars(config).items() if name not in loose}
-    settings |= config.reads() if hasattr(config, "reads") else {}
-    found = {name: _content(x) for name, x in settings.items() if not _same_place(x, out)}
+    paths = {name: x for name, x in vars(config).items() if name not in loose}
+    paths |= config.reads() if hasattr(config, "reads") else {}
+    found = {name: _content(x) for name, x in paths.items() if not _same_place(x, out)}
     return {name: content for name, content in found.items() if content}
 
 
@@ -312,7 +294,9 @@ def _content(value):
         files = _files(part.removeprefix(kind))
         if not files:
             return ""
-        hashes += [kind + _sha256(file) for file in files]
+        for file in files:
+            state = file.stat()
+            hashes.append(kind + _sha256(file.resolve(), state.st_size, state.st_mtime_ns))
     return " ".join(hashes)
 
 
@@ -328,15 +312,10 @@ def _files(path):
     return [file for file in files if file.is_file()]  # GPT-2's own vocabulary is no file
 
 
-def _sha256(path):
-    state = path.stat()
-    with readable(path):
-        return _read_once(path.resolve(), state.st_size, state.st_mtime_ns)
-
-
 @functools.cache  # large weights, which several stages read, while size and time stay
-def _read_once(path, size, changed):
-    return output.sha256(path)
+def _sha256(path, size, changed):
+    with readable(path):
+        return output.sha256(path)
 
 
 def stamp(config, **more):
@@ -358,16 +337,15 @@ def stamp(config, **more):
 
 
 def done(path, config, again=False):
-    """True if the output is there and was made with these settings; False if it is still to be
-    made.
+    """True if the output is there, made with these settings; False if it is still to be made.
 
     path: a checkpoint's folder or its run.json, a JSONL file (its stamp is then its sidecar), or
     any JSON file that holds its own stamp. Write the output first, its stamp last: the stamp
-    vouches for the output. Whether an output that is there may be replaced is not asked here, but
-    by output.py's checks. Settings named in the config class's LOOSE (a tuple of field names: where
-    it ran, not what it computed) may differ, and so may `again`. A path may be another one if what
-    lies there is the same. Raises UserError if the output was made with other settings or inputs,
-    if it is no longer as it was made, or if nothing says how it was made.
+    vouches for the output. Settings named in the config class's LOOSE (a tuple of field names:
+    where it ran, not what it computed) may differ, and so may `again`. A path may be another one if
+    what lies there is the same. Raises UserError if the output was made with other settings or
+    inputs, if it is no longer as it was made, or if nothing says how it was made. Whether it may be
+    replaced is for output.py to say.
     """
     if again or not os.path.exists(path):  # unlike Path.exists, this is False for too long a name
         return False
@@ -393,10 +371,9 @@ def done(path, config, again=False):
         same = was == now or _same_place(was, now)
         content = _content(now) if name in made_of else ""
         if not (content == made_of[name] if content else same):
-            flag = "--" + name.replace("_", "-")
             was, now = ("nothing" if value is absent else repr(value) for value in (was, now))
-            told = "which has changed since" if same else f"now it is {now}"
-            told = f"was made with {flag} {was}, {told}"
+            since = "which has changed since" if same else f"now it is {now}"
+            told = f"was made with --{name.replace('_', '-')} {was}, {since}"
             raise UserError(f"{settings}: {told}; {advice}")
     now = inputs(config)
     others = {name for name in now | made_of if name not in new}  # what a config reads besides
@@ -426,24 +403,18 @@ def _same_place(a, b):
 def refuse_first_edition(folder) -> None:
     """UserError if this folder is a tiny world of the first edition: its answers and prompts are
     others than those that stages and evaluation know now. No other folder is concerned."""
-    try:
-        config = from_json(read_bytes(Path(folder) / "run.json"))["config"]
-    except (UserError, ValueError, KeyError, TypeError):
-        return
+    config = (output.stamp_of(Path(folder, "run.json")) or {}).get("config")
     if isinstance(config, dict) and {"world", "focus"} <= config.keys():  # only it had a focus
-        raise UserError(
-            f"{folder}: is a tiny world of the first edition, which mincai no longer "
-            f"reads; use the data/tiny of this version, or make it anew: python -m "
-            f"mincai.tinyworld.pretrain --out {folder} --again"
-        )
+        told = "is a tiny world of the first edition, which mincai no longer reads"
+        anew = f"make it anew: python -m mincai.tinyworld.pretrain --out {folder} --again"
+        raise UserError(f"{folder}: {told}; use the data/tiny of this version, or {anew}")
 
 
 # --- prompts --------------------------------------------------------------------------------------
 
 
 def choose(rows, kind: str, number: int, rng) -> list[dict]:
-    """`number` prompts of a kind (all, if 0), taken from the attack families in turn so that all
-    are present."""
+    """`number` prompts of a kind (all, if 0), taken from the attack families in turn."""
     families = {}
     for row in rows:
         if row["kind"] == kind:

@@ -13,6 +13,7 @@ is waited for, until TIMEOUT. After an error on one rank torchrun stops the othe
 """
 
 import os
+import sys
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 
@@ -26,24 +27,16 @@ from mincai import UserError
 TIMEOUT = timedelta(hours=3)
 
 
-# --- processes ------------------------------------------------------------------------------------
-
-
-_single = False
+_single = False  # see single()
 
 
 def _started():
     return dist.is_available() and dist.is_initialized()
 
 
-def _several():
-    return _started() and not _single
-
-
 @contextmanager
 def single():
-    """What one process does while the others wait behind it: it counts as the only one, and meets
-    nobody."""
+    """While the others wait behind it, this process counts as the only one, and meets nobody."""
     global _single
     before, _single = _single, True
     try:
@@ -71,8 +64,7 @@ def start(device: str) -> str:
         local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= gpus:
             told = f"this is process {local}, from 0, of this machine, which has {gpus} GPUs"
-            advice = "lower torchrun's --nproc-per-node, or give --device cpu"
-            raise UserError(f"{told}; {advice}")
+            raise UserError(f"{told}; lower torchrun's --nproc-per-node, or give --device cpu")
         device = f"cuda:{local}"
         # before NCCL: it would put every rank's buffers on the first GPU
         torch.cuda.set_device(device)
@@ -89,12 +81,12 @@ def stop():
 
 def rank() -> int:
     """This process's number, from 0; 0 if it is the only one."""
-    return dist.get_rank() if _several() else 0
+    return dist.get_rank() if world() > 1 else 0
 
 
 def world() -> int:
     """How many processes there are."""
-    return dist.get_world_size() if _several() else 1
+    return dist.get_world_size() if _started() and not _single else 1
 
 
 def is_main() -> bool:
@@ -102,13 +94,16 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def tell(text: str) -> None:
+    """A line on stderr, once however many processes there are."""
+    if is_main():
+        print(text, file=sys.stderr)
+
+
 def barrier():
     """Wait until all ranks are here: for a file that one of them writes and all of them read."""
     if world() > 1:
         dist.barrier()
-
-
-# --- rows and numbers -----------------------------------------------------------------------------
 
 
 def share(items: list) -> list:
@@ -133,8 +128,7 @@ def gather_rows(x):
 
 
 def merge(items):
-    """All ranks' items added with +, in the order of the ranks: lists end to end, Counters by their
-    counts."""
+    """All ranks' items added with +, in the order of the ranks: lists, or Counters."""
     first, *others = _all(items)
     return sum(others, start=first)
 
@@ -157,9 +151,6 @@ def total(x: int | float) -> int | float:
     out = torch.tensor(x, dtype=torch.int64 if type(x) is int else torch.float64, device=device)
     dist.all_reduce(out)
     return out.item()
-
-
-# --- gradients ------------------------------------------------------------------------------------
 
 
 def wrap(model):

@@ -27,8 +27,8 @@ What is written (--to), one object a line; prompts are texts that end with "Assi
     mincai     what read_prompts and read_pairs give as it is; of pairs {"prompt", "a", "b", "p_a"}
 
 A format of rows is an entry in PROMPTS, PAIRS or SOURCES: its name in messages -> (whether a row is
-of it, what to make of the row). The first that fits is taken; so for files, by FILES. A fault in
-mincai's own rows, or in a file, stops the job; somebody else's row that cannot be used is counted.
+of it, what to make of the row). The first that fits is taken; reader_of does it for files. A fault
+in mincai's own rows, or in a file, stops the job; another's row that cannot be used is counted.
 
 A conversation of several turns becomes one prompt, such that constitution.dialogue(prompt) is
 "Human: first\\nAssistant: reply\\nHuman: second\\nAssistant:". Turns keep their newlines but no
@@ -40,7 +40,6 @@ import json
 import os
 import random
 import re
-import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from itertools import chain
@@ -48,8 +47,9 @@ from pathlib import Path
 
 from mincai import UserError
 from mincai.constitution import conversation_of, dialogue
-from mincai.plumbing import data, distributed, lock, output
+from mincai.plumbing import data, lock, output
 from mincai.plumbing.cli import arg, run
+from mincai.plumbing.distributed import tell
 from mincai.plumbing.tokenizer import WORDS
 from mincai.plumbing.turns import QUOTED, Unusable, asked, quote, transcript, turns_of
 
@@ -83,13 +83,13 @@ def parquet_rows(path, file):
     """("<path> row <n>", row) of a parquet file."""
     try:
         import pyarrow.parquet
-    except ImportError:
-        told = "is parquet, which only pyarrow reads; install it, or save the rows as JSONL"
-        raise UserError(f"{path}: {told}") from None
-    try:
+
         batches = pyarrow.parquet.ParquetFile(file).iter_batches()
         rows = (row for batch in batches for row in batch.to_pylist())
         yield from ((f"{path} row {n}", row) for n, row in enumerate(rows, 1))
+    except ImportError:
+        told = "is parquet, which only pyarrow reads; install it, or save the rows as JSONL"
+        raise UserError(f"{path}: {told}") from None
     except ValueError as error:  # pyarrow's errors
         raise UserError(f"{path}: broken parquet ({str(error).splitlines()[0]})") from None
 
@@ -108,16 +108,16 @@ def table_rows(path, file):
                 continue
             if not names:
                 names = list(map(str.strip, fields))
-                twice = [name for name in names if name and names.count(name) > 1]
-                if twice:
-                    raise UserError(f"{where}: two columns are called {twice[0]}; rename one")
+                for name in filter(None, names):
+                    if names.count(name) > 1:
+                        raise UserError(f"{where}: two columns are called {name}; rename one")
             elif len(fields) != len(names):
                 yield where, Unusable(f"{len(fields)} fields under a header of {len(names)}")
             else:
                 yield where, dict(zip(names, fields))
     except csv.Error as error:
-        told = f"line {reader.line_num}: not CSV ({error}); check the quotes"
-        raise UserError(f"{path} {told}") from None
+        where = f"{path} line {reader.line_num}"
+        raise UserError(f"{where}: not CSV ({error}); check the quotes") from None
 
 
 def list_rows(path, file):
@@ -137,32 +137,31 @@ def text_rows(path, file):
         yield where, {"line": line.strip()}
 
 
-FILES = {  # kind of file -> (whether its suffix or its first bytes say so, how its rows are read)
-    "parquet": (lambda suffix, head: head.startswith(b"PAR1"), parquet_rows),
-    "table": (lambda suffix, _: suffix in (".csv", ".tsv"), table_rows),
-    "text": (lambda suffix, _: suffix == ".txt", text_rows),
-    "list": (lambda _, head: re.match(rb'\s*\[\s*[{"]', head), list_rows),
-    "rows": (
-        lambda suffix, head: suffix in (".json", ".jsonl") or head.lstrip().startswith(b"{"),
-        lambda path, file: data.each_row(path, file=file),
-    ),
-    "any text": (lambda *_: True, text_rows),
-}
+def reader_of(suffix, head):
+    """The function that reads the rows of a file with this suffix and these first bytes."""
+    if head.startswith(b"PAR1"):
+        return parquet_rows
+    if suffix in (".csv", ".tsv"):
+        return table_rows
+    if suffix == ".txt":
+        return text_rows
+    if re.match(rb'\s*\[\s*[{"]', head):
+        return list_rows
+    return data.each_row if suffix in (".json", ".jsonl") or re.match(rb"\s*{", head) else text_rows
 
 
 def file_rows(path):
-    """("<path> line <n>", row, or an Unusable) of each row of a file of FILES."""
+    """("<path> line <n>", row, or an Unusable) of each row of a file, whatever its kind."""
     suffix = Path(str(path).removesuffix(".gz")).suffix.lower()
     with data.opened(path) as file:
         head = file.peek(4096)[:4096].removeprefix(b"\xef\xbb\xbf")
-        kind = next(kind for kind, (fits, _) in FILES.items() if fits(suffix, head))
+        read = reader_of(suffix, head)
         if suffix in (".yaml", ".yml", ".xml", ".html", ".htm"):
             raise UserError(f"{path}: {suffix} is not read; give JSONL, CSV or plain text")
-        if kind != "parquet":
-            for what, begins in NO_ROWS.items():
-                if re.match(begins, head):
-                    raise UserError(f"{path}: is {what}")
-        yield from FILES[kind][1](path, file)
+        for what, begins in NO_ROWS.items():
+            if read is not parquet_rows and re.match(begins, head):
+                raise UserError(f"{path}: is {what}")
+        yield from read(path, file=file)
 
 
 # --- rows -----------------------------------------------------------------------------------------
@@ -183,10 +182,8 @@ def read_rows(path, formats: dict, known: str, dropped: Counter):
             name = next((name for name, (fits, _) in formats.items() if fits(row)), None)
             first = first or name
             if name is None:
-                keys = f"{', '.join(row):.200}" or "none"
-                raise UserError(
-                    f"{where}: keys {keys} make no row that is known here; give {known}"
-                )
+                told = f"keys {', '.join(row) or 'none':.200} make no row that is known here"
+                raise UserError(f"{where}: {told}; give {known}")
             if name != first:
                 told = f"a row of {name}, but the file began with {first}"
                 raise UserError(f"{where}: {told}; keep to one format a file")
@@ -202,22 +199,23 @@ def tell_left(path, count, left) -> None:
     """One line of a file's rows that are left out; UserError if none or fewer than half remain."""
     if not left:
         return
-    kept = count - sum(map(len, left.values()))
-    told = []
+    remaining = count - sum(map(len, left.values()))
+    reasons = []
     for why, places in left.items():
         named = ", ".join(place.removeprefix(f"{path} ") for place in places[:3])
-        told.append(f"{len(places)} {why} ({named}{', ...' * (len(places) > 3)})")
-    told = f"{count - kept} of {count} rows left out: {'; '.join(told)}"
-    if not kept or 2 * kept < count - len(left.get(TIED, ())):
+        reasons.append(f"{len(places)} {why} ({named}{', ...' * (len(places) > 3)})")
+    told = f"{count - remaining} of {count} rows left out: {'; '.join(reasons)}"
+    if not remaining or 2 * remaining < count - len(left.get(TIED, ())):
         why, places = next(iter(left.items()))
         raise UserError(f"{places[0]}: {why}; too few rows are left: {told}")
-    say(f"warning: {path}: {told}")
+    tell(f"warning: {path}: {told}")
 
 
-def say(text) -> None:
-    """A line on stderr, once however many processes there are."""
-    if distributed.is_main():
-        print(text, file=sys.stderr)
+def refuse(flaws: dict[str, bool]) -> None:
+    """Unusable for the first of these flaws that is there."""
+    for flaw, is_there in flaws.items():
+        if is_there:
+            raise Unusable(flaw)
 
 
 def column(row, names) -> str | None:
@@ -239,11 +237,11 @@ def need(row, keys, where, text=()) -> None:
 
 def need_rounds(row, where) -> None:
     """UserError unless a revision's rounds, if it has any, are as mincai.critique writes them."""
-    rounds, keys = row.get("rounds", []), ("revision", "outcome")
-    rounds = rounds if isinstance(rounds, list) else [None]
-    for one in rounds:
-        if not isinstance(one, dict) or not all(isinstance(one.get(key), str) for key in keys):
-            told = f"rounds is no list of objects with the texts {' and '.join(keys)}"
+    rounds = row.get("rounds", [])
+    for one in rounds if isinstance(rounds, list) else [None]:
+        texts = [one.get(key) for key in ("revision", "outcome")] if isinstance(one, dict) else [0]
+        if not all(isinstance(text, str) for text in texts):
+            told = "rounds is no list of objects with the texts revision and outcome"
             raise UserError(f"{where}: {told}; write what mincai.critique writes")
 
 
@@ -263,8 +261,7 @@ KINDS = {
 
 
 def kind_of(name: str, value) -> str | None:
-    """What the column `name` says of a prompt: harmful, benign or nothing. A yes or no counts where
-    the column's name says what of."""
+    """What a column says of a prompt: harmful, benign or nothing. A yes counts if its name does."""
     value, said = str(value).strip().lower(), KINDS.get(name.lower().removeprefix("is_"))
     if said and value in ("0", "0.0", "false", "no"):
         return "benign" if said == "harmful" else "harmful"
@@ -298,8 +295,7 @@ def pairs_prompt(row, where):
 
 
 def question(row, where):
-    """The prompt of a question or a conversation; its kind and category, if columns say so; and
-    `read`, which columns were taken for what."""
+    """A prompt; its kind and category, if columns say so; and `read`, what was taken for what."""
     turns, used = conversation(row)
     if not turns:
         raise Unusable("empty prompt")
@@ -351,72 +347,68 @@ def read_prompts(path, kind: str = "") -> list[dict]:
     found = [each for each in read_rows(path, PROMPTS, known, Counter()) if each[2]]
     if any(name == OWN for _, name, _ in found):
         return [row for _, _, row in found]
-    common, kept, told = {"category": "", "attack": "", "split": "loop"}, {}, Counter()
+    common, prompts, readings = {"category": "", "attack": "", "split": "loop"}, {}, Counter()
     for where, _, row in found:
         if (read := row.pop("read", "prompt from prompt")) != "prompt from prompt":
-            told[read] += 1
+            readings[read] += 1
         row["kind"] = kind or row.get("kind", "harmful")
         name, same = where.rpartition(" ")[2], (row["prompt"], row.get("setting"))
-        kept.setdefault(same, {"id": f"{Path(path).stem}-{name}", **common, **row})
-    if not kept:
+        prompts.setdefault(same, {"id": f"{Path(path).stem}-{name}", **common, **row})
+    if not prompts:
         raise UserError(f"{path}: holds no prompt; write some")
-    kinds = Counter(row["kind"] for row in kept.values())
-    if told:
-        told = " | ".join(f"{count} rows: {read}" for read, count in told.most_common(3))
+    kinds = Counter(row["kind"] for row in prompts.values())
+    if readings:
+        told = " | ".join(f"{count} rows: {read}" for read, count in readings.most_common(3))
         counts = " and ".join(f"{count} {name}" for name, count in kinds.items())
-        say(f"{path}: {counts} prompts, {len(found) - len(kept)} repeated; {told}")
-    tell_quoted(path, [row["prompt"] for row in kept.values()])
-    return list(kept.values())
+        tell(f"{path}: {counts} prompts, {len(found) - len(prompts)} repeated; {told}")
+    tell_quoted(path, [row["prompt"] for row in prompts.values()])
+    return list(prompts.values())
 
 
 def tell_quoted(path, texts) -> None:
     """One line if some of these texts have lines that were quoted."""
     count = sum(bool(QUOTED.search(text)) for text in texts)
     if count:
-        say(f"{path}: {count} texts had a line like a turn of its own, now quoted with '> '")
+        tell(f"{path}: {count} texts had a line like a turn of its own, now quoted with '> '")
 
 
 def loop_prompts(path) -> list[dict]:
     """The prompts that training may use: split "loop", or no split named. UserError without any.
-
     path: one file, or several with commas between. Other people's prompts are benign where
-    "benign:" stands before a path, else what a label says, else harmful.
-    """
+    "benign:" stands before a path, else what a label says, else harmful."""
     rows = []
-    for file in [str(path)] if os.path.exists(path) else str(path).split(","):
-        kind = "benign" if file.startswith("benign:") else ""
-        file = file.removeprefix("benign:")
+    for named in [str(path)] if os.path.exists(path) else str(path).split(","):
+        file = named.removeprefix("benign:")
         data.refuse_first_edition(Path(file).parent)
-        rows += [row for row in read_prompts(file, kind) if row.get("split", "loop") == "loop"]
+        found = read_prompts(file, "benign" if file != named else "")
+        rows += [row for row in found if row.get("split", "loop") == "loop"]
     if not rows:
         raise UserError(f"{path}: no row has split 'loop'; the other splits are for evaluation")
     return rows
 
 
 def warn_unread(rows, tokenizer, folder) -> None:
-    """One line on stderr if prompts have words that the model in this folder has never read: what
-    comes of them means little. Silent for a model whose words are not listed."""
+    """One line on stderr if prompts have words that a model of few words has never read: what comes
+    of them means little."""
     found = [tokenizer.unread(conversation_of(row)) for row in rows]
     unread = list(dict.fromkeys(word for some in found for word in some))
-    if unread and distributed.is_main():
+    if unread:
         named = " ".join(unread[:8] + ["..."] * (len(unread) > 8))
         told = f"{sum(map(bool, found))} of {len(rows)} prompts have words that {folder}"
         listed = f"the words it knows: {folder}/{WORDS}"
-        print(f"warning: {told} has never read: {named}; {listed}", file=sys.stderr)
+        tell(f"warning: {told} has never read: {named}; {listed}")
 
 
 # --- pairs ----------------------------------------------------------------------------------------
 
 
 def need_label(p_a, where) -> None:
-    number = isinstance(p_a, (int, float)) and not isinstance(p_a, bool)
-    if not number or not 0 <= p_a <= 1:  # a NaN fails as well
+    if type(p_a) not in (int, float) or not 0 <= p_a <= 1:  # a NaN fails as well
         raise UserError(f"{where}: p_a is {p_a!r}; give a number from 0 to 1")
 
 
 def own_pair(row, where):
-    """The row, checked but for its ids, which only a vocabulary can tell right from wrong. Of rows
-    without ids the texts count."""
+    """The row, checked but for its ids, which take a vocabulary. Without ids the texts count."""
     texts = () if "a_ids" in row or "b_ids" in row or "a" not in row else ("a", "b")
     sides = texts or ("a_ids", "b_ids")
     need(row, ("prompt", *sides, "p_a"), where, text=("prompt", "setting", *texts))
@@ -472,31 +464,24 @@ def both_sides(row, where):
             raise Unusable(f"{name} ends with the {'human' if role == 'Human' else 'setting'}")
         found.append((asked(turns), quote(answer.strip())))
     (prompt, chosen), (other, rejected) = found
-    flaws = {
-        "conversations differ": prompt != other,
-        "empty prompt": not prompt["prompt"],
-        "empty answer": not chosen or not rejected,
-        "equal answers": chosen == rejected,
-        TIED: is_tied(row),
-    }
-    for flaw, is_there in flaws.items():
-        if is_there:
-            raise Unusable(flaw)
+    refuse({"conversations differ": prompt != other, "empty prompt": not prompt["prompt"]})
+    refuse({"empty answer": not chosen or not rejected, "equal answers": chosen == rejected})
+    refuse({TIED: is_tied(row)})
     return prompt, chosen, rejected
 
 
-def either(row):
-    """What the sides hold that a row of somebody else's has."""
-    return [row[key] for key in sides(row) if key]
+def is_pair(row):
+    return any(sides(row))
+
+
+def is_messages(row):
+    return any(isinstance(row.get(key), (list, dict)) for key in sides(row))
 
 
 PAIRS = {
-    "TRL's conversations": (
-        lambda row: any(isinstance(side, (list, dict)) for side in either(row)),
-        both_sides,
-    ),
-    "TRL's pairs": (lambda row: either(row) and column(row, QUESTION), both_sides),
-    "HH-RLHF's pairs": (either, both_sides),
+    "TRL's conversations": (is_messages, both_sides),
+    "TRL's pairs": (lambda row: is_pair(row) and column(row, QUESTION), both_sides),
+    "HH-RLHF's pairs": (is_pair, both_sides),
     "mincai's comparisons": (lambda row: "a_ids" in row or "p_a" in row, own_pair),
 }
 
@@ -517,8 +502,8 @@ def read_pairs(path, tokenizer, dropped: Counter):
     known = "chosen and rejected; or prompt, a_ids, b_ids and p_a"
     for where, _, found in read_rows(path, PAIRS, known, dropped):
         if isinstance(found, dict):  # mincai's own
-            texts_of = {} if "a_ids" in found else {f"{x}_ids": found[x].strip() for x in "ab"}
-            found = found | {key: ids(text) for key, text in texts_of.items()}
+            if "a_ids" not in found:
+                found = found | {f"{x}_ids": ids(found[x].strip()) for x in "ab"}
             need_ids(found, where, tokenizer.n_vocab)
             yield {**found, "from": where}
             continue
@@ -548,8 +533,7 @@ def revision(row, where) -> dict:
 
 
 def foreign_pair(row, where) -> dict:
-    """Somebody else's pair as a comparison, and its margin if it has one. Which answer is (A) is
-    drawn by lot, else it would always be the better one."""
+    """Somebody else's pair as a comparison. Lots are drawn, else the better would always be (A)."""
     prompt, *answers = both_sides(row, where)
     name, margin = f"pair-{where.rpartition(' ')[2]}", row.get("margin")
     first = random.Random(name).random() < 0.5
@@ -563,26 +547,14 @@ SOURCES = {
     "revisions": (lambda row: "revision" in row, revision),
     **{name: (fits, foreign_pair) for name, (fits, make) in PAIRS.items() if make is both_sides},
 }
-WRITTEN = {
-    "trl": "TRL's format",
-    "hh": "HH-RLHF's format",
-    "prompts": "prompts alone",
-    "mincai": "mincai's format",
-}
 
 
 def ranked(row, contrast) -> tuple[str, str, float]:
     """(the better answer, the worse one, the label's probability that it is); Unusable where the
     label does not say, as train_pm.py leaves it out, and where nothing can be told apart."""
     p, a, b = row["p_a"], row["a"].strip(), row["b"].strip()
-    flaws = {
-        "undecided": p == 0.5 or abs(p - 0.5) < contrast,
-        "empty answer": not a or not b,
-        "equal answers": a == b,
-    }
-    for flaw, is_there in flaws.items():
-        if is_there:
-            raise Unusable(flaw)
+    undecided = p == 0.5 or abs(p - 0.5) < contrast
+    refuse({"undecided": undecided, "empty answer": not a or not b, "equal answers": a == b})
     return (a, b, p) if p > 0.5 else (b, a, 1 - p)
 
 
@@ -602,9 +574,8 @@ def as_hh(row, cfg):
     if row.get("setting"):
         raise Unusable("has a setting, which HH-RLHF's transcripts cannot hold")
     turns = turns_of(dialogue(row["prompt"]))
-    text = "".join(f"\n\n{role}: {text.strip()}" for role, text in turns)
-    sides = {"chosen": quote(chosen), "rejected": quote(rejected)}
-    return {side: f"{text}\n\nAssistant: {answer}" for side, answer in sides.items()}
+    before = "".join(f"\n\n{role}: {text.strip()}" for role, text in turns) + "\n\nAssistant: "
+    return {"chosen": before + quote(chosen), "rejected": before + quote(rejected)}
 
 
 def as_prompt(row, cfg):
@@ -612,11 +583,12 @@ def as_prompt(row, cfg):
     return {"prompt": conversation_of(row), **known}
 
 
-def as_own(row, cfg):
-    return row
-
-
-MAKE = {"trl": as_trl, "hh": as_hh, "prompts": as_prompt, "mincai": as_own}
+WRITTEN = {  # --to -> (in words, what makes a row of it)
+    "trl": ("TRL's format", as_trl),
+    "hh": ("HH-RLHF's format", as_hh),
+    "prompts": ("prompts alone", as_prompt),
+    "mincai": ("mincai's format", lambda row, cfg: row),
+}
 
 
 def source_rows(cfg, dropped) -> tuple[str, list]:
@@ -639,13 +611,14 @@ def main(cfg: Config) -> dict:
     left, written = Counter(), {}
     form, rows = source_rows(cfg, left)
     to = "prompts" if form == "prompts" and cfg.to == "trl" else cfg.to  # what TRL has for them
+    words, make = WRITTEN[to]
     if form == "prompts" and to == "hh" or form == "revisions" and to in ("hh", "mincai"):
-        told = f"{form} are no pairs of answers, which {WRITTEN[to]} holds"
+        told = f"{form} are no pairs of answers, which {words} holds"
         raise UserError(f"{cfg.source}: {told}; give another --to")
     count = len(rows) + sum(left.values())
     for number, row in enumerate(rows):
         try:
-            made = MAKE[to](row, cfg)
+            made = make(row, cfg)
         except Unusable as why:
             left[str(why)] += 1
             continue
@@ -659,8 +632,7 @@ def main(cfg: Config) -> dict:
     with lock.alone(cfg.out):
         data.write_jsonl(cfg.out, written.values())
         data.write_json(data.sidecar(cfg.out), data.stamp(cfg, form=form))
-    counts = f"{len(written)} of {count} {form} in {WRITTEN[to]}"
-    print(f"formats: {counts}; left out: {told} -> {cfg.out}")
+    print(f"formats: {len(written)} of {count} {form} in {words}; left out: {told} -> {cfg.out}")
     return {"written": len(written), **left}
 
 

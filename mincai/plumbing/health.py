@@ -7,8 +7,6 @@ import torch
 from mincai.losses import calibration_error, kl_k1, preference_loss
 from mincai.plumbing.logprobs import pair_scores
 
-# --- the preference model -------------------------------------------------------------------------
-
 
 @torch.no_grad()
 def all_scores(pm, pairs, batch_size):
@@ -53,9 +51,6 @@ def measure_pairs(pm, pairs, batch_size) -> dict:
     }
 
 
-# --- PPO's log ------------------------------------------------------------------------------------
-
-
 def examples(batch, scores, beta, decode) -> list[dict]:
     """Three answers of the batch as rows, for samples are the debugger. decode: ids to text."""
     k1 = torch.where(batch.mask, kl_k1(batch.logp, batch.ref_logp), 0.0).sum(1)
@@ -83,11 +78,8 @@ LEAST_GAIN = 0.1  # of the score, in deviations
 
 def warnings(log: list[dict], gap: float = 1e-3) -> list[str]:
     """Lines about the last update of PPO's log: where two parts of the code disagree, and where the
-    policy goes wrong. A NaN is never fine.
-
-    gap: how far sampled log-probs may be off; rounding in float32 stays below 1e-4, in bfloat16 it
-    reaches 0.1.
-    """
+    policy goes wrong. A NaN is never fine. gap: how far sampled log-probs may be off; rounding in
+    float32 stays below 1e-4, in bfloat16 it reaches 0.1."""
     lines, updates = [], [row for row in log if "score" in row]
     first, row, negative = updates[0], updates[-1], 0
     for past in reversed(updates):
@@ -107,28 +99,24 @@ def warnings(log: list[dict], gap: float = 1e-3) -> list[str]:
     if not row["score_std"] > 1e-6:
         told = "there is nothing to learn from; look at the preference model"
         lines.append(f"all answers have the same score: {told}")
+    advice = "raise --beta or lower --lr"
     if not row["kl_exact"] <= MOST_KL:
         told = f"KL to the reference is {row['kl_exact']:.1f} nats an answer: the policy leaves"
-        advice = "raise --beta or lower --lr"
         lines.append(f"{told} what the preference model can judge; {advice}")
     if not row["entropy"] >= LEAST_ENTROPY * first["entropy"]:
         told = f"entropy fell from {first['entropy']:.3f} to {row['entropy']:.3f} nats a token"
-        advice = "raise --beta or lower --lr"
         lines.append(f"{told}: the policy says the same to everything; {advice}")
     quality = [past["dev_quality"] for past in log if "dev_quality" in past]
     fell = "dev_quality" in row and not quality[-1] >= quality[0] - MOST_FALL
     if fell and not row["score"] <= first["score"]:
-        told = (
-            f"the score rises ({first['score']:+.2f} to {row['score']:+.2f}) while the quality of"
-        )
-        fall = f"answers falls ({quality[0]:.3f} to {quality[-1]:.3f})"
-        advice = "raise --beta, or stop earlier (--updates)"
-        lines.append(f"{told} {fall}: the preference model is exploited; {advice}")
+        rise = f"the score rises ({first['score']:+.2f} to {row['score']:+.2f})"
+        fall = f"the quality of answers falls ({quality[0]:.3f} to {quality[-1]:.3f})"
+        told = f"{rise} while {fall}: the preference model is exploited"
+        lines.append(f"{told}; raise --beta, or stop earlier (--updates)")
     return lines
 
 
 def nothing_learnt(gain: float) -> list[str]:
     """A line when a whole run moved the score by less than LEAST_GAIN deviations, or lowered it."""
     told = f"the score moved by {gain:+.2f} deviations in the whole run: nothing was learnt"
-    advice = "raise --lr or --updates, or lower --beta"
-    return [] if gain >= LEAST_GAIN else [f"{told}; {advice}"]
+    return [] if gain >= LEAST_GAIN else [f"{told}; raise --lr or --updates, or lower --beta"]

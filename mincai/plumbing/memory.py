@@ -1,12 +1,9 @@
 """How much memory a stage will need, told before it allocates any, and held against the GPU.
 
-An estimate in bytes from the shapes alone. What is exact: weights, gradients, moments, the KV
-cache, and what backward keeps of a block (measured, in the tests). What is left out: the CUDA
-context, the allocator's fragments, libraries' workspaces; some per cent to a GB together. All of it
-is for one process: with several, each has its own GPU and its own share of the batch.
-
-Not everything is there at once. While answers are sampled there is a KV cache and no activations;
-while they are learned from it is the other way round. Of TURNS only the largest counts.
+An estimate in bytes from the shapes alone, for one process. What is exact: weights, gradients,
+moments, the KV cache, and what backward keeps of a block (measured, in the tests). What is left
+out: the CUDA context, the allocator's fragments, libraries' workspaces; some per cent to a GB
+together. Not everything is there at once: of TURNS only the largest counts.
 
 Shapes: B rows, T tokens, C channels, L blocks, V vocabulary, nh heads.
 """
@@ -102,16 +99,14 @@ def plan(
     C, V, L = config.n_embd, config.vocab_size, config.n_layer
     ppo, samples, learns = stage == "ppo", stage in ("sample", "ppo"), stage != "sample"
     rows = min(micro_batch or batch, batch) * (2 if stage == "pm" else 1)
-    size = BYTES[dtype]
-    answer = min(answer or length, length)
+    size, answer = BYTES[dtype], min(answer or length, length)
     networks = _networks(stage, config, models)
 
     lines, copied = {}, 0
     for name, numbers, trained in networks:
         lines[f"{name}: weights"] = FLOAT32 * numbers
-        if trained:
-            lines[f"{name}: gradients"] = FLOAT32 * numbers
-            lines[f"{name}: AdamW's two moments"] = 2 * FLOAT32 * numbers
+        lines[f"{name}: gradients"] = FLOAT32 * numbers * trained
+        lines[f"{name}: AdamW's two moments"] = 2 * FLOAT32 * numbers * trained
         # Autocast keeps copies of weights that may learn; it makes those of frozen ones anew. The
         # embeddings have none: they are looked up, and multiplied in float32.
         if trained or not learns:
@@ -160,15 +155,16 @@ def table(plan: dict[str, int]) -> str:
 
 
 def check(plan: dict[str, int], available: int | None, flags: str):
-    """UserError if the plan needs more than what is available (bytes; None: not known, nothing is
-    checked). flags: those of the stage that make it smaller."""
+    """UserError if the plan needs more than what is available (bytes; None: not known). flags:
+    those of the stage that make it smaller."""
     if available is None or needed(plan) <= available:
         return
     need, free, stays = map(_gb, (needed(plan), available, _stays(plan)))
-    advice = f"lower {flags}, or take a smaller model"
+    advice = f"lower {flags}, or take"
     if _stays(plan) >= available:
-        advice = f"the weights and what belongs to them alone take {stays}, so take a smaller model"
-    raise UserError(f"this needs about {need} of GPU memory and {free} are free; {advice}")
+        advice = f"the weights and what belongs to them alone take {stays}, so take"
+    told = f"this needs about {need} of GPU memory and {free} are free"
+    raise UserError(f"{told}; {advice} a smaller model")
 
 
 def available(device) -> int | None:

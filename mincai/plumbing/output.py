@@ -56,11 +56,9 @@ def writing(path, advice=ANOTHER):
 
 
 def check_folder(folder, names) -> None:
-    """UserError unless a checkpoint of these files (names within the folder) can be written here.
-
-    The folder may be absent, empty, or one that mincai made, and not one that holds anything else.
-    """
-    real = _place(folder)
+    """UserError unless a checkpoint of these files (names within the folder) can be written here:
+    the folder is absent, empty, or one that mincai made."""
+    real = _target(folder)
     if os.path.exists(real) and not real.is_dir():
         raise UserError(f"{folder}: is a file; give a folder to save the model in")
     if real.is_dir():
@@ -71,7 +69,7 @@ def check_folder(folder, names) -> None:
         _refuse_strangers(real, own.union(names), own, MEND)
     work = partial(real)
     if not os.path.lexists(work):
-        _place(work)
+        _target(work)
         return
     if work.is_symlink() or not work.is_dir():
         raise UserError(f"{work}: {IN_THE_WAY}; {MEND}")
@@ -83,20 +81,19 @@ def check_folder(folder, names) -> None:
 def check_file(path, voucher=None, mark: str = "") -> None:
     """UserError unless this file can be written: it is absent, or mincai wrote it. voucher: the
     JSON file that says so, if not the file itself. mark: what a text that is no JSON says so by."""
-    real = _place(path)
-    if real.is_dir():
-        raise UserError(f"{path}: is a folder; give a file")
-    if os.path.exists(real) and not real.is_file():
-        raise UserError(f"{path}: is a pipe, a socket or a device; give a file")
-    if os.path.exists(real):
-        ours = mark.encode() in real.read_bytes() if mark else stamp_of(voucher or real)
-        if not ours:
-            raise UserError(f"{path}: is there, and nothing says that mincai wrote it; {MEND}")
+    real = _target(path)
+    if not os.path.exists(real):
+        return
+    if not real.is_file():
+        what = "a folder" if real.is_dir() else "a pipe, a socket or a device"
+        raise UserError(f"{path}: is {what}; give a file")
+    if not (mark.encode() in real.read_bytes() if mark else stamp_of(voucher or real)):
+        raise UserError(f"{path}: is there, and nothing says that mincai wrote it; {MEND}")
 
 
 def check_rows(path) -> None:
     """The same for a JSONL file and its sidecar."""
-    _place(path)
+    _target(path)
     if Path(path).suffix != ".jsonl":
         raise UserError(f"{path}: is to hold rows; give a name that ends in .jsonl")
     check_file(path, sidecar(path))
@@ -105,7 +102,7 @@ def check_rows(path) -> None:
 
 def check_beside(folder, *names) -> None:
     """The same for files in a run folder, the first of which, a JSON file, vouches for them all."""
-    _place(folder)
+    _target(folder)
     for name in names:
         check_file(Path(folder, name), Path(folder, names[0]))
 
@@ -115,7 +112,7 @@ def sidecar(path) -> Path:
     return Path(path).with_suffix(".run.json")
 
 
-def _place(path) -> Path:
+def _target(path) -> Path:
     """Where this path leads, links followed. UserError if nothing could be written there."""
     text = os.fspath(path)
     if not text:
@@ -152,8 +149,7 @@ def stamp_of(path):
 
 
 def _listed(path, key="files"):
-    """The files that a stamp lists, a set of names; empty without a stamp, and for one whose names
-    lead out of the folder."""
+    """The names of files that a stamp lists, a set; none if there is no stamp, or one leads out."""
     names = (stamp_of(path) or {}).get(key)
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         return set()
@@ -164,8 +160,7 @@ def _listed(path, key="files"):
 
 def _own(folder):
     """What mincai wrote in a checkpoint's folder, a set of names. A run that was stopped while it
-    replaced an older checkpoint has left .partial to say so. A card that a person has changed is
-    not ours any more."""
+    replaced one has left .partial to say so. A card that a person has changed is not ours."""
     own = _listed(folder / "run.json") | _listed(folder / ".partial" / LIST, "replaces")
     hashes = (stamp_of(folder / "run.json") or {}).get("sha256")
     made = hashes.get(CARD) if isinstance(hashes, dict) else None
@@ -184,8 +179,7 @@ def temporaries(folder) -> set[str]:
 
 
 def _stranger(folder, name, own):
-    """What stands in the place of this file, or of a folder on the way, and is not mincai's, as no
-    link is; or None."""
+    """What stands in the place of this file or a folder above it and is not mincai's; or None."""
     for step in [*_inner([name]), name]:
         path = folder / step
         expected = name in own and path.is_file() if step == name else path.is_dir()
@@ -195,8 +189,7 @@ def _stranger(folder, name, own):
 
 
 def is_foreign(folder, name) -> bool:
-    """Whether something that mincai did not write, or not so, has this name in a checkpoint's
-    folder."""
+    """Whether a checkpoint's folder has something of this name that mincai did not write so."""
     real = Path(os.path.realpath(folder))
     return _stranger(real, name, _own(real)) is not None
 
@@ -208,8 +201,7 @@ def _inner(names):
 
 def _refuse_strangers(folder, names, own, mend):
     for name in sorted(names):
-        path = _stranger(folder, name, own)
-        if path:
+        if path := _stranger(folder, name, own):
             raise UserError(f"{path}: {IN_THE_WAY}; {mend}")
 
 
@@ -251,9 +243,13 @@ def write_file(path, texts, before=None) -> None:
     flush(real.parent)
 
 
+def write_json(path, obj):
+    """One JSON document, indented for people; whole or not at all."""
+    write_file(path, [json.dumps(obj, ensure_ascii=False, indent=2) + "\n"])
+
+
 def flush(path):
-    """A file's bytes, or a folder's names, to the disk, where the platform can: before that, a
-    power cut may take back a file, or its new name."""
+    """A file's bytes, or a folder's names, to the disk, lest a power cut takes them back."""
     with contextlib.suppress(OSError):
         number = os.open(path, os.O_RDONLY)
         try:
@@ -263,15 +259,13 @@ def flush(path):
 
 
 def partial(folder) -> Path:
-    """Where a checkpoint is put together: inside a folder that is there, for what is beside it may
-    be another disk or somebody else's."""
+    """Where a checkpoint is put together: inside a folder that is there, else beside its place."""
     real = Path(os.path.realpath(folder))
     return real / ".partial" if real.is_dir() else real.with_name(f"{real.name}.partial")
 
 
 def begin(folder, names) -> Path:
-    """A folder to put these files in until `finish`, empty but for the list of them. What a run
-    that was stopped has left there goes."""
+    """A folder to put these files in until `finish`. What a stopped run has left there goes."""
     check_folder(folder, names)
     work = partial(folder)
     with writing(work):
@@ -295,8 +289,7 @@ def _discarded(work):
 
 
 def fill(work, files: dict, write=lambda work: None) -> None:
-    """Write what `begin` is to hold: {name: bytes or str}, and what `write` does. If that cannot
-    be, nothing of it stays."""
+    """Write {name: bytes or str}, and what `write` does, where `begin` says; all or nothing."""
     with _discarded(work), writing(work):
         write(work)
         for name, content in files.items():
@@ -320,7 +313,7 @@ def finish(work, folder, stamp: dict) -> None:
     stamp = {"mincai": mincai.__version__, **stamp, "files": sorted(names)}
     stamp["sha256"] = {name: sha256(work / name) for name in made}
     with _discarded(work):
-        write_file(work / "run.json", [json.dumps(stamp, ensure_ascii=False, indent=2) + "\n"])
+        write_json(work / "run.json", stamp)
     with writing(folder, f"what it lacks is in {work}"):
         if not os.path.lexists(real):
             (work / LIST).unlink()
@@ -345,15 +338,14 @@ def steady(folder, read):
     """What `read`, a function, gives of a checkpoint that may be replaced meanwhile: it waits for
     the milliseconds that this takes, and reads again if it has met files of two checkpoints."""
     while True:
-        before, error = _settled(folder), None
+        before = _settled(folder)
         try:
             found = read()
-        except UserError as raised:
-            error = raised
-        if _settled(folder) == before:
-            if error:
-                raise error
-            return found
+            if _settled(folder) == before:
+                return found
+        except UserError:
+            if _settled(folder) == before:
+                raise
 
 
 def _settled(folder):

@@ -6,7 +6,6 @@ whole, the first of the file before the others, until the room is used up; a tex
 even alone is given up. Both are counted, and nothing is ever cut.
 """
 
-import sys
 from collections import Counter
 
 from mincai import UserError, constitution
@@ -17,8 +16,7 @@ KINDS = ("answer", "review", "compare")
 
 
 class Planner:
-    """Makes prompts of texts. shots: {kind: examples as whole texts}; limit: tokens the model can
-    read."""
+    """Makes prompts of texts. shots: {kind: examples as whole texts}; limit: tokens it can read."""
 
     def __init__(self, tokenizer, limit: int, shots: dict[str, list[str]] | None = None):
         self.tokenizer, self.limit = tokenizer, limit
@@ -32,8 +30,7 @@ class Planner:
         self.counts, self.heads = Counter(), {}  # heads: the ids of examples already read
 
     def prompt(self, kind: str, text: str, max_new: int) -> list[int] | None:
-        """Token ids of the examples of this kind that fit, and then the text; None if the text
-        alone leaves no room for max_new tokens."""
+        """Token ids of the examples that fit, and the text; None if it alone leaves no room."""
         ids = self.tokenizer.encode(text)
         room = self.limit - max_new - len(ids)
         if room < 0:
@@ -73,9 +70,8 @@ class Planner:
 
 
 def outside(principle, tokenizer) -> bool:
-    """Whether a model of few words knows nothing that this principle says: it has words that the
-    model has never read, or none of those that say what the shipped principles are about. False for
-    a model whose words are not listed."""
+    """Whether a principle has words that the model has never read, or none of those that say what
+    the shipped principles are about. False for a model whose words are not listed."""
     if tokenizer.words is None:
         return False
     about = {p.about for p in constitution.load_constitution()}
@@ -83,22 +79,18 @@ def outside(principle, tokenizer) -> bool:
 
 
 def warn_outside(principles, tokenizer, folder) -> None:
-    """One line on stderr if principles are outside what the model in this folder knows: it takes
-    them for others."""
+    """One line on stderr if principles are outside what a model knows: it takes them for others."""
     some = [p for p in principles if outside(p, tokenizer)]
-    if some and distributed.is_main():
+    if some:
         named = ", ".join([repr(p.tiny) for p in some[:3]] + ["..."] * (len(some) > 3))
         about = ", ".join(dict.fromkeys(p.about for p in constitution.load_constitution()))
-        told = (
-            f"{len(some)} of {len(principles)} principles are outside what {folder} knows: {named}"
-        )
+        told = f"{len(some)} of {len(principles)} principles are outside what {folder} knows"
         mend = f"a 'tiny' has to name one of {about}, in the words of {folder}/{WORDS}"
-        print(f"warning: {told}; {mend}", file=sys.stderr)
+        distributed.tell(f"warning: {told}: {named}; {mend}")
 
 
 def load_shots(path: str, principles, reasons: bool = True) -> dict[str, list[str]]:
-    """The examples of a few-shot file as texts in the very form of the prompts; {} for an empty
-    path.
+    """The examples of a few-shot file as texts in the form of the prompts; {} for an empty path.
 
     The file holds {"answer": [{human, assistant}],
     "review": [{human, answer, principle_id, critique, revision}],

@@ -33,8 +33,7 @@ SAVE_EVERY, SHARE = 60.0, 1 / 50
 
 
 def place(result) -> Path:
-    """Where the progress of this output is kept: beside it, or inside a folder beside which
-    nothing may be written."""
+    """Where this output's progress is kept: beside it, or inside where nothing may be beside it."""
     real = Path(os.path.realpath(result))
     name = real.stem if real.suffix in (".json", ".jsonl") else real.name
     inside = real.is_dir() and not os.access(real.parent, os.W_OK)
@@ -47,38 +46,27 @@ def _files(processes):
 
 
 def check(cfg) -> None:
-    """Look at what an earlier run of this stage has left. UserError where it was begun with other
-    settings, inputs or processes, unless cfg.again: then it goes, as it does where nothing was
-    saved yet."""
-    stale = _stale(cfg)
+    """Look at what an earlier run has left. UserError where it was begun with other settings,
+    inputs or processes, unless cfg.again: then it goes, as where nothing was saved yet."""
+    folder, world = place(cfg.result), distributed.world()
+    stale = os.path.lexists(folder)
+    if os.path.isdir(folder) and set(os.listdir(folder)) <= output.temporaries(folder):
+        stale = False  # stopped before it had its run.json, which is written again
+    saved = [folder / name for name in _files(world) if name.startswith(("state.s", "chunks"))]
+    if stale and any(path.is_file() and path.stat().st_size for path in saved):
+        try:
+            begun = (output.stamp_of(folder / "run.json") or {}).get("processes")
+            if begun != world:  # each of which draws its own
+                told = f"was begun by {begun} processes, and now there are {world}"
+                raise UserError(f"{folder}: {told}; start as many, or add --again to begin anew")
+            data.done(folder, cfg)
+            stale = False
+        except UserError:
+            if not cfg.again:
+                raise
     distributed.barrier()  # all have looked, before one of them writes there
     if stale:
         clear(cfg)
-
-
-def _stale(cfg):
-    """Whether there is something that this run cannot go on with; UserError as check says."""
-    folder, world = place(cfg.result), distributed.world()
-    if not os.path.lexists(folder):
-        return False
-    if folder.is_dir() and {path.name for path in folder.iterdir()} <= output.temporaries(folder):
-        return False  # stopped before it had its run.json, which is written again
-    stamp = output.stamp_of(folder / "run.json") or {}
-    kept = [folder / name for name in _files(world) if name.startswith(("state.s", "chunks"))]
-    saved = any(path.is_file() and path.stat().st_size for path in kept)
-    if not saved:
-        return True
-    try:
-        begun = stamp.get("processes")
-        if begun != world:  # each of which draws its own
-            told = f"was begun by {begun} processes, and now there are {world}"
-            raise UserError(f"{folder}: {told}; start as many, or add --again to begin anew")
-        data.done(folder, cfg)
-        return False
-    except UserError:
-        if not cfg.again:
-            raise
-    return True
 
 
 def clear(cfg) -> None:
@@ -89,8 +77,8 @@ def clear(cfg) -> None:
 
 
 def forget(cfg) -> None:
-    """The same where the output is there, which a run that was killed may have left: unless another
-    run is making it anew just now, or has begun to with other settings and may go on."""
+    """The same where the output is there, unless another run is making it anew just now, or has
+    begun to with other settings and may go on."""
     if distributed.is_main() and os.path.lexists(place(cfg.result)):
         with contextlib.suppress(UserError), lock.alone(cfg.result):
             data.done(place(cfg.result), cfg)
@@ -108,10 +96,8 @@ def _begin(cfg, inputs) -> Path:
 
 
 class Journal:
-    """Results in a file, chunk by chunk, of calls that come in the same order in every run.
-
-    A line that was cut short is dropped, with all after it.
-    """
+    """Results in a file, chunk by chunk, of calls that come in the same order in every run. A line
+    that was cut short is dropped, with all after it."""
 
     def __init__(self, cfg, inputs):
         self.path = _begin(cfg, inputs) / f"chunks-{distributed.rank()}.jsonl"
@@ -175,16 +161,21 @@ class Training:
         distributed.barrier()  # all have read
         self.file = None
         if distributed.is_main():
-            self._cut()
+            with output.writing(self.rows):
+                self.file = open(self.rows, "ab+")
+                self.file.seek(0)
+                for _ in self.log:
+                    self.file.readline()
+                self.file.truncate(self.file.tell())  # behind the rows of the saved state
         self.saved, self.wait = time.monotonic(), SAVE_EVERY
 
     def _restore(self):
         try:
             with safe_open(self.path, "pt") as file:
                 kept = {name: file.get_tensor(name) for name in file.keys()}
-                told = json.loads(file.metadata()["progress"])
+                reached = json.loads(file.metadata()["progress"])
             with open(self.rows, "rb") as rows:
-                log = [json.loads(rows.readline()) for _ in range(told["rows"])]
+                log = [json.loads(rows.readline()) for _ in range(reached["rows"])]
             for name, part in self.parts.items():
                 drawn = isinstance(part, torch.Generator)
                 if drawn and kept[f"{name}/state"].shape != part.get_state().shape:
@@ -192,22 +183,9 @@ class Training:
         except (OSError, SafetensorError, ValueError) as error:
             told = f"cannot be read ({error}); add --again to begin anew"
             raise UserError(f"{self.path.parent}: {told}") from None
-        self.steps, self.log = told["steps"], log
-        self.notes[:] = told["notes"]
+        self.steps, self.log, self.notes[:] = reached["steps"], log, reached["notes"]
         for name, part in self.parts.items():
-            some = {
-                k.removeprefix(f"{name}/"): v for k, v in kept.items() if k.startswith(f"{name}/")
-            }
-            _set(part, some)
-
-    def _cut(self):
-        """Open the file of metrics behind the rows of the saved state."""
-        with output.writing(self.rows):
-            self.file = open(self.rows, "ab+")
-            self.file.seek(0)
-            for _ in self.log:
-                self.file.readline()
-            self.file.truncate(self.file.tell())
+            _set(part, {k[len(name) + 1 :]: x for k, x in kept.items() if k.startswith(f"{name}/")})
 
     def add(self, row: dict) -> None:
         """A row of metrics that belongs to no step."""
@@ -218,8 +196,7 @@ class Training:
                 self.file.flush()
 
     def step(self, row: dict | None = None) -> None:
-        """One more step is done, and this row of metrics came of it; save the state if it is
-        time."""
+        """One more step is done, with this row of metrics; save the state if it is time."""
         if row is not None:
             self.add(row)
         self.steps += 1
@@ -232,14 +209,12 @@ class Training:
         self.wait = max(SAVE_EVERY, (self.saved - started) / SHARE)
 
     def _save(self):
-        kept = {
-            f"{name}/{k}": v for name, part in self.parts.items() for k, v in _get(part).items()
-        }
-        told = {"steps": self.steps, "rows": len(self.log), "notes": self.notes}
+        kept = {f"{name}/{k}": v for name, x in self.parts.items() for k, v in _get(x).items()}
+        reached = {"steps": self.steps, "rows": len(self.log), "notes": self.notes}
         work = self.path.with_suffix(".new")
         with output.writing(self.path):
             os.fsync(self.file.fileno())
-            save_file(kept, work, metadata={"progress": json.dumps(told)})
+            save_file(kept, work, metadata={"progress": json.dumps(reached)})
             output.flush(work)
             os.replace(work, self.path)
             output.flush(work.parent)

@@ -18,17 +18,7 @@ import torch
 from tqdm import tqdm
 
 from mincai import Diverged
-from mincai.plumbing import (
-    card,
-    checkpoint,
-    cli,
-    data,
-    distributed,
-    lock,
-    memory,
-    output,
-    progress,
-)
+from mincai.plumbing import card, checkpoint, cli, data, distributed, lock, memory, output, progress
 from mincai.plumbing.cli import arg
 from mincai.plumbing.weights import common_tokenizer, resolve
 
@@ -64,7 +54,7 @@ class Stage:
     threads: int
     started: float
     inputs: dict  # of what it reads: files may change while it works
-    place: lock.Held | None = None  # the output, held until it is there or the stage is dropped
+    hold: lock.Held | None = None  # the output, held until it is there or the stage is dropped
 
     def say(self, text: str) -> None:
         """Print above any progress bar, once however many processes there are."""
@@ -110,20 +100,17 @@ class Stage:
         return found
 
     def save_rows(self, rows, stamp) -> None:
-        """Write the output, a JSONL file, and its sidecar. The processes go through the rows
-        together.
-
-        stamp: a function that gives what the sidecar records besides, when all rows are there.
-        """
+        """Write the output, a JSONL file, and its sidecar; the processes go through rows together.
+        stamp: a function that gives what the sidecar records besides, when all rows are there."""
         if distributed.is_main():
+
+            def made():
+                return data.stamp(self.cfg, inputs=self.inputs, **stamp())
+
             out = Path(self.cfg.out)
-            data.write_stamped(
-                data.sidecar(out),
-                {out.name: rows},
-                lambda: data.stamp(self.cfg, inputs=self.inputs, **stamp()),
-            )
+            data.write_stamped(data.sidecar(out), {out.name: rows}, made)
             progress.clear(self.cfg)
-            self.place.release()
+            self.hold.release()
         else:
             for _ in rows:
                 pass
@@ -139,8 +126,7 @@ class Stage:
                 raise Diverged(f"{self.name}: {told}; lower --lr")
         stamp = data.stamp(self.cfg, inputs=self.inputs, metrics=metrics)
         stamp |= {} if finished else {"unfinished": True}
-        extra = tokenizer.files() | {"run.json": stamp}
-        extra |= tokenizer.special()
+        extra = tokenizer.files() | tokenizer.special() | {"run.json": stamp}
         if not output.is_foreign(self.cfg.out, output.CARD):
             few_words = tokenizer.words is not None
             extra[output.CARD] = card.written(self.name, self.cfg, stamp, few_words)
@@ -149,15 +135,13 @@ class Stage:
         checkpoint.save(model, self.cfg.out, extra)
         if finished:
             progress.clear(self.cfg)
-            self.place.release()
+            self.hold.release()
 
 
 def begin(name: str, cfg: Settings) -> Stage | None:
-    """Check the settings, join the other processes, choose device and threads, look at the output.
-
-    None where the output is there already, made with these settings. UserError for settings that
-    cannot be, and for an output that may not be written, or that another run is writing.
-    """
+    """Check the settings, join the other processes, choose device and threads, look at the output:
+    None where it is there already, made with these settings. UserError for settings that cannot be,
+    and for an output that may not be written, or that another run is writing."""
     started = time.time()
     cli.check(cfg)
     threads = cli.set_threads(cfg.threads)
@@ -169,7 +153,7 @@ def begin(name: str, cfg: Settings) -> Stage | None:
         return None
     cfg.check_out()
     if distributed.is_main():
-        stage = replace(stage, place=lock.Held(cfg.result))
+        stage = replace(stage, hold=lock.Held(cfg.result))
         if distributed.world() == 1 and data.done(cfg.out, cfg, cfg.again):
             stage.say(f"{cfg.out} has been made meanwhile")
             return None

@@ -34,8 +34,7 @@ class Tokenizer:
     """`encode`, `decode`, and two ids that end something: `eot` (an answer), `newline` (a line).
 
     ranks: {bytes: id}, what text is made of. control: {name: id} of all other tokens, `eot` among
-    them. words: all that its model has read in pretraining, a set, where they are few enough to be
-    listed.
+    them. words: all that its model has read in pretraining, a set, where they are few.
     """
 
     def __init__(self, ranks: dict[bytes, int], control: dict[str, int], eot: int, words=None):
@@ -66,15 +65,9 @@ class Tokenizer:
 
     def files(self) -> dict[str, bytes]:
         """What to write beside a checkpoint so that `load_tokenizer` finds the vocabulary again."""
-        return dict(self._files)
-
-    @functools.cached_property
-    def _files(self):
         files = bpe_files.write(self.ranks, self.control, self.eot)
         if self.control == {END: len(self.ranks)}:
-            lines = (
-                base64.b64encode(token) + b" %d\n" % rank for token, rank in self.ranks.items()
-            )
+            lines = [b"%b %d\n" % (base64.b64encode(x), rank) for x, rank in self.ranks.items()]
             files[FILE] = b"".join(lines)
         if self.words is not None:
             files[WORDS] = "".join(f"{word}\n" for word in sorted(self.words)).encode()
@@ -93,8 +86,7 @@ def from_ranks(ranks: dict[bytes, int], words: set[str] | None = None) -> Tokeni
 
 def load_tokenizer(folder) -> Tokenizer:
     """The vocabulary in `folder`: tokenizer.tiktoken (each line: base64 of the bytes, a space, the
-    rank) with the words of words.txt, if it is there; else Hugging Face's files (bpe_files.py); or,
-    where there are none, GPT-2's vocabulary."""
+    rank), with words.txt if it is there; else Hugging Face's files (bpe_files.py); else GPT-2's."""
     path = Path(folder, FILE)
     if not path.parent.is_dir():  # a mistyped path must not fetch a vocabulary
         raise UserError(f"{folder}: no such folder; check the path, or run the stage that makes it")
@@ -122,10 +114,8 @@ def _read_once(path, states):
         told = "ranks must count from 0 without gaps and hold all 256 single bytes"
         raise UserError(f"{path}: {told}")
     listed = path.with_name(WORDS)
-    if not listed.exists():
-        return ranks, None
-    words = data.read_bytes(listed).decode("utf-8", errors="replace")
-    return ranks, frozenset(words.split())
+    words = data.read_bytes(listed).decode(errors="replace").split() if listed.exists() else None
+    return ranks, None if words is None else frozenset(words)
 
 
 def _gpt2(path):
@@ -165,8 +155,7 @@ def _end(folder, control):
 
 
 def tokens_in(folder) -> int:
-    """How many ids have a token in the vocabulary that `load_tokenizer` finds; GPT-2's is not
-    fetched for it."""
+    """How many ids have a token in what `load_tokenizer` finds; GPT-2's is not fetched for it."""
     own = Path(folder, FILE).exists() or bpe_files.there(folder)
     return load_tokenizer(folder).n_vocab if own else GPT2_TOKENS
 

@@ -31,8 +31,7 @@ def quote(text: str) -> str:
 
 
 def turns_of(value) -> list[tuple[str, str]]:
-    """Turns, at least one, of a text (a transcript of either style, or else a question), of a
-    message, or of a list of messages."""
+    """Turns, at least one, of a text (a transcript, or else a question), or of one message or more."""
     if isinstance(value, str):
         ours = DIALOGUE.fullmatch(value)
         if ours:

@@ -10,7 +10,6 @@ out on purpose: any other model's name. Those can be given as folders, which che
 
 import contextlib
 import dataclasses
-import hashlib
 import os
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from mincai.model import GPTConfig
 from mincai.plumbing import data, memory
 from mincai.plumbing.checkpoint import load, read_config
 from mincai.plumbing.cli import arg, run
+from mincai.plumbing.output import sha256
 from mincai.plumbing.tokenizer import load_tokenizer
 
 SHAPES: dict[str, GPTConfig] = {  # Radford et al. 2019, table 2
@@ -49,9 +49,6 @@ WEIGHTS = DATA / "weights"
 class Config:
     FIRST = "model"  # also given without its flag
     model: str = arg("gpt2", f"{NAMES}, or a model's folder")
-
-
-# --- finding --------------------------------------------------------------------------------------
 
 
 def resolve(model: str) -> Path:
@@ -84,9 +81,6 @@ def _snapshots(name):
         yield from sorted((cache / repository / "snapshots").glob("*"))
 
 
-# --- fetching -------------------------------------------------------------------------------------
-
-
 def _url(name, file):
     return f"https://huggingface.co/{OWNER}/{name}/resolve/main/{file}"
 
@@ -111,9 +105,9 @@ def _fetch(name):
     except Exception as error:  # both libraries let their HTTP library's errors through
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)  # on one line
         pages = " and ".join(_url(name, file) for file in FILES)
-        told = f"open {pages} in a browser and put the two files in {WEIGHTS / name}/"
-        advice = "or give a folder that holds them in place of the name"
-        raise UserError(f"{name} could not be fetched ({reason}); {told}, {advice}") from None
+        put = f"open {pages} in a browser and put the two files in {WEIGHTS / name}/"
+        told = f"could not be fetched ({reason}); {put}, or give a folder that holds them"
+        raise UserError(f"{name} {told} in place of the name") from None
 
 
 def _download(name):
@@ -139,22 +133,18 @@ def _download(name):
     return target
 
 
-# --- checking -------------------------------------------------------------------------------------
-
-
 def check(name: str, folder, advice="remove it and get it again") -> None:
     """UserError unless folder holds the published config.json and model.safetensors of `name`;
     names and shapes of the tensors are left to checkpoint.load. advice: what to do about it."""
     config, weights = (Path(folder, file) for file in FILES)
-    found, published = (dataclasses.asdict(c) for c in (read_config(folder), SHAPES[name]))
-    for key, value in published.items():
+    found = dataclasses.asdict(read_config(folder))
+    for key, value in dataclasses.asdict(SHAPES[name]).items():
         if found[key] != value:
             told = f"{key} is {found[key]}, but {name} has {value}"
             raise UserError(f"{config}: {told}; {advice}")
     if name in PUBLISHED:
-        content = weights.read_bytes()
-        sizes = (len(content), "bytes"), (hashlib.sha256(content).hexdigest(), "as SHA-256")
-        for (has, unit), known in zip(sizes, PUBLISHED[name]):
+        found = {"bytes": weights.stat().st_size, "as SHA-256": sha256(weights)}
+        for (unit, has), known in zip(found.items(), PUBLISHED[name]):
             if has != known:
                 told = f"has {has} {unit}, but {name}'s has {known}"
                 raise UserError(f"{weights}: {told}; {advice}")
@@ -172,8 +162,8 @@ def check_vocabulary(model_config: GPTConfig, tokenizer, folder) -> None:
     tokens, rows = tokenizer.n_vocab, model_config.vocab_size
     if tokens > rows:
         told = f"the vocabulary has {tokens} tokens, the embedding only {rows} rows"
-        advice = "put the model's own vocabulary (tokenizer.json) beside its weights"
-        raise UserError(f"{folder}: {told}; {advice}")
+        own = "the model's own vocabulary (tokenizer.json)"
+        raise UserError(f"{folder}: {told}; put {own} beside its weights")
 
 
 def common_tokenizer(*folders):
