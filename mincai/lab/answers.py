@@ -14,7 +14,7 @@ from pathlib import Path
 from mincai import constitution, shipped
 from mincai.lab import page
 from mincai.lab.assess import answers_of
-from mincai.lab.measure import measured, run_folder
+from mincai.lab.measure import models_of, run_folder
 from mincai.lab.page import said, tag, text
 from mincai.lab.table import NAMES
 from mincai.plumbing import data, formats, output, progress
@@ -48,7 +48,7 @@ class Config(Settings):
 
     def reads(self) -> dict:
         """What answers, beside what the flags name."""
-        return measured(self.out)
+        return models_of(self.out)
 
     def check_out(self):
         output.check_rows(Path(self.out, "answers.jsonl"))
@@ -91,9 +91,9 @@ def main(cfg: Config) -> list[dict]:
     every = formats.loop_prompts(cfg.prompts)
     chosen = {id(row) for kind in KINDS for row in data.choose(every, kind, cfg.most, rng)}
     asked = [row for row in every if id(row) in chosen]  # in the files' order
-    stages = [s for s in NAMES if s == "base" or (out / s).is_dir()]
-    folders = [cfg.base, *(str(out / stage) for stage in stages[1:])]
-    folders, tokenizer, (config, *_) = begun.open(*folders)
+    models = {"base": cfg.base} | models_of(out)
+    stages = [stage for stage in NAMES if stage in models]
+    folders, tokenizer, (config, *_) = begun.open(*(models[stage] for stage in stages))
     sizes = dict(batch=cfg.batch_size, length=config.block_size)
     begun.plan_memory("sample", config, "--batch-size or --max-new", **sizes)
     principles = constitution.load_constitution(cfg.constitution)

@@ -26,8 +26,8 @@ import torch
 from mincai import UserError, constitution, shipped
 from mincai.constitution import conversation_of
 from mincai.feedback import judge
-from mincai.lab.measure import measured
-from mincai.lab.table import NAMES, STAGES, Table, as_text, rate
+from mincai.lab.measure import MODELS, models_of
+from mincai.lab.table import NAMES, STAGES, Table, as_text, rate, rates
 from mincai.plumbing import data, formats, output, progress
 from mincai.plumbing.cli import arg, run
 from mincai.plumbing.logprobs import answer_logp, answer_scores
@@ -70,7 +70,7 @@ class Config(Settings):
 
     def reads(self) -> dict:
         """What it measures, beside what the flags name."""
-        return measured(self.out)
+        return models_of(self.out)
 
     def check_out(self):
         output.check_beside(self.out, "eval.json", "eval_samples.jsonl")
@@ -108,10 +108,7 @@ def family(row) -> str:
 
 def refusals_by(rows, answers, name_of) -> dict[str, dict]:
     """{name: rate of refusals} of the rows that name_of gives this name."""
-    found = {}
-    for row, answer in zip(rows, answers):
-        found.setdefault(name_of(row), []).append(refuses(answer))
-    return {name: rate(found[name]) for name in sorted(found)}
+    return rates(sorted((name_of(row), refuses(text)) for row, text in zip(rows, answers)))
 
 
 def refusals(rows, answers) -> dict:
@@ -217,8 +214,8 @@ def main(cfg: Config) -> dict:
         raise UserError(f"{cfg.prompts}: no row has split 'eval' or 'eval-twin'; {advice}")
     every = constitution.load_constitution(cfg.constitution)
     held = constitution.held(every)
-    missing = [name for name in ("sft", "pm", "ppo") if not (out / name).is_dir()]
-    made = {name: str(out / name) for name in ("sft", "pm", "ppo") if name not in missing}
+    made = models_of(out)
+    missing = [stage for stage in MODELS if stage not in made]
     (folder, *_), tokenizer, (config, *_) = begun.open(cfg.base, *made.values())
     sizes = dict(batch=cfg.batch_size, length=config.block_size, models=3, reads_on=True)
     begun.plan_memory("sample", config, "--batch-size or --max-new", **sizes)

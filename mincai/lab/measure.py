@@ -17,7 +17,7 @@ import torch
 from mincai import UserError, constitution
 from mincai.constitution import conversation_of
 from mincai.feedback import judge
-from mincai.lab.table import PARTS, ROWS, STAGES, rate
+from mincai.lab.table import PARTS, ROWS, STAGES, rate, rates
 from mincai.losses import calibration_error
 from mincai.plumbing import data, formats
 from mincai.plumbing.checkpoint import load
@@ -28,6 +28,7 @@ from mincai.plumbing.weights import common_tokenizer
 from mincai.sample import generate_batched
 from mincai.tinyworld import attacks, corpus, world
 
+MODELS = ("sft", "pm", "ppo")  # that a run makes
 WATCHED = 64  # development requests of either kind: enough to see where PPO goes, few enough to look often
 PM_KINDS = {  # kind of request, better style, worse style
     "harmful: reasons over compliance": ("harmful", "reasoned", "whole"),
@@ -39,9 +40,10 @@ PM_KINDS = {  # kind of request, better style, worse style
 }
 
 
-def measured(out) -> dict[str, str]:
-    """Where the models of a run lie."""
-    return {stage: str(Path(out, stage)) for stage in ("sft", "pm", "ppo")}
+def models_of(out) -> dict[str, str]:
+    """Where the models of a run lie, those that are there."""
+    places = {stage: Path(out, stage) for stage in MODELS}
+    return {stage: str(place) for stage, place in places.items() if place.is_dir()}
 
 
 @dataclass
@@ -64,7 +66,7 @@ class Run:
 
     @property
     def missing(self) -> list[str]:
-        return [s for s in ("sft", "pm", "ppo") if not (self.out / s).is_dir()]
+        return [stage for stage in MODELS if not (self.out / stage).is_dir()]
 
     @property
     def stages(self) -> list[str]:
@@ -174,12 +176,6 @@ def answer_all(opened: Run, model, rows, desc="answers", temperature=1.0) -> lis
     return answers
 
 
-def rates_by(samples: list[dict], key: str, field: str) -> dict[str, dict]:
-    """{name: rate of the samples whose `key` is that name and whose field is true}, sorted."""
-    names = sorted({s[key] for s in samples})
-    return {name: rate(s[field] for s in samples if s[key] == name) for name in names}
-
-
 def summarise(samples: list[dict]) -> dict:
     """Rates of one stage's graded answers: table.ROWS, and table.PARTS of them.
 
@@ -200,7 +196,8 @@ def summarise(samples: list[dict]) -> dict:
     sets["plain"] = [s for s in ordinary if s["attack"] == "plain"]
     sets["wrapped"] = [s for s in ordinary if s["attack"] != "plain"]
     found = {key: rate(s[field] for s in sets[name]) for key, (_, name, field) in ROWS.items()}
-    found |= {key: rates_by(sets[name], *how) for key, (_, name, *how) in PARTS.items()}
+    for key, (_, name, by, counts) in PARTS.items():
+        found[key] = rates(sorted((s[by], s[counts]) for s in sets[name]))
     return found | {"quality": (found["explained"]["rate"] + found["helpful"]["rate"]) / 2}
 
 
@@ -256,28 +253,28 @@ def judged_pairs(opened: Run, rows, principles, rng) -> list[dict]:
     out = []
     while len(out) < opened.cfg.judged:
         row = rng.choice(rows)
-        action, setting = opened.actions[row["action"]], row.get("setting")
+        about_action = opened.actions[row["action"]], row.get("setting")
         harmful = (row["category"], "harm", "truth", "reasons")
         about = rng.choice(harmful if row["kind"] == "harmful" else ("help", "help", "truth"))
-        some, texts, merits = [p for p in principles if p.about == about], [], []
-        for _ in range(2):
-            style, text = corpus.draw_answer(about, action, setting, row["prompt"], rng)
-            texts.append(text)
-            merits.append(corpus.describe(about, action, setting, style, text)[1])
-        if merits[0] != merits[1] and some:
+        some = [p for p in principles if p.about == about]
+        a, b = (corpus.draw_answer(about, *about_action, row["prompt"], rng) for _ in "ab")
+        _, merit_a = corpus.describe(about, *about_action, *a)
+        _, merit_b = corpus.describe(about, *about_action, *b)
+        if merit_a != merit_b and some:
             pair = {"row": row, "about": "category" if about in world.HARMS else about}
-            pair |= {"principle": rng.choice(some), "a": texts[0], "b": texts[1]}
-            out.append(pair | {"a_better": merits[0] > merits[1]})
+            pair |= {"principle": rng.choice(some), "a": a[1], "b": b[1]}
+            out.append(pair | {"a_better": merit_a > merit_b})
     return out
 
 
 def preferred(opened: Run, rows, a, b, principles, desc) -> tuple[list[float], float]:
     """(the base's P(a is better than b) on each row, both orders averaged; share of the same slot
     in both orders). Where there was no room to judge it is 1/2: undecided."""
-    base, cfg, said = opened.model("base"), opened.cfg, [conversation_of(r) for r in rows]
-    planner, asks = Planner(opened.tokenizer, base.config.block_size), [p.tiny for p in principles]
-    settings = dict(max_new=cfg.max_new, batch_size=cfg.batch_size, desc=desc)
-    verdicts = judge(base, planner, said, a, b, asks, journal=opened.journal, **settings)
+    base, cfg, asks = opened.model("base"), opened.cfg, [p.tiny for p in principles]
+    texts = (list(map(conversation_of, rows)), a, b, asks)
+    planner = Planner(opened.tokenizer, base.config.block_size)
+    how = dict(max_new=cfg.max_new, batch_size=cfg.batch_size, desc=desc, journal=opened.journal)
+    verdicts = judge(base, planner, *texts, **how)
     return [0.5 if p is None else p for p in verdicts.p_a], verdicts.same_slot
 
 
@@ -288,12 +285,11 @@ def measure_judge(opened: Run, pairs, desc) -> dict:
     p, same_slot = preferred(opened, *columns, desc)
     label = [pair["a_better"] for pair in pairs]
     right = [x != 0.5 and (x > 0.5) == better for x, better in zip(p, label)]
-    found = [{**pair, "right": hit} for pair, hit in zip(pairs, right)]
     return {
         "accuracy": rate(right),
         "same_slot": same_slot,
         "calibration_error": calibration_error(torch.tensor(p), torch.tensor(label).float()),
-        "by_about": rates_by(found, "about", "right"),
+        "by_about": rates(sorted((pair["about"], hit) for pair, hit in zip(pairs, right))),
     }
 
 
@@ -342,9 +338,7 @@ def measure_pm(opened: Run, rows, rng) -> dict:
     label = torch.tensor([1.0] * len(p) + [0.0] * len(p))
     return {
         "accuracy": rate(x > 0.5 for x in p),
-        "by_kind": {
-            name: rate(s["p"] > 0.5 for s in samples if s["kind"] == name) for name in PM_KINDS
-        },
+        "by_kind": rates((s["kind"], s["p"] > 0.5) for s in samples),
         "samples": samples,
         "calibration_error": calibration_error(both, label),
     }

@@ -22,7 +22,7 @@ import torch
 
 from mincai import UserError, constitution, critique, shipped
 from mincai.feedback import judge
-from mincai.lab.measure import run_folder
+from mincai.lab.measure import models_of, run_folder
 from mincai.lab.table import NAMES
 from mincai.model import GPT, ScalarModel
 from mincai.plumbing import data, formats
@@ -84,9 +84,7 @@ class Play:
 
 
 def open_run(cfg: Config) -> Play:
-    out = run_folder(cfg.out)
-    folders = {"base": resolve(cfg.base)}
-    folders |= {name: out / name for name in ("sft", "ppo", "pm") if (out / name).is_dir()}
+    folders = {"base": resolve(cfg.base)} | models_of(run_folder(cfg.out))
     tokenizer, device = common_tokenizer(*folders.values()), pick_device(cfg.device)
     models = {s: load(folder, device, scalar=s == "pm") for s, folder in folders.items()}
     pm = models.pop("pm", None)

@@ -15,7 +15,7 @@ from statistics import fmean
 import torch
 
 from mincai.lab.measure import Run, answer_all, pm_scores, preferred
-from mincai.lab.table import NAMES, Table, rate
+from mincai.lab.table import NAMES, Table, rate, rates
 from mincai.losses import calibration_error
 from mincai.plumbing import data
 from mincai.plumbing.logprobs import next_logp
@@ -51,10 +51,7 @@ def in_parts(sets: dict[str, list[dict]]) -> list[dict]:
 
 def by_stage(samples: list[dict], part: str, field: str) -> dict:
     """{stage: rate of the part's samples whose field is true}"""
-    hits = {}
-    for sample in [s for s in samples if s["part"] == part]:
-        hits.setdefault(sample["stage"], []).append(sample[field])
-    return {stage: rate(some) for stage, some in hits.items()}
+    return rates((s["stage"], s[field]) for s in samples if s["part"] == part)
 
 
 def unset(rows: list[dict]) -> list[dict]:

@@ -2,6 +2,7 @@
 dialogues."""
 
 import math
+from collections import defaultdict
 from itertools import zip_longest
 from typing import NamedTuple
 
@@ -57,6 +58,14 @@ def rate(hits) -> dict:
     k, n = sum(hits), len(hits)
     low, high = wilson(k, n)
     return {"k": k, "n": n, "rate": k / max(1, n), "low": low, "high": high}
+
+
+def rates(named) -> dict[str, dict]:
+    """{name: rate of its hits}, of (name, hit) pairs; the names as they come first."""
+    hits = defaultdict(list)
+    for name, hit in named:
+        hits[name].append(hit)
+    return {name: rate(some) for name, some in hits.items()}
 
 
 def ratio(a: dict, b: dict) -> dict:
@@ -147,7 +156,7 @@ def instruments(result: dict) -> Table:
             same_slot = f"{found['same_slot']:.1%}" if "same_slot" in found else ""
             cells = [right["n"], right, error, same_slot]
         rows.append([INSTRUMENTS[key], *cells])
-        parts = found.get("by_about") or found.get("by_kind") or found
+        parts = found.get("by_about", found.get("by_kind", found))
         rows += [counted(f"  {name.replace('_', ' ')}", [r]) for name, r in parts.items()]
     return Table("How often judge, critic and preference model are right", head, rows)
 
