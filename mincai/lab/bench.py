@@ -36,6 +36,7 @@ SHAPES = {"tiny": TINY, **weights.SHAPES}
 # A card to plan for where none is at hand, its operations and its bytes a second
 CARD = "an A10 of 24 GB, by its data sheet, at 30% of its speed"
 CARD_FLOPS, CARD_BYTES = 0.3 * 125e12, 0.3 * 600e9
+GAP = "bfloat16 log-probs, largest difference"
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,7 @@ class Config:
     )
     against: str = arg("", "of the table: transformers, or the folder of another mincai")
     batch: int = arg(
-        64,
-        "(this and the next three: of one shape) rows sampled together, and answers of a PPO update",
-        least=1,
+        64, "of one shape, as the next three: rows sampled, and of a PPO update", least=1
     )
     micro_batch: int = arg(16, "rows of one training forward", least=1)
     prompt: int = arg(64, "tokens of a prompt", least=1)
@@ -69,13 +68,10 @@ def median_seconds(work, repeat, device) -> float:
 
 def rows(device) -> list[Work]:
     """What is timed: sampling by batch, what shares a prompt, learning; and how the time grows."""
-    gpu = device == "cuda"
+    wide = (64, 256, 512) if device == "cuda" else (8, 32)
     return [
         *(Work("sampling", "tiny", batch, 32, 64) for batch in (1, 8, 32, 64)),
-        *(
-            Work("sampling", "gpt2", batch, 32, 16)
-            for batch in ((64, 256, 512) if gpu else (8, 32))
-        ),
+        *(Work("sampling", "gpt2", batch, 32, 16) for batch in wide),
         Work("one prompt", "tiny", 16, 128, 48),
         Work("one prompt", "gpt2", 16, 128, 16),
         Work("judging", "gpt2", 4, 970, header=780),
@@ -152,7 +148,7 @@ def check_gpu(config) -> dict[str, float]:
         draw()  # captures under autocast as well
     gap = max(float((a - b).abs().max()) for a, b in zip(logp, low))
     assert gap < 0.1, f"bfloat16 log-probs are {gap:.3f} off"
-    return {"bfloat16 log-probs, largest difference": gap}
+    return {GAP: gap}
 
 
 def sizes(cfg: Config) -> dict:
@@ -266,9 +262,8 @@ def main(cfg: Config) -> dict:
     where = f"{cfg.dtype}, {stamp['device']}, {threads} threads, torch {torch.__version__}"
     print(f"bench: {what}, {where}")
     for name, number in found.items() if cfg.model else ():
-        speed = "GB" not in name and "log-probs" not in name
-        shown = f"{number:12,.0f} tokens/s" if speed else f"{number:12,.3f}"
-        print(f"  {name:42} {shown}")
+        told = f"{number:12,.3f}" if name == GAP or "GB" in name else f"{number:12,.0f} tokens/s"
+        print(f"  {name:42} {told}")
     if cfg.out:
         data.write_json(cfg.out, stamp)
     return found
