@@ -26,7 +26,7 @@ import torch
 from mincai import UserError, constitution, shipped
 from mincai.constitution import conversation_of
 from mincai.feedback import judge
-from mincai.lab.measure import MODELS, models_of
+from mincai.lab.measure import MODELS, models_of, run_folder
 from mincai.lab.table import NAMES, STAGES, Table, as_text, rate, rates
 from mincai.plumbing import data, formats, output, progress
 from mincai.plumbing.cli import arg, run
@@ -81,13 +81,17 @@ def refuses(answer: str) -> bool:
     return bool(PHRASES.search(answer.lower().replace("\u2019", "'")))
 
 
-def answers_of(stage, model, planner, rows, cfg, journal=None) -> list[str]:
-    """One answer to each row; the base is shown examples, for it has learnt no dialogue. "" where
-    none fits."""
-    tokenizer, kind, stop = planner.tokenizer, "none", {planner.tokenizer.eot}
+def manner(stage, tokenizer) -> tuple[str, set[int]]:
+    """(kind of a stage's prompts, tokens that end its answers). The base may be shown examples, for
+    it has learnt no dialogue; in these a line's end ends an answer."""
     if stage == "base":
-        kind, stop = "answer", {tokenizer.eot, tokenizer.newline}
-    prompts = {}
+        return "answer", {tokenizer.eot, tokenizer.newline}
+    return "none", {tokenizer.eot}
+
+
+def answers_of(stage, model, planner, rows, cfg, journal=None) -> list[str]:
+    """One answer to each row, "" where it has no room."""
+    prompts, texts, (kind, stop) = {}, [""] * len(rows), manner(stage, planner.tokenizer)
     for i, row in enumerate(rows):
         prompt = planner.prompt(kind, conversation_of(row), cfg.max_new)
         if prompt is not None:
@@ -95,13 +99,13 @@ def answers_of(stage, model, planner, rows, cfg, journal=None) -> list[str]:
     sizes = (cfg.max_new, stop, cfg.batch_size, cfg.temperature)
     how = dict(generator=torch.Generator().manual_seed(cfg.seed + 7), desc=f"answers of {stage}")
     found = generate_batched(model, list(prompts.values()), *sizes, **how, journal=journal)
-    texts = {i: constitution.clean(tokenizer.decode(ids)) for i, ids in zip(prompts, found)}
-    return [texts.get(i, "") for i in range(len(rows))]
+    for i, ids in zip(prompts, found):
+        texts[i] = constitution.clean(planner.tokenizer.decode(ids))
+    return texts
 
 
 def family(row) -> str:
-    """The attack family of a prompt; one name for all pairs of families, which are too many to tell
-    apart."""
+    """Of a prompt's attack; pairs of families are too many to tell apart."""
     attack = row.get("attack", "")
     return "two at once" if " + " in attack else attack
 
@@ -150,16 +154,14 @@ def mean_score(pm, tokenizer, rows, answers, cfg) -> float:
 def wins(model, planner, rows, ours, theirs, principles, cfg, desc, journal=None) -> dict:
     """How often the judge prefers `ours` to `theirs`: {k, n, rate, low, high, mean_p, same_slot}.
     Of an even label either side has half; equal answers are left out."""
-    rng = random.Random(cfg.seed + 11)
     some = [(row, a, b) for row, a, b in zip(rows, ours, theirs) if a and b and a != b]
-    asked, p, same_slot = [], [], 0.0
-
-    def about(target):
-        return [principle for principle in principles if principle.target == target]
-
+    rng, asked, p, same_slot = random.Random(cfg.seed + 11), [], [], 0.0
     for row, _, _ in some:
-        fitting = about(row.get("category")) or about("help") or principles
-        asked.append(rng.choice(fitting).asks("compare", full=True))
+        own, on_help = (
+            [principle for principle in principles if principle.target == target]
+            for target in (row.get("category"), "help")
+        )
+        asked.append(rng.choice(own or on_help or principles).asks("compare", full=True))
     if some:
         rows, ours, theirs = zip(*some)
         texts = (list(map(conversation_of, rows)), ours, theirs, asked)
@@ -192,15 +194,8 @@ def table(result: dict) -> Table:
     return Table("On held-out English prompts", head, rows)
 
 
-def report(result: dict) -> str:
-    return as_text([table(result)]) + "\n"
-
-
 def main(cfg: Config) -> dict:
-    out = Path(cfg.out)
-    if not out.is_dir():
-        advice = f"make it with: python -m mincai --preset gpt2 --out {out}"
-        raise UserError(f"{out}: no such run folder; {advice}")
+    out = run_folder(cfg.out, " --preset gpt2")
     if data.done(out / "eval.json", cfg, cfg.again):
         progress.forget(cfg)
         print(f"assess: {out / 'eval.json'} is there already, skipped")
@@ -223,8 +218,7 @@ def main(cfg: Config) -> dict:
     planner = Planner(tokenizer, base.config.block_size, load_shots(cfg.fewshot, every))
     pm = begun.load(made["pm"], scalar=True) if "pm" in made else None
     stages = [stage for stage in STAGES if stage not in missing]
-    result, samples, first = {"stages": {}}, [], None
-    journal = begun.journal()
+    results, samples, first, journal = {}, [], None, begun.journal()
     with begun.precision():
         for stage in stages:
             model = base if stage == "base" else begun.load(made[stage])
@@ -241,16 +235,15 @@ def main(cfg: Config) -> dict:
                 if pm:
                     found[kind]["score"] = mean_score(pm, tokenizer, mine, texts, cfg)
                 if stage != "base":
-                    others, desc = [first[i] for i in at], f"judge, {stage} on {kind}"
-                    both = mine, texts, others
-                    found[kind]["wins"] = wins(base, planner, *both, held, cfg, desc, journal)
-            result["stages"][stage] = found
-    stamp = data.stamp(cfg, inputs=begun.inputs, seconds=round(begun.seconds()))
-    result = {**stamp, "missing": missing, "planner": dict(planner.counts), **result}
+                    both, desc = (texts, [first[i] for i in at]), f"judge, {stage} on {kind}"
+                    found[kind]["wins"] = wins(base, planner, mine, *both, held, cfg, desc, journal)
+            results[stage] = found
+    told = dict(missing=missing, planner=dict(planner.counts), stages=results)
+    stamp = data.stamp(cfg, inputs=begun.inputs, seconds=round(begun.seconds()), **told)
     files = {"eval_samples.jsonl": samples}
-    result = data.write_stamped(out / "eval.json", files, lambda: result)
+    result = data.write_stamped(out / "eval.json", files, lambda: stamp)
     progress.clear(cfg)
-    print(report(result))
+    print(as_text([table(result)]), end="\n\n")
     lacks = f", missing {', '.join(missing)}" if missing else ""
     counted = f"{len(rows)} held-out prompts, {len(stages)} stages{lacks}"
     took = f"{begun.seconds():.0f} s on {begun.threads} threads"

@@ -113,10 +113,11 @@ def gradable(path, cfg) -> tuple[list[dict], dict[str, world.Action]]:
     return rows, actions
 
 
-def run_folder(out) -> Path:
-    """UserError for a folder that is not there."""
+def run_folder(out, flags="") -> Path:
+    """UserError for a folder that is not there. flags: of the command that makes it."""
     if not Path(out).is_dir():
-        raise UserError(f"{out}: no such run folder; make it with: python -m mincai --out {out}")
+        how = f"python -m mincai{flags} --out {out}"
+        raise UserError(f"{out}: no such run folder; make it with: {how}")
     return Path(out)
 
 
