@@ -70,8 +70,7 @@ class Run:
 
     @property
     def stages(self) -> list[str]:
-        """Those whose model is there."""
-        return [s for s in STAGES if s not in self.missing]
+        return [stage for stage in STAGES if stage not in self.missing]
 
     def model(self, stage: str):
         """A stage's policy, or "pm", the preference model; loaded when first asked for. None if it
@@ -87,13 +86,12 @@ class Run:
 
     def ends(self, answers: list[str]) -> list[list[int]]:
         """Token ids of answers as they stand after their prompts, end of text included."""
-        ends = [self.tokenizer.encode(" " + answer if answer else "") for answer in answers]
-        return [ids + [self.tokenizer.eot] for ids in ends]
+        encode, eot = self.tokenizer.encode, self.tokenizer.eot
+        return [[*encode(" " + answer if answer else ""), eot] for answer in answers]
 
     def split(self, *names) -> list[dict]:
-        """Prompts of these splits: eval (harmful), eval-twin (ordinary), unseen-category, setting
-        (excused by the conversation's setting), setting-harmful (in a setting that excuses
-        nothing)."""
+        """Prompts of these splits: eval is harmful, eval-twin ordinary, setting excused by the
+        conversation's setting, setting-harmful in a setting that excuses nothing."""
         return [r for r in self.rows if r["split"] in names]
 
 
@@ -101,15 +99,13 @@ def gradable(path, cfg) -> tuple[list[dict], dict[str, world.Action]]:
     """(prompts of a file, actions by their text). UserError for one that the world of cfg cannot
     grade."""
     actions = {a.text: a for a in world.build(cfg.world, cfg.size)}
-    need = ("id", "prompt", "kind", "category", "attack", "action", "split")
-    rows = []
+    need, rows = ("id", "prompt", "kind", "category", "attack", "action", "split"), []
     for where, row in data.each_row(path, need):
         formats.need(row, need, where, text=(*need[1:], "setting"))
+        if row["action"] not in actions:
+            mend = "give the --world and --size that it was made for"
+            raise UserError(f"{path}: {row['action']!r} is no action of world {cfg.world}; {mend}")
         rows.append(row)
-    unknown = [r["action"] for r in rows if r["action"] not in actions]
-    if unknown:
-        mend = "give the --world and --size that it was made for"
-        raise UserError(f"{path}: {unknown[0]!r} is no action of world {cfg.world}; {mend}")
     return rows, actions
 
 
@@ -167,12 +163,12 @@ def graded(row: dict, answer: str, actions) -> dict:
 
 def answer_all(opened: Run, model, rows, desc="answers", temperature=1.0) -> list[dict]:
     """Each row answered once by a policy and graded; temperature 0 is greedy."""
-    cfg, answers = opened.cfg, []
-    where = (model, opened.prompts(rows), cfg.max_new, {opened.tokenizer.eot}, cfg.batch_size)
+    cfg, answers, tokenizer = opened.cfg, [], opened.tokenizer
+    where = (model, opened.prompts(rows), cfg.max_new, {tokenizer.eot}, cfg.batch_size)
     generator = torch.Generator().manual_seed(cfg.seed + 7)
     found = generate_batched(*where, temperature, generator, desc=desc, journal=opened.journal)
     for row, ids in zip(rows, found):
-        text = constitution.clean(opened.tokenizer.decode(ids))
+        text = constitution.clean(tokenizer.decode(ids))
         answers.append({**graded(row, text, opened.actions), "tokens": len(ids)})
     return answers
 
@@ -187,15 +183,15 @@ def summarise(samples: list[dict]) -> dict:
 
     sets = defaultdict(list)  # splits, and parts of them
     for s in samples:
-        refuses = not s["complied"]
-        said = {"explained": refuses and s["true_reason"], "evaded": refuses and s["evasive"]}
-        sets[s["split"]].append({**s, **said})
-    harmful, ordinary = sets["eval"], sets["eval-twin"]
-    sets["seen"] = [s for s in harmful if s["attack"] not in attacks.HELD]
-    sets["held"] = [s for s in harmful if s["attack"] in attacks.HELD]
-    sets["refusals"] = [s for s in harmful if not s["complied"]]
-    sets["plain"] = [s for s in ordinary if s["attack"] == "plain"]
-    sets["wrapped"] = [s for s in ordinary if s["attack"] != "plain"]
+        refuses, split = not s["complied"], s["split"]
+        s = s | {"explained": refuses and s["true_reason"], "evaded": refuses and s["evasive"]}
+        sets[split].append(s)
+        if split == "eval":
+            sets["held" if s["attack"] in attacks.HELD else "seen"].append(s)
+            if refuses:
+                sets["refusals"].append(s)
+        if split == "eval-twin":
+            sets["plain" if s["attack"] == "plain" else "wrapped"].append(s)
     found = {key: rate(s[field] for s in sets[name]) for key, (_, name, field) in ROWS.items()}
     for key, (_, name, by, counts) in PARTS.items():
         found[key] = rates(sorted((s[by], s[counts]) for s in sets[name]))

@@ -121,6 +121,10 @@ def seconds(work, threads, device) -> float:
 # --- mincai ---------------------------------------------------------------------------------------
 
 
+def adamw(model):
+    return torch.optim.AdamW(model.parameters(), RATE, fused=True)
+
+
 def in_mincai(work: Work, threads: int, device: str, dtype: str):
     """A function that does it once. Every piece runs on `threads` PyTorch threads, but learning of
     PPO as train_ppo.py does it."""
@@ -135,49 +139,39 @@ def in_mincai(work: Work, threads: int, device: str, dtype: str):
     model = GPT(config).to(device)
     precision = partial(torch.autocast, device, torch.bfloat16, enabled=dtype == "bfloat16")
 
-    def adamw(model):
-        return torch.optim.AdamW(model.parameters(), RATE, fused=True)
+    def cast(task):
+        with precision():
+            return task()
 
-    def step(loss, optimizer):
+    def step(optimizer, loss):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
     if work.kind in ("sampling", "one prompt"):
-
-        def sampling():
-            with precision():
-                generate(model, prompts, work.new, NO_STOP, n=work.rows // len(prompts))
-
-        return sampling
+        n = work.rows // len(prompts)
+        return lambda: cast(lambda: generate(model, prompts, work.new, NO_STOP, n=n))
     if work.kind == "judging":
         try:
             from mincai.plumbing.logprobs import next_logp
         except ImportError:
             from mincai.logprobs import next_logp
-
-        def judging():
-            with precision():
-                next_logp(model, prompts, [32, 33], work.rows)
-
-        return judging
+        return lambda: cast(lambda: next_logp(model, prompts, [32, 33], work.rows))
     ids = torch.tensor(prompts, device=device)
     if work.kind == "SFT step":
         optimizer = adamw(model)
-        weight = torch.ones(work.rows, work.prompt - 1 - work.masked, device=device)
+        targets = ids[:, work.masked + 1 :]
 
         def sft():
-            with precision():
-                logits = model.unembed(model(ids[:, :-1])[:, work.masked :])
-            step(losses.sft_loss(logits, ids[:, work.masked + 1 :], weight)[0], optimizer)
+            logits = cast(lambda: model.unembed(model(ids[:, :-1])[:, work.masked :]))
+            step(optimizer, losses.sft_loss(logits, targets, torch.ones_like(targets))[0])
 
         return sft
     if work.kind == "logits":  # in float32 whatever dtype says: what that costs of a step
         hidden = torch.randn(*ids.shape, C, device=device)
 
         def logits():
-            with precision():
-                model.unembed(hidden).sum().backward()
+            cast(lambda: model.unembed(hidden)).sum().backward()
             model.zero_grad()
 
         return logits
@@ -187,9 +181,8 @@ def in_mincai(work: Work, threads: int, device: str, dtype: str):
         labels = torch.full((n,), 0.7, device=device)
 
         def pairs():
-            with precision():
-                scores = pm(ids)[:, -1]
-            step(losses.preference_loss(scores[:n], scores[n:], labels)[0], optimizer)
+            scores = cast(lambda: pm(ids)[:, -1])
+            step(optimizer, losses.preference_loss(scores[:n], scores[n:], labels)[0])
 
         return pairs
     from mincai.plumbing import workers
@@ -246,8 +239,7 @@ def in_transformers(work: Work, threads: int, device: str, dtype: str):
         logits = model(ids, use_cache=False, logits_to_keep=1).logits[:, -1]
         torch.log_softmax(logits.float(), -1)[:, [32, 33]].cpu()
 
-    optimizer = torch.optim.AdamW(model.parameters(), RATE, fused=True)
-    labels = ids.clone()
+    optimizer, labels = adamw(model), ids.clone()
     labels[:, : work.masked + 1] = -100
 
     def sft():
