@@ -81,6 +81,17 @@ def refuses(answer: str) -> bool:
     return bool(PHRASES.search(answer.lower().replace("\u2019", "'")))
 
 
+def open_models(begun, **sizes):
+    """({stage: folder} of a run's models, the planner of what they read). sizes: as memory.plan has
+    them."""
+    cfg, models = begun.cfg, {"base": begun.cfg.base} | models_of(begun.cfg.out)
+    folders, tokenizer, (config, *_) = begun.open(*models.values())
+    sizes |= dict(batch=cfg.batch_size, length=config.block_size)
+    begun.plan_memory("sample", config, "--batch-size or --max-new", **sizes)
+    shots = load_shots(cfg.fewshot, constitution.load_constitution(cfg.constitution))
+    return dict(zip(models, folders)), Planner(tokenizer, config.block_size, shots)
+
+
 def manner(stage, tokenizer) -> tuple[str, set[int]]:
     """(kind of a stage's prompts, tokens that end its answers). The base may be shown examples, for
     it has learnt no dialogue; in these a line's end ends an answer."""
@@ -207,21 +218,16 @@ def main(cfg: Config) -> dict:
     if not rows:
         advice = "see data/english/prompts_eval.jsonl"
         raise UserError(f"{cfg.prompts}: no row has split 'eval' or 'eval-twin'; {advice}")
-    every = constitution.load_constitution(cfg.constitution)
-    held = constitution.held(every)
-    made = models_of(out)
-    missing = [stage for stage in MODELS if stage not in made]
-    (folder, *_), tokenizer, (config, *_) = begun.open(cfg.base, *made.values())
-    sizes = dict(batch=cfg.batch_size, length=config.block_size, models=3, reads_on=True)
-    begun.plan_memory("sample", config, "--batch-size or --max-new", **sizes)
-    base = begun.load(folder)
-    planner = Planner(tokenizer, base.config.block_size, load_shots(cfg.fewshot, every))
-    pm = begun.load(made["pm"], scalar=True) if "pm" in made else None
-    stages = [stage for stage in STAGES if stage not in missing]
+    held = constitution.held(constitution.load_constitution(cfg.constitution))
+    models, planner = open_models(begun, models=3, reads_on=True)
+    tokenizer, base = planner.tokenizer, begun.load(models["base"])
+    pm = begun.load(models["pm"], scalar=True) if "pm" in models else None
+    missing = [stage for stage in MODELS if stage not in models]
+    stages = [stage for stage in STAGES if stage in models]
     results, samples, first, journal = {}, [], None, begun.journal()
     with begun.precision():
         for stage in stages:
-            model = base if stage == "base" else begun.load(made[stage])
+            model = base if stage == "base" else begun.load(models[stage])
             answers = answers_of(stage, model, planner, rows, cfg, journal)
             first = first or answers
             for row, answer in zip(rows, answers):
