@@ -102,10 +102,11 @@ def gradable(path, cfg) -> tuple[list[dict], dict[str, world.Action]]:
     need, rows = ("id", "prompt", "kind", "category", "attack", "action", "split"), []
     for where, row in data.each_row(path, need):
         formats.need(row, need, where, text=(*need[1:], "setting"))
-        if row["action"] not in actions:
-            mend = "give the --world and --size that it was made for"
-            raise UserError(f"{path}: {row['action']!r} is no action of world {cfg.world}; {mend}")
         rows.append(row)
+    unknown = [r["action"] for r in rows if r["action"] not in actions]
+    if unknown:
+        mend = "give the --world and --size that it was made for"
+        raise UserError(f"{path}: {unknown[0]!r} is no action of world {cfg.world}; {mend}")
     return rows, actions
 
 
