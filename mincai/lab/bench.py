@@ -46,7 +46,9 @@ class Config:
     )
     against: str = arg("", "of the table: transformers, or the folder of another mincai")
     batch: int = arg(
-        64, "of one shape, as the next three: rows sampled, and of a PPO update", least=1
+        64,
+        "(this and the next three: of one shape) rows sampled together, and answers of a PPO update",
+        least=1,
     )
     micro_batch: int = arg(16, "rows of one training forward", least=1)
     prompt: int = arg(64, "tokens of a prompt", least=1)
