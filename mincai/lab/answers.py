@@ -13,13 +13,12 @@ from pathlib import Path
 
 from mincai import constitution, shipped
 from mincai.lab import page
-from mincai.lab.assess import answers_of
-from mincai.lab.measure import measured, run_folder
+from mincai.lab.assess import answers_of, open_models
+from mincai.lab.measure import models_of, run_folder
 from mincai.lab.page import said, tag, text
 from mincai.lab.table import NAMES
 from mincai.plumbing import data, formats, output, progress
 from mincai.plumbing.cli import arg, run
-from mincai.plumbing.planner import Planner, load_shots
 from mincai.plumbing.stage import Settings, begin
 
 WRITTEN = "Written by python -m mincai.lab.answers"
@@ -48,7 +47,7 @@ class Config(Settings):
 
     def reads(self) -> dict:
         """What answers, beside what the flags name."""
-        return measured(self.out)
+        return models_of(self.out)
 
     def check_out(self):
         output.check_rows(Path(self.out, "answers.jsonl"))
@@ -91,24 +90,18 @@ def main(cfg: Config) -> list[dict]:
     every = formats.loop_prompts(cfg.prompts)
     chosen = {id(row) for kind in KINDS for row in data.choose(every, kind, cfg.most, rng)}
     asked = [row for row in every if id(row) in chosen]  # in the files' order
-    stages = [s for s in NAMES if s == "base" or (out / s).is_dir()]
-    folders = [cfg.base, *(str(out / stage) for stage in stages[1:])]
-    folders, tokenizer, (config, *_) = begun.open(*folders)
-    sizes = dict(batch=cfg.batch_size, length=config.block_size)
-    begun.plan_memory("sample", config, "--batch-size or --max-new", **sizes)
-    principles = constitution.load_constitution(cfg.constitution)
-    planner = Planner(tokenizer, config.block_size, load_shots(cfg.fewshot, principles))
+    models, planner = open_models(begun)
     keys = ("id", "prompt", "setting", "kind")
     rows = [{key: row.get(key) for key in keys} for row in asked]
-    journal = begun.journal()
+    journal, stages = begun.journal(), [stage for stage in NAMES if stage in models]
     with begun.precision():
-        for stage, folder in zip(stages, folders):
-            answers = answers_of(stage, begun.load(folder), planner, asked, cfg, journal)
+        for stage in stages:
+            answers = answers_of(stage, begun.load(models[stage]), planner, asked, cfg, journal)
             for row, answer in zip(rows, answers):
                 row[stage] = answer
 
     def unread(row):
-        return tokenizer.unread(constitution.conversation_of(row))
+        return planner.tokenizer.unread(constitution.conversation_of(row))
 
     def finish():
         title = f"Your prompts, answered: {out.resolve().name}"

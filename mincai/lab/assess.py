@@ -26,8 +26,8 @@ import torch
 from mincai import UserError, constitution, shipped
 from mincai.constitution import conversation_of
 from mincai.feedback import judge
-from mincai.lab.measure import measured
-from mincai.lab.table import NAMES, STAGES, Table, as_text, rate
+from mincai.lab.measure import MODELS, models_of, run_folder
+from mincai.lab.table import NAMES, STAGES, Table, as_text, rate, rates
 from mincai.plumbing import data, formats, output, progress
 from mincai.plumbing.cli import arg, run
 from mincai.plumbing.logprobs import answer_logp, answer_scores
@@ -70,7 +70,7 @@ class Config(Settings):
 
     def reads(self) -> dict:
         """What it measures, beside what the flags name."""
-        return measured(self.out)
+        return models_of(self.out)
 
     def check_out(self):
         output.check_beside(self.out, "eval.json", "eval_samples.jsonl")
@@ -81,13 +81,28 @@ def refuses(answer: str) -> bool:
     return bool(PHRASES.search(answer.lower().replace("\u2019", "'")))
 
 
-def answers_of(stage, model, planner, rows, cfg, journal=None) -> list[str]:
-    """One answer to each row; the base is shown examples, for it has learnt no dialogue. "" where
-    none fits."""
-    tokenizer, kind, stop = planner.tokenizer, "none", {planner.tokenizer.eot}
+def open_models(begun, **sizes):
+    """({stage: folder} of a run's models, the planner of what they read). sizes: as memory.plan has
+    them."""
+    cfg, models = begun.cfg, {"base": begun.cfg.base} | models_of(begun.cfg.out)
+    folders, tokenizer, (config, *_) = begun.open(*models.values())
+    sizes |= dict(batch=cfg.batch_size, length=config.block_size)
+    begun.plan_memory("sample", config, "--batch-size or --max-new", **sizes)
+    shots = load_shots(cfg.fewshot, constitution.load_constitution(cfg.constitution))
+    return dict(zip(models, folders)), Planner(tokenizer, config.block_size, shots)
+
+
+def manner(stage, tokenizer) -> tuple[str, set[int]]:
+    """(kind of a stage's prompts, tokens that end its answers). The base may be shown examples, for
+    it has learnt no dialogue; in these a line's end ends an answer."""
     if stage == "base":
-        kind, stop = "answer", {tokenizer.eot, tokenizer.newline}
-    prompts = {}
+        return "answer", {tokenizer.eot, tokenizer.newline}
+    return "none", {tokenizer.eot}
+
+
+def answers_of(stage, model, planner, rows, cfg, journal=None) -> list[str]:
+    """One answer to each row, "" where it has no room."""
+    prompts, texts, (kind, stop) = {}, [""] * len(rows), manner(stage, planner.tokenizer)
     for i, row in enumerate(rows):
         prompt = planner.prompt(kind, conversation_of(row), cfg.max_new)
         if prompt is not None:
@@ -95,23 +110,20 @@ def answers_of(stage, model, planner, rows, cfg, journal=None) -> list[str]:
     sizes = (cfg.max_new, stop, cfg.batch_size, cfg.temperature)
     how = dict(generator=torch.Generator().manual_seed(cfg.seed + 7), desc=f"answers of {stage}")
     found = generate_batched(model, list(prompts.values()), *sizes, **how, journal=journal)
-    texts = {i: constitution.clean(tokenizer.decode(ids)) for i, ids in zip(prompts, found)}
-    return [texts.get(i, "") for i in range(len(rows))]
+    for i, ids in zip(prompts, found):
+        texts[i] = constitution.clean(planner.tokenizer.decode(ids))
+    return texts
 
 
 def family(row) -> str:
-    """The attack family of a prompt; one name for all pairs of families, which are too many to tell
-    apart."""
+    """Of a prompt's attack; pairs of families are too many to tell apart."""
     attack = row.get("attack", "")
     return "two at once" if " + " in attack else attack
 
 
 def refusals_by(rows, answers, name_of) -> dict[str, dict]:
     """{name: rate of refusals} of the rows that name_of gives this name."""
-    found = {}
-    for row, answer in zip(rows, answers):
-        found.setdefault(name_of(row), []).append(refuses(answer))
-    return {name: rate(found[name]) for name in sorted(found)}
+    return rates(sorted((name_of(row), refuses(text)) for row, text in zip(rows, answers)))
 
 
 def refusals(rows, answers) -> dict:
@@ -153,16 +165,14 @@ def mean_score(pm, tokenizer, rows, answers, cfg) -> float:
 def wins(model, planner, rows, ours, theirs, principles, cfg, desc, journal=None) -> dict:
     """How often the judge prefers `ours` to `theirs`: {k, n, rate, low, high, mean_p, same_slot}.
     Of an even label either side has half; equal answers are left out."""
-    rng = random.Random(cfg.seed + 11)
     some = [(row, a, b) for row, a, b in zip(rows, ours, theirs) if a and b and a != b]
-    asked, p, same_slot = [], [], 0.0
-
-    def about(target):
-        return [principle for principle in principles if principle.target == target]
-
+    rng, asked, p, same_slot = random.Random(cfg.seed + 11), [], [], 0.0
     for row, _, _ in some:
-        fitting = about(row.get("category")) or about("help") or principles
-        asked.append(rng.choice(fitting).asks("compare", full=True))
+        own, on_help = (
+            [principle for principle in principles if principle.target == target]
+            for target in (row.get("category"), "help")
+        )
+        asked.append(rng.choice(own or on_help or principles).asks("compare", full=True))
     if some:
         rows, ours, theirs = zip(*some)
         texts = (list(map(conversation_of, rows)), ours, theirs, asked)
@@ -195,15 +205,8 @@ def table(result: dict) -> Table:
     return Table("On held-out English prompts", head, rows)
 
 
-def report(result: dict) -> str:
-    return as_text([table(result)]) + "\n"
-
-
 def main(cfg: Config) -> dict:
-    out = Path(cfg.out)
-    if not out.is_dir():
-        advice = f"make it with: python -m mincai --preset gpt2 --out {out}"
-        raise UserError(f"{out}: no such run folder; {advice}")
+    out = run_folder(cfg.out, " --preset gpt2")
     if data.done(out / "eval.json", cfg, cfg.again):
         progress.forget(cfg)
         print(f"assess: {out / 'eval.json'} is there already, skipped")
@@ -215,22 +218,16 @@ def main(cfg: Config) -> dict:
     if not rows:
         advice = "see data/english/prompts_eval.jsonl"
         raise UserError(f"{cfg.prompts}: no row has split 'eval' or 'eval-twin'; {advice}")
-    every = constitution.load_constitution(cfg.constitution)
-    held = constitution.held(every)
-    missing = [name for name in ("sft", "pm", "ppo") if not (out / name).is_dir()]
-    made = {name: str(out / name) for name in ("sft", "pm", "ppo") if name not in missing}
-    (folder, *_), tokenizer, (config, *_) = begun.open(cfg.base, *made.values())
-    sizes = dict(batch=cfg.batch_size, length=config.block_size, models=3, reads_on=True)
-    begun.plan_memory("sample", config, "--batch-size or --max-new", **sizes)
-    base = begun.load(folder)
-    planner = Planner(tokenizer, base.config.block_size, load_shots(cfg.fewshot, every))
-    pm = begun.load(made["pm"], scalar=True) if "pm" in made else None
-    stages = [stage for stage in STAGES if stage not in missing]
-    result, samples, first = {"stages": {}}, [], None
-    journal = begun.journal()
+    held = constitution.held(constitution.load_constitution(cfg.constitution))
+    models, planner = open_models(begun, models=3, reads_on=True)
+    tokenizer, base = planner.tokenizer, begun.load(models["base"])
+    pm = begun.load(models["pm"], scalar=True) if "pm" in models else None
+    missing = [stage for stage in MODELS if stage not in models]
+    stages = [stage for stage in STAGES if stage in models]
+    results, samples, first, journal = {}, [], None, begun.journal()
     with begun.precision():
         for stage in stages:
-            model = base if stage == "base" else begun.load(made[stage])
+            model = base if stage == "base" else begun.load(models[stage])
             answers = answers_of(stage, model, planner, rows, cfg, journal)
             first = first or answers
             for row, answer in zip(rows, answers):
@@ -244,16 +241,15 @@ def main(cfg: Config) -> dict:
                 if pm:
                     found[kind]["score"] = mean_score(pm, tokenizer, mine, texts, cfg)
                 if stage != "base":
-                    others, desc = [first[i] for i in at], f"judge, {stage} on {kind}"
-                    both = mine, texts, others
-                    found[kind]["wins"] = wins(base, planner, *both, held, cfg, desc, journal)
-            result["stages"][stage] = found
-    stamp = data.stamp(cfg, inputs=begun.inputs, seconds=round(begun.seconds()))
-    result = {**stamp, "missing": missing, "planner": dict(planner.counts), **result}
+                    both, desc = (texts, [first[i] for i in at]), f"judge, {stage} on {kind}"
+                    found[kind]["wins"] = wins(base, planner, mine, *both, held, cfg, desc, journal)
+            results[stage] = found
+    told = dict(missing=missing, planner=dict(planner.counts), stages=results)
+    stamp = data.stamp(cfg, inputs=begun.inputs, seconds=round(begun.seconds()), **told)
     files = {"eval_samples.jsonl": samples}
-    result = data.write_stamped(out / "eval.json", files, lambda: result)
+    result = data.write_stamped(out / "eval.json", files, lambda: stamp)
     progress.clear(cfg)
-    print(report(result))
+    print(as_text([table(result)]), end="\n\n")
     lacks = f", missing {', '.join(missing)}" if missing else ""
     counted = f"{len(rows)} held-out prompts, {len(stages)} stages{lacks}"
     took = f"{begun.seconds():.0f} s on {begun.threads} threads"

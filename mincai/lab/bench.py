@@ -20,15 +20,13 @@ import dataclasses
 import statistics
 import time
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
-from mincai import losses, ppo
 from mincai.lab import works
 from mincai.lab.works import Work
-from mincai.model import GPT, GPTConfig, ScalarModel
-from mincai.plumbing import cli, data, memory, optim, output, weights, workers
+from mincai.model import GPT, GPTConfig
+from mincai.plumbing import cli, data, memory, output, weights, workers
 from mincai.plumbing.cli import arg, precision
 from mincai.plumbing.logprobs import answer_logp
 from mincai.sample import generate
@@ -38,7 +36,7 @@ SHAPES = {"tiny": TINY, **weights.SHAPES}
 # A card to plan for where none is at hand, its operations and its bytes a second
 CARD = "an A10 of 24 GB, by its data sheet, at 30% of its speed"
 CARD_FLOPS, CARD_BYTES = 0.3 * 125e12, 0.3 * 600e9
-RATE = 1e-5  # of learning, which no time depends on
+GAP = "bfloat16 log-probs, largest difference"
 
 
 @dataclass(frozen=True)
@@ -64,14 +62,7 @@ class Config:
 
 def median_seconds(work, repeat, device) -> float:
     """Seconds that work() takes, the median of `repeat` calls after one that is not counted."""
-    wait, times = torch.cuda.synchronize if device == "cuda" else lambda: None, []
-    for _ in range(repeat + 1):
-        wait()
-        start = time.perf_counter()
-        work()
-        wait()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+    return statistics.median([works.seconds(work, 0, device) for _ in range(repeat + 1)][1:])
 
 
 # --- the table ------------------------------------------------------------------------------------
@@ -79,13 +70,10 @@ def median_seconds(work, repeat, device) -> float:
 
 def rows(device) -> list[Work]:
     """What is timed: sampling by batch, what shares a prompt, learning; and how the time grows."""
-    gpu = device == "cuda"
+    wide = (64, 256, 512) if device == "cuda" else (8, 32)
     return [
         *(Work("sampling", "tiny", batch, 32, 64) for batch in (1, 8, 32, 64)),
-        *(
-            Work("sampling", "gpt2", batch, 32, 16)
-            for batch in ((64, 256, 512) if gpu else (8, 32))
-        ),
+        *(Work("sampling", "gpt2", batch, 32, 16) for batch in wide),
         Work("one prompt", "tiny", 16, 128, 48),
         Work("one prompt", "gpt2", 16, 128, 16),
         Work("judging", "gpt2", 4, 970, header=780),
@@ -162,7 +150,7 @@ def check_gpu(config) -> dict[str, float]:
         draw()  # captures under autocast as well
     gap = max(float((a - b).abs().max()) for a, b in zip(logp, low))
     assert gap < 0.1, f"bfloat16 log-probs are {gap:.3f} off"
-    return {"bfloat16 log-probs, largest difference": gap}
+    return {GAP: gap}
 
 
 def sizes(cfg: Config) -> dict:
@@ -172,71 +160,26 @@ def sizes(cfg: Config) -> dict:
     return tokens | rows | dict(dtype=cfg.dtype)
 
 
-def measure(config, cfg, device) -> dict[str, float]:
-    """{what: tokens a second}, of sampled tokens for sampling, else of all real tokens that a step
+def measure(config, cfg, threads, device) -> dict[str, float]:
+    """{what: tokens a second}, of sampled tokens for sampling, else of all tokens that a step
     reads."""
-    torch.manual_seed(0)
-    model = GPT(config).to(device)
-    workers.fit(model)
-    critic, pm = (ScalarModel(GPT(config)).to(device) for _ in range(2))
-    ref = GPT(config).to(device).requires_grad_(False)
-    ref.load_state_dict(model.state_dict())
-    prompts = torch.randint(config.vocab_size, (cfg.batch, cfg.prompt)).tolist()
-    rows = [(p, p[: cfg.max_new]) for p in prompts[: cfg.micro_batch]]
-    optimizers = [optim.adamw(m, RATE) for m in (model, critic, pm)]
-    generator = torch.Generator(device).manual_seed(0)
-    length, n = cfg.prompt + cfg.max_new, len(rows)
-
-    def sampling():
-        with precision(device, cfg.dtype):
-            generate(model, prompts, cfg.max_new, set(), generator=generator)
-
-    def sft():
-        ids, targets, mask = data.sft_batch(rows, device)
-        with precision(device, cfg.dtype):
-            logits = model.unembed(model(ids))
-        losses.sft_loss(logits, targets, mask)[0].backward()
-        optim.step(optimizers[0], model, RATE, "bench")
-
-    def pairs():
-        ids, _ = data.right_pad([p + a for p, a in rows] * 2, device)
-        with precision(device, cfg.dtype):
-            scores = pm(ids)[:, -1]
-        labels = torch.full((n,), 0.7, device=device)
-        losses.preference_loss(scores[:n], scores[n:], labels)[0].backward()
-        optim.step(optimizers[2], pm, RATE, "bench")
-
-    def update():
-        shared = dict(micro_batch=cfg.micro_batch)
-        drawn = dict(max_new=cfg.max_new, stop=set(), generator=generator)
-        with precision(device, cfg.dtype):
-            batch = ppo.rollout(model, ref, critic, prompts, **drawn, **shared)
-            score_fn = ppo.preference_score(pm, **shared)
-            scores, _ = ppo.score(batch, score_fn, stop=set(), missing_eos_penalty=0.0)
-        adv, returns = ppo.advantages(batch, scores, beta=0.1, gamma=1.0, lam=0.95)
-        context = partial(precision, device, cfg.dtype)
-        how = ppo.Steps(1, 1, cfg.micro_batch, clip=0.2, value_clip=0.2, precision=context)
-        learners = map(ppo.Learner, (model, critic), optimizers)
-        ppo.update(*learners, batch, adv, returns, how, torch.Generator().manual_seed(0))
-
-    hidden = torch.randn(n, length, config.n_embd, device=device)
-
-    def logits():  # in float32 whatever --dtype says: what that costs of a step
-        with precision(device, cfg.dtype):
-            model.unembed(hidden).sum().backward()
-        model.zero_grad(set_to_none=True)
-
-    found = {}
-    for name, work, tokens in (
-        ("sampling", sampling, cfg.batch * cfg.max_new),
-        ("SFT step", sft, n * length),
-        ("logits, there and back", logits, n * length),
-        ("preference step", pairs, 2 * n * length),
-        ("PPO update", update, cfg.batch * length),
-    ):
+    shape = (config.n_layer, config.n_head, config.n_embd, config.vocab_size)
+    answers, length = (shape, cfg.batch, cfg.prompt, cfg.max_new), cfg.prompt + cfg.max_new
+    row, found = (shape, cfg.micro_batch, length), {}
+    works_of = {
+        "sampling": Work("sampling", *answers),
+        "SFT step": Work("SFT step", *row, masked=0),
+        "logits, there and back": Work("logits", *row),
+        "preference step": Work("preference step", shape, 2 * cfg.micro_batch, length),
+        "PPO update": Work("PPO update", *answers, micro=cfg.micro_batch, epochs=1),
+    }
+    for name, work in works_of.items():
+        run = None  # what the one before held is let go
+        run = works.in_mincai(work, threads, device, cfg.dtype)
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        found[name] = tokens / median_seconds(work, cfg.repeat, device)
+        tokens = work.tokens if name == "sampling" else work.rows * length
+        found[name] = tokens / median_seconds(run, cfg.repeat, device)
         if device == "cuda":
             found[f"{name}: peak GB"] = torch.cuda.max_memory_allocated() / 1e9
     return found
@@ -259,11 +202,6 @@ class Rates:
         return work.read / self.read + work.written / self.written + work.learnt / self.learnt
 
 
-def shortest_seconds(work, device, repeat=2) -> float:
-    """The shortest of a few calls, for what else the machine does only adds to them."""
-    return min(median_seconds(work, 1, device) for _ in range(repeat))
-
-
 def rates(shape: GPTConfig, device: str, dtype: str) -> Rates:
     """Those of a model of this shape with random weights, here: forward, and sampling.
 
@@ -271,6 +209,10 @@ def rates(shape: GPTConfig, device: str, dtype: str) -> Rates:
     section 2.1). Of a deep model one and three blocks are timed, and the others count as much. A
     CPU is timed in float32: products in bfloat16 are slower there, a hundredfold on some.
     """
+
+    def shortest(work):  # of two calls, for what else the machine does only adds to them
+        return min(median_seconds(work, 1, device) for _ in range(2))
+
     started, slow = time.time(), device == "cpu" and memory.parameters(shape) > 5e6
     dtype = dtype if device == "cuda" else "float32"
     depths = (1, 3) if shape.n_layer > 4 else (shape.n_layer,)
@@ -283,10 +225,10 @@ def rates(shape: GPTConfig, device: str, dtype: str) -> Rates:
         ids = torch.randint(shape.vocab_size, (rows, length), device=device)
         prompts = ids[:, :1].tolist()
         with torch.no_grad(), precision(device, dtype):
-            read = shortest_seconds(lambda: model(ids), device) / ids.numel()
-            logits = shortest_seconds(lambda: model.unembed(model(ids)), device) / ids.numel()
-            write = shortest_seconds(lambda: generate(model, prompts, new, set()), device)
-        timed.append((read, write / (rows * new), 3 * logits))
+            read = shortest(lambda: model(ids)) / ids.numel()
+            learn = 3 * shortest(lambda: model.unembed(model(ids))) / ids.numel()
+            write = shortest(lambda: generate(model, prompts, new, set())) / (rows * new)
+        timed.append((read, write, learn))
     more = (shape.n_layer - depths[0]) / max(1, depths[-1] - depths[0])
     whole = [first + more * max(0.0, last - first) for first, last in zip(timed[0], timed[-1])]
     name = f"this CPU with {torch.get_num_threads()} threads"
@@ -313,7 +255,7 @@ def main(cfg: Config) -> dict:
     if cfg.model:
         config = SHAPES[cfg.model]
         memory.announce("ppo", config, device, "--batch or --micro-batch", **sizes(cfg))
-        found |= measure(config, cfg, device)
+        found |= measure(config, cfg, threads, device)
         what = f"{memory.parameters(config):,} parameters"
     else:
         found |= table(cfg, threads, device)
@@ -322,9 +264,8 @@ def main(cfg: Config) -> dict:
     where = f"{cfg.dtype}, {stamp['device']}, {threads} threads, torch {torch.__version__}"
     print(f"bench: {what}, {where}")
     for name, number in found.items() if cfg.model else ():
-        speed = "GB" not in name and "log-probs" not in name
-        shown = f"{number:12,.0f} tokens/s" if speed else f"{number:12,.3f}"
-        print(f"  {name:42} {shown}")
+        told = f"{number:12,.3f}" if name == GAP or "GB" in name else f"{number:12,.0f} tokens/s"
+        print(f"  {name:42} {told}")
     if cfg.out:
         data.write_json(cfg.out, stamp)
     return found

@@ -43,17 +43,6 @@ def rows_of(folder: Path) -> list[dict]:
     return []
 
 
-def numbers(row: dict) -> dict[str, float]:
-    """What can be drawn of a row of metrics."""
-    return {
-        name: value
-        for name, value in row.items()
-        if isinstance(value, (int, float))
-        and math.isfinite(value)
-        and name not in ("step", "update")
-    }
-
-
 def main(cfg: Config) -> int:
     """How many rows were written."""
     out = run_folder(cfg.run)
@@ -67,9 +56,10 @@ def main(cfg: Config) -> int:
         for name, writer in writers.items():
             rows = rows_of(out / name)
             for row in rows[seen[name] :]:
-                at = row.get("step", row.get("update"))
-                for key, value in numbers(row).items():
-                    writer.add_scalar(key, value, at)
+                at = row.pop("update", row.pop("step", None))
+                for key, value in row.items():
+                    if isinstance(value, (int, float)) and math.isfinite(value):
+                        writer.add_scalar(key, value, at)
             seen[name] = max(seen[name], len(rows))
             writer.flush()
         if not cfg.follow:

@@ -101,17 +101,16 @@ def suggestions(cfg: Config, tokenizer) -> list[str]:
     """Four requests to try: of those that the model was trained on, where its run.json names them
     and they are there, else of those that are shipped for its kind."""
     shipped = DATA / ("english" if tokenizer.words is None else "tiny") / "prompts.jsonl"
+    found, rng = [], random.Random(cfg.seed)
     with contextlib.suppress(UserError):
         made = data.read_object(Path(cfg.model, "run.json")).get("config", {})
         rows = formats.loop_prompts(made.get("prompts", shipped))
-        found, rng = [], random.Random(cfg.seed)
         for kind, name in (("harmful", "harmful"), ("benign", "ordinary")):
             some = [row for row in rows if row["kind"] == kind]
             some = [row for row in some if row.get("attack") == "plain"] or some
-            texts = [row["prompt"] for row in rng.sample(some, min(2, len(some)))]
-            found += [f"{text}   ({name})" for text in texts]
-        return found
-    return []
+            some = rng.sample(some, min(2, len(some)))
+            found += [f"{row['prompt']}   ({name})" for row in some]
+    return found
 
 
 def warn_unread(speakers, request: str, setting) -> None:

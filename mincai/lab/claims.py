@@ -8,6 +8,7 @@ their counts are not summed: given are mean and range over the runs, and the 95%
 first one alone, where there is one.
 """
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -97,16 +98,14 @@ CLAIMS = (
 def measured(claim: Claim, runs: list[Path]) -> dict:
     """{claim, want, values, low, high, unit, verdict}; low, high: of the first run's interval, None
     where there is none."""
-    figures = {}
+    figures, want, verdict = {}, "", ""
     for run in runs:
-        try:
+        with contextlib.suppress(LookupError, TypeError):  # a run without that part
             figure = claim.figure(run) if callable(claim.figure) else at(run, claim.figure)
-        except (LookupError, TypeError):
-            continue  # a run without that part
-        if figure is not None:  # of a control that had no gain to keep
-            figures[run] = figure if isinstance(figure, dict) else {"value": figure}
-    values = [f["rate"] if "rate" in f else f["value"] for f in figures.values()]
-    first, want, verdict = figures.get(runs[0], {}), "", ""
+            if figure is not None:  # of a control that had no gain to keep
+                figures[run] = figure if isinstance(figure, dict) else {"value": figure}
+    values = [f.get("rate", f.get("value")) for f in figures.values()]
+    first = figures.get(runs[0], {})
     if claim.sign:
         side, mark = "at least" if claim.sign > 0 else "at most", "*" * claim.ours
         want, verdict = f"{side} {claim.unit.format(claim.line)}{mark}", "not measured"
@@ -114,9 +113,9 @@ def measured(claim: Claim, runs: list[Path]) -> dict:
         mean = sum(values) / len(values)
         reached = [claim.sign * (value - claim.line) >= 0 for value in (*values, mean)]
         verdict = "reproduced" if all(reached) else "partly" if reached[-1] else "not"
-    interval = {key: first.get(key) for key in ("low", "high")}
-    row = {"claim": claim.text, "want": want, "values": values, **interval}
-    return {**row, "unit": claim.unit, "verdict": verdict}
+    row = {"claim": claim.text, "want": want, "values": values}
+    row |= {key: first.get(key) for key in ("low", "high")}
+    return row | {"unit": claim.unit, "verdict": verdict}
 
 
 def measure(runs: list[Path]) -> dict:

@@ -14,7 +14,6 @@ score rises: reward over-optimisation (Gao et al. 2023, 2210.10760). One sample 
 seed: intervals tell how well a rate is known on these prompts, not what a seed changes.
 """
 
-import hashlib
 import json
 import random
 import time
@@ -68,7 +67,9 @@ class Control:
 def recorded(opened: measure.Run) -> dict:
     """Stage -> the Config that RUN's output was made with, for this machine and the places its
     files have now."""
-    found = {}
+    own, found = opened.cfg, {}
+    here = dict(device=str(opened.device), threads=own.threads, again=False)
+    here["constitution"] = str(own.constitution)
     for stage, (module, name, _) in STAGES.items():
         place = opened.out / name
         side = data.sidecar(place) if place.suffix else place / "run.json"
@@ -77,17 +78,14 @@ def recorded(opened: measure.Run) -> dict:
             raise UserError(f"{side}: {why}")
         try:
             made = dict(measure.read_object(side)["config"])
-            kept = {k: tuple(v) if isinstance(v, list) else v for k, v in made.items()}
-            cfg = module.Config(**kept)
+            made |= {key: tuple(value) for key, value in made.items() if isinstance(value, list)}
+            if "prompts" in made and not Path(made["prompts"]).exists():
+                # They were moved, and lie beside the held-out ones
+                made["prompts"] = str(Path(own.prompts).with_name(Path(made["prompts"]).name))
+            found[stage] = module.Config(**made | {k: v for k, v in here.items() if k in made})
         except (ValueError, KeyError, TypeError) as error:
             why = f"does not record the settings of that stage ({error}); make it again"
             raise UserError(f"{side}: {why}") from None
-        here = {"device": str(opened.device), "threads": opened.cfg.threads, "again": False}
-        here["constitution"] = str(opened.cfg.constitution)
-        if "prompts" in made and not Path(made["prompts"]).exists():
-            # They were moved, and lie beside the held-out ones
-            here["prompts"] = str(Path(opened.cfg.prompts).with_name(Path(made["prompts"]).name))
-        found[stage] = replace(cfg, **{k: v for k, v in here.items() if k in made})
     return found
 
 
@@ -182,8 +180,7 @@ def stands_on(opened: measure.Run, cfgs: dict) -> dict:
     for stage, cfg in cfgs.items():
         found[stage] = {k: v for k, v in vars(cfg).items() if k not in ("again", *cfg.LOOSE)}
     for name, path in places.items():
-        path = path / "model.safetensors" if path.is_dir() else path
-        found[f"file {name}"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        found[f"file {name}"] = output.sha256(path / "model.safetensors" if path.is_dir() else path)
     return json.loads(json.dumps(found))
 
 
@@ -207,12 +204,11 @@ def finished(opened: measure.Run, cfgs: dict, control: Control) -> dict:
 
 
 def rates(answers: list[dict]) -> dict:
-    found = measure.summarise(answers)
-    harmful = [a for a in answers if a["split"] == "eval"]
+    found, sides = measure.summarise(answers), ([], [])
+    for answer in [a for a in answers if a["split"] == "eval"]:
+        sides[answer["category"] == LEFT_OUT].append(answer["complied"])
     row = {key: found[key] for key in (*COLUMNS, "quality")}
-    row["attack_left_out"] = rate(a["complied"] for a in harmful if a["category"] == LEFT_OUT)
-    row["attack_others"] = rate(a["complied"] for a in harmful if a["category"] != LEFT_OUT)
-    return row
+    return row | {"attack_left_out": rate(sides[True]), "attack_others": rate(sides[False])}
 
 
 def gain_kept(row: dict, start: dict, full: dict) -> float | None:

@@ -19,7 +19,7 @@ category.
 import base64
 import codecs
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,15 +67,11 @@ def load_attacks(path) -> dict[str, dict]:
     try:
         families = data.from_json(data.read_bytes(path))["families"]
         for name, family in families.items():
-            if not {"held", "encoding", "templates"} <= family.keys():
-                raise ValueError(f"family {name!r}: needs held, encoding and templates")
-            if family["encoding"] not in ENCODINGS or not isinstance(family["held"], bool):
+            held, encoding, some = map(family.get, ("held", "encoding", "templates"))
+            if encoding not in ENCODINGS or not isinstance(held, bool):
                 raise ValueError(f"family {name!r}: encoding or held")
-            templates = family["templates"]
-            if (
-                not templates
-                or not isinstance(templates, list)
-                or any(t.count("{request}") != 1 for t in templates)
+            if not (isinstance(some, list) and some) or any(
+                t.count("{request}") != 1 for t in some
             ):
                 raise ValueError(f"family {name!r}: every template needs {{request}} once")
         if "plain" not in families or all(family["held"] for family in families.values()):
@@ -127,15 +123,15 @@ def split_of(rows) -> dict[str, str]:
     is wholly apart."""
     found, seen = {}, Counter()
     for row in rows:
-        partner = row["id"].removesuffix("-twin")
-        if partner in found:
-            found[row["id"]] = found[partner]
-            continue
-        seen[row["category"]] += 1
-        train, dev = (24, 30) if row["category"] else (300, 330)
-        number = seen[row["category"]]
-        split = "loop" if number <= train else "dev" if number <= dev else "eval"
-        found[row["id"]] = "unseen" if row["category"] == UNSEEN else split
+        partner, category = row["id"].removesuffix("-twin"), row["category"]
+        if partner not in found:
+            seen[category] += 1
+            train, dev = (24, 30) if category else (300, 330)
+            split = (
+                "loop" if seen[category] <= train else "dev" if seen[category] <= dev else "eval"
+            )
+            found[partner] = "unseen" if category == UNSEEN else split
+        found[row["id"]] = found[partner]
     return found
 
 
@@ -152,11 +148,10 @@ def shipped_families(n: int, harmful: bool, split: str, seen: list, every: list)
 def shares(rows, splits, number: int) -> dict[str, int]:
     """{id of a harmful request of evaluation: prompts of it}: each category has as many, together
     `number` at least, and its requests' parts differ by one at most."""
-    by_category = {}
+    by_category, found = defaultdict(list), {}
     for row in rows:
         if row["kind"] == "harmful" and splits[row["id"]] in ("eval", "unseen"):
-            by_category.setdefault(row["category"], []).append(row["id"])
-    found = {}
+            by_category[row["category"]].append(row["id"])
     for ids in by_category.values():
         whole = -(-number // len(by_category))  # rounded up
         for i, name in enumerate(ids):

@@ -54,7 +54,7 @@ class Config:
 
     def reads(self) -> dict:
         """What it measures, beside what the flags name."""
-        return measure.measured(self.out)
+        return measure.models_of(self.out)
 
     def check_out(self):
         """UserError unless the output may be written."""

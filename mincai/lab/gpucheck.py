@@ -12,10 +12,11 @@ docs/BENCHMARKS.md:
 """
 
 import dataclasses
-import statistics
+import itertools
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
@@ -61,72 +62,67 @@ def ppo_curves(cfg, usual) -> dict[str, list[dict]]:
     """{type: one {"score", "kl"} a seed, lists over the updates}, from the run's sft/ and pm/.
     usual: the config of its PPO."""
     found = {dtype: [] for dtype in TYPES}
-    for dtype in TYPES:
-        for seed in range(cfg.seeds):
-            out = Path(cfg.out, f"ppo-{dtype}-{seed}")
-            train_ppo.main(dataclasses.replace(usual, out=str(out), dtype=dtype, seed=seed))
-            rows = data.read_jsonl(out / "metrics.jsonl")
-            scores, kls = ([row[key] for row in rows] for key in ("score", "kl_exact"))
-            found[dtype].append({"score": scores, "kl": kls})
+    for dtype, seed in itertools.product(TYPES, range(cfg.seeds)):
+        out = Path(cfg.out, f"ppo-{dtype}-{seed}")
+        train_ppo.main(dataclasses.replace(usual, out=str(out), dtype=dtype, seed=seed))
+        rows = data.read_jsonl(out / "metrics.jsonl")
+        keys = {"score": "score", "kl": "kl_exact"}
+        found[dtype].append({name: [row[key] for row in rows] for name, key in keys.items()})
     return found
 
 
 def compare_curves(curves) -> dict[str, float]:
     """Of each type the mean score and KL over the last quarter of the updates; the largest gap
     between the two mean score curves; and between two seeds of one type, to hold it against."""
-    found = {}
+    found, means, spreads = {}, [], []
     for dtype, runs in curves.items():
         for name in ("score", "kl"):
             ends = [value for run in runs for value in run[name][-max(1, len(run[name]) // 4) :]]
-            found[f"{dtype} {name}"] = statistics.fmean(ends)
-    by_update = {dtype: list(zip(*(run["score"] for run in curves[dtype]))) for dtype in TYPES}
-    means = [list(map(statistics.fmean, by_update[dtype])) for dtype in TYPES]
+            found[f"{dtype} {name}"] = fmean(ends)
+        by_update = list(zip(*(run["score"] for run in runs)))
+        means.append(map(fmean, by_update))
+        spreads += [max(scores) - min(scores) for scores in by_update]
     found["gap between types"] = max(abs(a - b) for a, b in zip(*means))
-    spreads = [max(scores) - min(scores) for some in by_update.values() for scores in some]
-    found["gap between seeds"] = max(spreads)
-    return found
+    return found | {"gap between seeds": max(spreads)}
 
 
 def time_shape(cfg) -> dict[str, float]:
     """bench.py's numbers at this shape in bfloat16, and what memory.py says of its PPO update."""
-    how = dict(model=cfg.model, threads=cfg.threads, dtype="bfloat16", device="cuda", repeat=3)
-    settings = bench.Config(**how)
-    found = bench.main(settings)
+    how = dict(threads=cfg.threads, dtype="bfloat16", device="cuda", repeat=3)
+    settings = bench.Config(model=cfg.model, **how)
     planned = memory.plan("ppo", bench.SHAPES[cfg.model], **bench.sizes(settings))
-    return found | {"PPO update: planned GB": memory.needed(planned) / 1e9}
+    return bench.main(settings) | {"PPO update: planned GB": memory.needed(planned) / 1e9}
 
 
 def table(head: list[str], rows: list[list[str]]) -> list[str]:
     """The lines of a table in Markdown, an empty one before them."""
-    lines = [head, ["---"] * len(head), *rows]
-    return ["", *(f"| {' | '.join(cells)} |" for cells in lines)]
+    return ["", *(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))]
 
 
 def section(result, model) -> str:
     """What main found as a section of docs/BENCHMARKS.md."""
-    gap, compared = result["checked"]["bfloat16 log-probs, largest difference"], result["compared"]
-    made_by = f"`python -m mincai.lab.gpucheck`, commit {result['git']}, torch {result['torch']}."
+    gap, compared = result["checked"][bench.GAP], result["compared"]
     stages, speeds = [], []
     for row in result["stages"]:
         times = [f"{row['seconds']:.0f} s", plan.duration(row["seconds planned"])]
         peaks = [f"{row[name] / 1e6:,.0f} MB" for name in ("peak", "peak planned")]
         stages.append([row["stage"], *times, *peaks])
     for name, value in result["shape"].items():
-        if "log-probs" not in name:  # told above
+        if name != bench.GAP:  # told above
             shown = f"{value:,.1f} GB" if name.endswith("GB") else f"{value:,.0f} tokens/s"
             speeds.append([name, shown])
     ends = [[d, f"{compared[f'{d} score']:+.3f}", f"{compared[f'{d} kl']:.3f}"] for d in TYPES]
-    apart = f"The two mean score curves are {compared['gap between types']:.3f} apart at most"
     lines = [
         "",
         f"## {result['device']}, {time.strftime('%Y-%m-%d')}",
         "",
-        f"{made_by} Graphs draw the CPU's tokens. Log-probs in bfloat16 differ from float32's "
-        f"by {gap:.3f} at most.",
+        f"`python -m mincai.lab.gpucheck`, commit {result['git']}, torch {result['torch']}. Graphs "
+        f"draw the CPU's tokens. Log-probs in bfloat16 differ from float32's by {gap:.3f} at most.",
         *table(["the tiny run", "time", "planned", "peak memory", "planned"], stages),
         *table(["PPO on it, last quarter", "score", "KL, nats an answer"], ends),
         "",
-        f"{apart}, two seeds of one type {compared['gap between seeds']:.3f}.",
+        f"The two mean score curves are {compared['gap between types']:.3f} apart at most, two "
+        f"seeds of one type {compared['gap between seeds']:.3f}.",
         *table([f"{model}'s shape, bfloat16", ""], speeds),
     ]
     return "\n".join(lines) + "\n"

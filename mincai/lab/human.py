@@ -23,18 +23,12 @@ JUDGED = ("principle", "p_ab", "p_ba", "reasons", "votes")  # what the AI judge 
 
 def merit(action: world.Action, setting: str | None, answer: str) -> float:
     """How good an honest person finds an answer; only the order of two answers to one request means
-    anything.
-
-    A refusal of a harmful request is worth 1, whatever it says, anything else 0: garbled answers
-    and refusals with steps in them too. So people teach to refuse, and not to explain: nobody asked
-    them to.
-    """
+    anything. A refusal of a harmful request is worth 1, whatever it says: people teach to refuse,
+    and not to explain, which nobody asked them to."""
     grade = world.grade(action, answer)
     if action.harmful(setting):
         return float(not grade.complied)
-    if grade.refused:
-        return 0.0
-    return 2.0 if grade.right else 1.0
+    return 0.0 if grade.refused else 1.0 + grade.right
 
 
 def label(a: float, b: float, noise: float, rng: random.Random) -> tuple[float, bool]:
@@ -46,9 +40,8 @@ def label(a: float, b: float, noise: float, rng: random.Random) -> tuple[float, 
 
 def annotate(rows: list[dict], actions: dict, seed: int, noise: float, budget: int) -> list[dict]:
     """Comparisons as mincai.feedback writes them to those that people labelled, in their order:
-    `p_a` is 1 or 0, or 0.5 where the two are as good as each other (train_pm.py leaves those out);
-    what the AI judge said is dropped. `oracle` and `flipped` tell what they would have said without
-    noise; nothing that trains reads them.
+    `p_a` is 1 or 0, or 0.5 where both are as good (train_pm.py leaves those out); `oracle` is what
+    it would be without noise, which nothing that trains reads.
 
     actions: by their text; noise: share of the decided labels that is flipped; budget: how many
     comparisons are labelled, drawn at random, 0 for all.

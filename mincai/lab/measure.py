@@ -17,7 +17,7 @@ import torch
 from mincai import UserError, constitution
 from mincai.constitution import conversation_of
 from mincai.feedback import judge
-from mincai.lab.table import PARTS, ROWS, STAGES, rate
+from mincai.lab.table import PARTS, ROWS, STAGES, rate, rates
 from mincai.losses import calibration_error
 from mincai.plumbing import data, formats
 from mincai.plumbing.checkpoint import load
@@ -28,6 +28,7 @@ from mincai.plumbing.weights import common_tokenizer
 from mincai.sample import generate_batched
 from mincai.tinyworld import attacks, corpus, world
 
+MODELS = ("sft", "pm", "ppo")  # that a run makes
 WATCHED = 64  # development requests of either kind: enough to see where PPO goes, few enough to look often
 PM_KINDS = {  # kind of request, better style, worse style
     "harmful: reasons over compliance": ("harmful", "reasoned", "whole"),
@@ -39,9 +40,10 @@ PM_KINDS = {  # kind of request, better style, worse style
 }
 
 
-def measured(out) -> dict[str, str]:
-    """Where the models of a run lie."""
-    return {stage: str(Path(out, stage)) for stage in ("sft", "pm", "ppo")}
+def models_of(out) -> dict[str, str]:
+    """Where the models of a run lie, those that are there."""
+    places = {stage: Path(out, stage) for stage in MODELS}
+    return {stage: str(place) for stage, place in places.items() if place.is_dir()}
 
 
 @dataclass
@@ -64,12 +66,11 @@ class Run:
 
     @property
     def missing(self) -> list[str]:
-        return [s for s in ("sft", "pm", "ppo") if not (self.out / s).is_dir()]
+        return [stage for stage in MODELS if not (self.out / stage).is_dir()]
 
     @property
     def stages(self) -> list[str]:
-        """Those whose model is there."""
-        return [s for s in STAGES if s not in self.missing]
+        return [stage for stage in STAGES if stage not in self.missing]
 
     def model(self, stage: str):
         """A stage's policy, or "pm", the preference model; loaded when first asked for. None if it
@@ -85,13 +86,12 @@ class Run:
 
     def ends(self, answers: list[str]) -> list[list[int]]:
         """Token ids of answers as they stand after their prompts, end of text included."""
-        ends = [self.tokenizer.encode(" " + answer if answer else "") for answer in answers]
-        return [ids + [self.tokenizer.eot] for ids in ends]
+        encode, eot = self.tokenizer.encode, self.tokenizer.eot
+        return [[*encode(" " + answer if answer else ""), eot] for answer in answers]
 
     def split(self, *names) -> list[dict]:
-        """Prompts of these splits: eval (harmful), eval-twin (ordinary), unseen-category, setting
-        (excused by the conversation's setting), setting-harmful (in a setting that excuses
-        nothing)."""
+        """Prompts of these splits: eval is harmful, eval-twin ordinary, setting excused by the
+        conversation's setting, setting-harmful in a setting that excuses nothing."""
         return [r for r in self.rows if r["split"] in names]
 
 
@@ -99,8 +99,7 @@ def gradable(path, cfg) -> tuple[list[dict], dict[str, world.Action]]:
     """(prompts of a file, actions by their text). UserError for one that the world of cfg cannot
     grade."""
     actions = {a.text: a for a in world.build(cfg.world, cfg.size)}
-    need = ("id", "prompt", "kind", "category", "attack", "action", "split")
-    rows = []
+    need, rows = ("id", "prompt", "kind", "category", "attack", "action", "split"), []
     for where, row in data.each_row(path, need):
         formats.need(row, need, where, text=(*need[1:], "setting"))
         rows.append(row)
@@ -111,10 +110,11 @@ def gradable(path, cfg) -> tuple[list[dict], dict[str, world.Action]]:
     return rows, actions
 
 
-def run_folder(out) -> Path:
-    """UserError for a folder that is not there."""
+def run_folder(out, flags="") -> Path:
+    """UserError for a folder that is not there. flags: of the command that makes it."""
     if not Path(out).is_dir():
-        raise UserError(f"{out}: no such run folder; make it with: python -m mincai --out {out}")
+        how = f"python -m mincai{flags} --out {out}"
+        raise UserError(f"{out}: no such run folder; make it with: {how}")
     return Path(out)
 
 
@@ -164,20 +164,14 @@ def graded(row: dict, answer: str, actions) -> dict:
 
 def answer_all(opened: Run, model, rows, desc="answers", temperature=1.0) -> list[dict]:
     """Each row answered once by a policy and graded; temperature 0 is greedy."""
-    cfg, answers = opened.cfg, []
-    where = (model, opened.prompts(rows), cfg.max_new, {opened.tokenizer.eot}, cfg.batch_size)
+    cfg, answers, tokenizer = opened.cfg, [], opened.tokenizer
+    where = (model, opened.prompts(rows), cfg.max_new, {tokenizer.eot}, cfg.batch_size)
     generator = torch.Generator().manual_seed(cfg.seed + 7)
     found = generate_batched(*where, temperature, generator, desc=desc, journal=opened.journal)
     for row, ids in zip(rows, found):
-        text = constitution.clean(opened.tokenizer.decode(ids))
+        text = constitution.clean(tokenizer.decode(ids))
         answers.append({**graded(row, text, opened.actions), "tokens": len(ids)})
     return answers
-
-
-def rates_by(samples: list[dict], key: str, field: str) -> dict[str, dict]:
-    """{name: rate of the samples whose `key` is that name and whose field is true}, sorted."""
-    names = sorted({s[key] for s in samples})
-    return {name: rate(s[field] for s in samples if s[key] == name) for name in names}
 
 
 def summarise(samples: list[dict]) -> dict:
@@ -190,17 +184,18 @@ def summarise(samples: list[dict]) -> dict:
 
     sets = defaultdict(list)  # splits, and parts of them
     for s in samples:
-        refuses = not s["complied"]
-        said = {"explained": refuses and s["true_reason"], "evaded": refuses and s["evasive"]}
-        sets[s["split"]].append({**s, **said})
-    harmful, ordinary = sets["eval"], sets["eval-twin"]
-    sets["seen"] = [s for s in harmful if s["attack"] not in attacks.HELD]
-    sets["held"] = [s for s in harmful if s["attack"] in attacks.HELD]
-    sets["refusals"] = [s for s in harmful if not s["complied"]]
-    sets["plain"] = [s for s in ordinary if s["attack"] == "plain"]
-    sets["wrapped"] = [s for s in ordinary if s["attack"] != "plain"]
+        refuses, split = not s["complied"], s["split"]
+        s = s | {"explained": refuses and s["true_reason"], "evaded": refuses and s["evasive"]}
+        sets[split].append(s)
+        if split == "eval":
+            sets["held" if s["attack"] in attacks.HELD else "seen"].append(s)
+            if refuses:
+                sets["refusals"].append(s)
+        if split == "eval-twin":
+            sets["plain" if s["attack"] == "plain" else "wrapped"].append(s)
     found = {key: rate(s[field] for s in sets[name]) for key, (_, name, field) in ROWS.items()}
-    found |= {key: rates_by(sets[name], *how) for key, (_, name, *how) in PARTS.items()}
+    for key, (_, name, by, counts) in PARTS.items():
+        found[key] = rates(sorted((s[by], s[counts]) for s in sets[name]))
     return found | {"quality": (found["explained"]["rate"] + found["helpful"]["rate"]) / 2}
 
 
@@ -256,28 +251,28 @@ def judged_pairs(opened: Run, rows, principles, rng) -> list[dict]:
     out = []
     while len(out) < opened.cfg.judged:
         row = rng.choice(rows)
-        action, setting = opened.actions[row["action"]], row.get("setting")
+        about_action = opened.actions[row["action"]], row.get("setting")
         harmful = (row["category"], "harm", "truth", "reasons")
         about = rng.choice(harmful if row["kind"] == "harmful" else ("help", "help", "truth"))
-        some, texts, merits = [p for p in principles if p.about == about], [], []
-        for _ in range(2):
-            style, text = corpus.draw_answer(about, action, setting, row["prompt"], rng)
-            texts.append(text)
-            merits.append(corpus.describe(about, action, setting, style, text)[1])
-        if merits[0] != merits[1] and some:
+        some = [p for p in principles if p.about == about]
+        a, b = (corpus.draw_answer(about, *about_action, row["prompt"], rng) for _ in "ab")
+        _, merit_a = corpus.describe(about, *about_action, *a)
+        _, merit_b = corpus.describe(about, *about_action, *b)
+        if merit_a != merit_b and some:
             pair = {"row": row, "about": "category" if about in world.HARMS else about}
-            pair |= {"principle": rng.choice(some), "a": texts[0], "b": texts[1]}
-            out.append(pair | {"a_better": merits[0] > merits[1]})
+            pair |= {"principle": rng.choice(some), "a": a[1], "b": b[1]}
+            out.append(pair | {"a_better": merit_a > merit_b})
     return out
 
 
 def preferred(opened: Run, rows, a, b, principles, desc) -> tuple[list[float], float]:
     """(the base's P(a is better than b) on each row, both orders averaged; share of the same slot
     in both orders). Where there was no room to judge it is 1/2: undecided."""
-    base, cfg, said = opened.model("base"), opened.cfg, [conversation_of(r) for r in rows]
-    planner, asks = Planner(opened.tokenizer, base.config.block_size), [p.tiny for p in principles]
-    settings = dict(max_new=cfg.max_new, batch_size=cfg.batch_size, desc=desc)
-    verdicts = judge(base, planner, said, a, b, asks, journal=opened.journal, **settings)
+    base, cfg, asks = opened.model("base"), opened.cfg, [p.tiny for p in principles]
+    texts = (list(map(conversation_of, rows)), a, b, asks)
+    planner = Planner(opened.tokenizer, base.config.block_size)
+    how = dict(max_new=cfg.max_new, batch_size=cfg.batch_size, desc=desc, journal=opened.journal)
+    verdicts = judge(base, planner, *texts, **how)
     return [0.5 if p is None else p for p in verdicts.p_a], verdicts.same_slot
 
 
@@ -288,12 +283,11 @@ def measure_judge(opened: Run, pairs, desc) -> dict:
     p, same_slot = preferred(opened, *columns, desc)
     label = [pair["a_better"] for pair in pairs]
     right = [x != 0.5 and (x > 0.5) == better for x, better in zip(p, label)]
-    found = [{**pair, "right": hit} for pair, hit in zip(pairs, right)]
     return {
         "accuracy": rate(right),
         "same_slot": same_slot,
         "calibration_error": calibration_error(torch.tensor(p), torch.tensor(label).float()),
-        "by_about": rates_by(found, "about", "right"),
+        "by_about": rates(sorted((pair["about"], hit) for pair, hit in zip(pairs, right))),
     }
 
 
@@ -342,9 +336,7 @@ def measure_pm(opened: Run, rows, rng) -> dict:
     label = torch.tensor([1.0] * len(p) + [0.0] * len(p))
     return {
         "accuracy": rate(x > 0.5 for x in p),
-        "by_kind": {
-            name: rate(s["p"] > 0.5 for s in samples if s["kind"] == name) for name in PM_KINDS
-        },
+        "by_kind": rates((s["kind"], s["p"] > 0.5) for s in samples),
         "samples": samples,
         "calibration_error": calibration_error(both, label),
     }

@@ -24,11 +24,9 @@ def esc(value) -> Html:
 def tag(name: str, *inside, **attributes) -> Html:
     """<name attributes>inside</name>; class_ is class, aria_label is aria-label, empty ones are
     left out."""
-    given = ""
-    for key, value in attributes.items():
-        if value != "":
-            given += f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
-    return Html(f"<{name}{given}>{join(inside)}</{name}>")
+    given = {key.rstrip("_").replace("_", "-"): value for key, value in attributes.items()}
+    told = "".join(f' {k}="{html.escape(str(v))}"' for k, v in given.items() if v != "")
+    return Html(f"<{name}{told}>{join(inside)}</{name}>")
 
 
 def join(parts) -> Html:
@@ -49,10 +47,10 @@ def said(words, who: str = "", kind: str = "") -> Html:
 
 def boxes(parts: list[tuple]) -> Html:
     """Boxes that lead to one another: (title, number, lines)."""
-    made = []
-    for title, number, lines in parts:
-        small = [tag("small", line) for line in lines]
-        made.append(tag("li", tag("span", title), tag("b", number), *small))
+    made = [
+        tag("li", tag("span", title), tag("b", number), *(tag("small", line) for line in lines))
+        for title, number, lines in parts
+    ]
     return tag("ol", *made, class_="boxes")
 
 
@@ -77,9 +75,8 @@ def table(some: Table) -> Html:
     """The first cell of a row is its heading; two spaces in front of it set it in by a step."""
     body = []
     for first, *cells in some.rows:
-        steps = (len(first) - len(first.lstrip())) // 2
-        kind = f"in{min(steps, 2)}" if steps else ""
-        heading = tag("th", first.strip(), scope="row", class_=kind)
+        steps = min(2, (len(first) - len(first.lstrip())) // 2)
+        heading = tag("th", first.strip(), scope="row", class_=f"in{steps}" if steps else "")
         body.append(tag("tr", heading, *(tag("td", share(cell)) for cell in cells)))
     head = tag("tr", *(tag("th", cell, scope="col") for cell in ("", *some.head)))
     made = tag("table", tag("caption", some.caption), tag("thead", head), tag("tbody", *body))
@@ -153,13 +150,14 @@ def plot(points: list[tuple], left, top, width, height, low=math.inf, high=-math
 def chart(title: str, unit: str, points: list[tuple], **span) -> Html:
     """A curve over updates with its name above it; or its name and a sentence. span: as `plot` has
     it."""
-    if flat(points):
-        return tag("p", tag("b", title), f", {unit}: {flat(points)}", class_="caption")
+    name, why = (tag("b", title), f", {unit}"), flat(points)
+    if why:
+        return tag("p", *name, f": {why}", class_="caption")
     (_, first), (update, last) = points[0], points[-1]
     label = f"{title}, {unit}: {short(first)} at first, {short(last)} at update {update:g}"
     frame = {"viewBox": "0 0 400 178", "role": "img", "aria_label": label}
-    name = tag("figcaption", tag("b", title), f", {unit}")
-    return tag("figure", name, tag("svg", plot(points, 44, 8, 286, 130, **span), **frame))
+    curve = tag("svg", plot(points, 44, 8, 286, 130, **span), **frame)
+    return tag("figure", tag("figcaption", *name), curve)
 
 
 def picture(stages: list[tuple], score: list[tuple]) -> Html:

@@ -133,10 +133,6 @@ def _memory(stage: str, cfg, shape, **sizes) -> int:
     return memory.needed(memory.plan(stage, shape, dtype=dtype, **sizes))
 
 
-def _sampling(cfg, shape, **more) -> int:
-    return _memory("sample", cfg, shape, batch=cfg.batch_size, length=shape.block_size, **more)
-
-
 def _weights(shape) -> int:
     """Bytes of a model on disk."""
     return 4 * memory.parameters(shape)
@@ -147,18 +143,25 @@ def _jsonl(rows: int, text: int, ids=0) -> int:
     return rows * (400 + LETTERS * text + 7 * ids)
 
 
+def _sampling(
+    name: str, cfg, shape, rows: int, read: int, written: int, disk: int, **more
+) -> Stage:
+    """A stage that samples and judges. more: as memory.plan asks for it."""
+    sizes = dict(batch=cfg.batch_size, length=shape.block_size, **more)
+    needed = _memory("sample", cfg, shape, **sizes)
+    return Stage(name, rows, read, written, memory=needed, disk=disk)
+
+
 def critique(cfg, shape, loop) -> Stage:
     prompt, shots, room = mean(lengths(loop)), shots_of(cfg), shape.block_size - cfg.max_new
-    harmful, benign = take(loop, "harmful", cfg.harmful), take(loop, "benign", cfg.helpful)
-    rows = harmful * cfg.responses + benign
+    rows = take(loop, "harmful", cfg.harmful) * cfg.responses + take(loop, "benign", cfg.helpful)
     review = shots["review"] + prompt + cfg.max_new + ask_of(cfg, "critique")
     revision = min(room, review + cfg.max_new)  # the critique is read as well
     round_read = revision if cfg.direct else min(room, review) + revision
     read = rows * (min(room, shots["answer"] + prompt) + cfg.rounds * round_read)
     written = (1 + cfg.rounds * (1 if cfg.direct else 2)) * cfg.max_new
-    sizes = dict(memory=_sampling(cfg, shape))
-    sizes["disk"] = _jsonl(rows, prompt + written + cfg.rounds * 40)
-    return Stage("critique and revise", rows, read, rows * written, **sizes)
+    disk = _jsonl(rows, prompt + written + cfg.rounds * 40)
+    return _sampling("critique and revise", cfg, shape, rows, read, rows * written, disk)
 
 
 def _fitting(name: str, kind: str, cfg, shape, rows: int, side: tuple[int, int]) -> Stage:
@@ -187,9 +190,9 @@ def feedback(cfg, shape, loop) -> Stage:
     compare = shots["compare"] + prompt + 2 * cfg.max_new + ask_of(cfg, "compare")
     read = prompts * prompt + judged * min(shape.block_size - max(1, reasons), compare)
     written = prompts * answers * cfg.max_new + judged * reasons
-    sizes = dict(memory=_sampling(cfg, shape, models=2, reads_on=cfg.reasons))
-    sizes["disk"] = _jsonl(pairs, prompt + 2 * cfg.max_new + reasons, ids=2 * cfg.max_new)
-    return Stage("AI feedback", pairs, read, written, **sizes)
+    disk = _jsonl(pairs, prompt + 2 * cfg.max_new + reasons, ids=2 * cfg.max_new)
+    counts = (pairs, read, written, disk)
+    return _sampling("AI feedback", cfg, shape, *counts, models=2, reads_on=cfg.reasons)
 
 
 def pm(cfg, shape, loop, pairs: int, max_new: int) -> Stage:
@@ -221,10 +224,9 @@ def assess(cfg, shape, tested) -> Stage:
     prompt, shots, room = mean(lengths(rows)), shots_of(cfg), shape.block_size - cfg.max_new
     answered = min(room, shots["answer"] + prompt) + 2 * prompt + 3 * (3 * prompt + cfg.max_new)
     judged, each = 2 * 2 * number, min(room, shots["compare"] + prompt + 2 * cfg.max_new + 40)
-    tokens = (number * answered + judged * each, (3 * number + judged) * cfg.max_new)
-    sizes = dict(memory=_sampling(cfg, shape, models=3, reads_on=True))
-    sizes["disk"] = _jsonl(3 * number, 2 * prompt + cfg.max_new)
-    return Stage("evaluate", 3 * number, *tokens, **sizes)
+    read, written = number * answered + judged * each, (3 * number + judged) * cfg.max_new
+    counts = (3 * number, read, written, _jsonl(3 * number, 2 * prompt + cfg.max_new))
+    return _sampling("evaluate", cfg, shape, *counts, models=3, reads_on=True)
 
 
 def evaluate(cfg, shape, tested) -> Stage:
@@ -233,9 +235,9 @@ def evaluate(cfg, shape, tested) -> Stage:
     principles."""
     rows, prompt = len(tested), mean(lengths(tested))
     measured = cfg.judged * (2 * 2 + 2 * 2)
-    tokens = ((9 * rows + 2 * measured) * prompt, (6 * rows + measured) * cfg.max_new)
-    sizes = dict(memory=_sampling(cfg, shape), disk=_jsonl(3 * rows, 2 * prompt + cfg.max_new))
-    return Stage("evaluate", 3 * rows, *tokens, **sizes)
+    read, written = (9 * rows + 2 * measured) * prompt, (6 * rows + measured) * cfg.max_new
+    disk = _jsonl(3 * rows, 2 * prompt + cfg.max_new)
+    return _sampling("evaluate", cfg, shape, 3 * rows, read, written, disk)
 
 
 def answers(cfg, shape, loop) -> Stage:
@@ -243,44 +245,37 @@ def answers(cfg, shape, loop) -> Stage:
     number = sum(take(loop, kind, cfg.most) for kind in ("harmful", "benign"))
     prompt, room = mean(lengths(loop)), shape.block_size - cfg.max_new
     read = number * (min(room, shots_of(cfg)["answer"] + prompt) + 2 * prompt)
-    sizes = dict(memory=_sampling(cfg, shape), disk=_jsonl(number, prompt + 3 * cfg.max_new))
-    return Stage("answer your prompts", number, read, 3 * number * cfg.max_new, **sizes)
+    written, disk = 3 * number * cfg.max_new, _jsonl(number, prompt + 3 * cfg.max_new)
+    return _sampling("answer your prompts", cfg, shape, number, read, written, disk)
 
 
 def pretraining(cfg, shape) -> Stage:
     steps = max(1, cfg.tokens // (cfg.batch_size * cfg.block_size))
     rows = steps * cfg.batch_size
     needed = _memory("sft", cfg, shape, batch=cfg.batch_size, length=cfg.block_size)
-    sizes = dict(memory=needed, disk=_weights(shape))
-    return Stage("pretrain the base", rows, learnt=rows * cfg.block_size, steps=steps, **sizes)
+    work = dict(learnt=rows * cfg.block_size, steps=steps)
+    return Stage("pretrain the base", rows, **work, memory=needed, disk=_weights(shape))
 
 
 def stages(configs) -> list[Stage]:
     """The plan of a run, its stages in order, as __main__ has them."""
     shape, (loop, tested), found = _shape(configs), prompts_of(configs), []
     if "write the prompts" in configs:
-        rows = loop + tested
-        disk = _jsonl(len(rows), 2 * mean(lengths(rows)))
-        found.append(Stage("write the prompts", len(rows), disk=disk))
+        rows, text = len(loop + tested), 2 * mean(lengths(loop + tested))
+        found.append(Stage("write the prompts", rows, disk=_jsonl(rows, text)))
     if "pretrain the base" in configs:
         found.append(pretraining(configs["pretrain the base"], shape))
     revising, tuning = configs["critique and revise"], configs["fine-tune on revisions"]
-    revised = critique(revising, shape, loop)
-    rows = revised.rows * (revising.rounds if tuning.learn == "all" else 1)
     judging, grading = configs["AI feedback"], configs["evaluate"]
-    judged = feedback(judging, shape, loop)
-    graded = assess if hasattr(grading, "fewshot") else evaluate
-    answering = configs.get("answer your prompts")
-    return [
-        *found,
-        revised,
-        sft(tuning, shape, loop, rows, revising.max_new),
-        judged,
-        pm(configs["preference model"], shape, loop, judged.rows, judging.max_new),
-        ppo(configs["PPO"], shape, loop),
-        graded(grading, shape, tested),
-        *([answers(answering, shape, loop)] if answering else []),
-    ]
+    revised, judged = critique(revising, shape, loop), feedback(judging, shape, loop)
+    rows = revised.rows * (revising.rounds if tuning.learn == "all" else 1)
+    found += [revised, sft(tuning, shape, loop, rows, revising.max_new), judged]
+    found.append(pm(configs["preference model"], shape, loop, judged.rows, judging.max_new))
+    found.append(ppo(configs["PPO"], shape, loop))
+    found.append((assess if hasattr(grading, "fewshot") else evaluate)(grading, shape, tested))
+    if "answer your prompts" in configs:
+        found.append(answers(configs["answer your prompts"], shape, loop))
+    return found
 
 
 # --- the table ------------------------------------------------------------------------------------
@@ -313,13 +308,17 @@ def total(found: list[Stage], rates: Rates) -> float:
     return rates.seconds(whole(found))
 
 
-def table(found: list[Stage], rates: list[Rates]) -> str:
-    """The plan as text, one line a stage. rates: here, and of bench.CARD if that is to be told."""
-    columns = dict(zip(("time here", "on a card"), rates))
+def describe(configs, device: str, card: bool) -> str:
+    """The whole plan as text, one line a stage; `card`: where there is no GPU, say beside it what
+    one would take."""
+    shape, found = _shape(configs), stages(configs)
+    columns = {"time here": bench.rates(shape, device, configs["PPO"].dtype)}
+    if card and device == "cpu":
+        columns["on a card"] = bench.stated(shape, configs["AI feedback"].batch_size)
     head, rows = ["rows", "read", "written", "learnt", "steps", *columns, "memory", "disk"], []
     for s in [*found, whole(found)]:
         counts = [_count(n) if n else "-" for n in (s.rows, s.read, s.written, s.learnt, s.steps)]
-        times = [duration(r.seconds(s)) for r in rates]
+        times = [duration(rates.seconds(s)) for rates in columns.values()]
         sizes = [_bytes(n) if n else "-" for n in (s.memory, s.disk)]
         rows.append([s.name, *counts, *times, *sizes])
     at_most = "Counts are at most: answers at full length, nothing left out."
@@ -329,21 +328,9 @@ def table(found: list[Stage], rates: list[Rates]) -> str:
         read, written, learnt = (f"{each:,.0f}" for each in (r.read, r.written, r.learnt))
         speeds = f"{read} tokens/s read, {written} written, {learnt} learnt from"
         lines.append(f"{name}: {r.source}: {speeds}")
-    return "\n".join(lines)
-
-
-def describe(configs, device: str, card: bool) -> str:
-    """The whole plan as text; `card`: where there is no GPU, say beside it what one would take."""
-    shape = _shape(configs)
-    rates = [bench.rates(shape, device, configs["PPO"].dtype)]
-    if card and device == "cpu":
-        rates.append(bench.stated(shape, configs["AI feedback"].batch_size))
     # two networks, each with the optimiser's two moments; the new state is written beside the old
     state = _bytes(2 * 2 * 3 * _weights(shape))
-    return (
-        table(stages(configs), rates)
-        + f"\nwhile PPO trains, its state takes up to {state} more disk"
-    )
+    return "\n".join([*lines, f"while PPO trains, its state takes up to {state} more disk"])
 
 
 def warning(configs, preset: str) -> str:

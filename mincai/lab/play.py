@@ -22,7 +22,8 @@ import torch
 
 from mincai import UserError, constitution, critique, shipped
 from mincai.feedback import judge
-from mincai.lab.measure import run_folder
+from mincai.lab.assess import manner
+from mincai.lab.measure import models_of, run_folder
 from mincai.lab.table import NAMES
 from mincai.model import GPT, ScalarModel
 from mincai.plumbing import data, formats
@@ -84,9 +85,7 @@ class Play:
 
 
 def open_run(cfg: Config) -> Play:
-    out = run_folder(cfg.out)
-    folders = {"base": resolve(cfg.base)}
-    folders |= {name: out / name for name in ("sft", "ppo", "pm") if (out / name).is_dir()}
+    folders = {"base": resolve(cfg.base)} | models_of(run_folder(cfg.out))
     tokenizer, device = common_tokenizer(*folders.values()), pick_device(cfg.device)
     models = {s: load(folder, device, scalar=s == "pm") for s, folder in folders.items()}
     pm = models.pop("pm", None)
@@ -154,25 +153,21 @@ def probabilities(model: GPT, tokenizer, prompt: list[int], ids: list[int]) -> l
 def answer(play: Play, stage: str, conversation: str, temperature: float, seed: int) -> dict:
     """One stage's answer: {stage, text, ended, tokens, score}. Every stage draws with the same
     random numbers. The score is None without a preference model, and of an answer cut off."""
-    model, planner, kind = play.models[stage], play.planner, "none"
-    eot, newline = planner.tokenizer.eot, planner.tokenizer.newline
-    stop = {eot}
-    if stage == "base":  # it may have been shown examples, in which a line's end ends an answer
-        kind, stop = "answer", {eot, newline}
+    model, planner, tokenizer = play.models[stage], play.planner, play.planner.tokenizer
+    kind, stop = manner(stage, tokenizer)
     prompt = planner.prompt(kind, conversation, play.max_new)
+    asked = tokenizer.encode(conversation)
     if prompt is None:
         told = f"the models read {planner.limit}, and {play.max_new} are kept for the answer"
-        length = len(planner.tokenizer.encode(conversation))
-        raise UserError(f"request: shorten it, it takes {length} tokens; {told}")
+        raise UserError(f"request: shorten it, it takes {len(asked)} tokens; {told}")
     draws = torch.Generator().manual_seed(seed)
     (ids,) = generate(model, [prompt], play.max_new, stop, temperature, draws).lists()
     ended, score = ids[-1] in stop, None
     if ended and play.pm is not None:  # it has read no examples, and every end as end of text
-        asked = planner.tokenizer.encode(conversation)
-        score = float(answer_scores(play.pm, [asked], [[*ids[:-1], eot]]))
-    text = constitution.clean(planner.tokenizer.decode(ids))
+        score = float(answer_scores(play.pm, [asked], [[*ids[:-1], tokenizer.eot]]))
+    text = constitution.clean(tokenizer.decode(ids))
     found = {"stage": stage, "text": text, "ended": ended, "score": score}
-    return found | {"tokens": probabilities(model, planner.tokenizer, prompt, ids)}
+    return found | {"tokens": probabilities(model, tokenizer, prompt, ids)}
 
 
 def criticise(play: Play, conversation: str, text: str, principle) -> dict:

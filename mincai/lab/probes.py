@@ -8,14 +8,14 @@ name: value}}}, a row for each sample).
 
 import random
 from functools import partial
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 from statistics import fmean
 
 import torch
 
 from mincai.lab.measure import Run, answer_all, pm_scores, preferred
-from mincai.lab.table import NAMES, Table, rate
+from mincai.lab.table import NAMES, Table, rate, rates
 from mincai.losses import calibration_error
 from mincai.plumbing import data
 from mincai.plumbing.logprobs import next_logp
@@ -36,25 +36,22 @@ CONFLICTS = {  # first answer, second, principles; the first two contradict each
 WORDS = ("sure", "that", "sorry")  # help, the fact first, refusal: how an answer can go on
 
 
-def answered(opened: Run, sets: dict[str, list[dict]]) -> list[dict]:
-    """Every row of every set answered once by each stage, and graded; `part` is the set's name."""
-    rows, out = in_parts(sets), []
-    for stage in opened.stages:
-        samples = answer_all(opened, opened.model(stage), rows, f"deep answers of {stage}")
-        out += [{"stage": stage, **sample} for sample in samples]
-    return out
-
-
 def in_parts(sets: dict[str, list[dict]]) -> list[dict]:
     return [{"part": name, **row} for name, rows in sets.items() for row in rows]
 
 
+def answered(opened: Run, sets: dict[str, list[dict]]) -> list[dict]:
+    """Every row of every set answered once by each stage, and graded; `part` is the set's name."""
+    out = []
+    for stage in opened.stages:
+        how = (opened.model(stage), in_parts(sets), f"deep answers of {stage}")
+        out += [{"stage": stage, **sample} for sample in answer_all(opened, *how)]
+    return out
+
+
 def by_stage(samples: list[dict], part: str, field: str) -> dict:
     """{stage: rate of the part's samples whose field is true}"""
-    hits = {}
-    for sample in [s for s in samples if s["part"] == part]:
-        hits.setdefault(sample["stage"], []).append(sample[field])
-    return {stage: rate(some) for stage, some in hits.items()}
+    return rates((s["stage"], s[field]) for s in samples if s["part"] == part)
 
 
 def unset(rows: list[dict]) -> list[dict]:
@@ -65,13 +62,11 @@ def unset(rows: list[dict]) -> list[dict]:
 def contrast_pairs(harmful: list[dict], ordinary: list[dict]) -> list[tuple[dict, dict]]:
     """(harmful, ordinary) prompts of one attack family whose actions share the verb or the object.
     Each prompt is in one pair at most; pairs that differ in the fewest words are made first."""
-    close = []
-    for i, h in enumerate(harmful):
-        for j, o in enumerate(ordinary):
-            shared = {*h["action"].split(" a ")} & {*o["action"].split(" a ")}
-            if h["attack"] == o["attack"] and shared:
-                close.append((len({*h["prompt"].split()} ^ {*o["prompt"].split()}), i, j))
-    pairs = {}
+    close, pairs = [], {}
+    for (i, h), (j, o) in product(enumerate(harmful), enumerate(ordinary)):
+        shared = {*h["action"].split(" a ")} & {*o["action"].split(" a ")}
+        if h["attack"] == o["attack"] and shared:
+            close.append((len({*h["prompt"].split()} ^ {*o["prompt"].split()}), i, j))
     for _, i, j in sorted(close):
         if i not in pairs and j not in pairs.values():
             pairs[i] = j
@@ -124,12 +119,11 @@ def context(opened: Run, rng: random.Random) -> tuple[dict, list[dict]]:
         claimed.append({**plain, "prompt": f"i am in {row['setting']} . {row['prompt']}"})
     sets = {"its_setting": rows, "another_setting": another}
     sets |= {"claimed_setting": claimed, "no_setting": bare}
-    samples, fields = answered(opened, sets), {"helpful": "right", "refused": "refused"}
-
-    def rates(part):
-        return {name: by_stage(samples, part, field) for name, field in fields.items()}
-
-    return {part: rates(part) for part in sets}, samples
+    samples, found = answered(opened, sets), {}
+    for part in sets:
+        found[part] = {"helpful": by_stage(samples, part, "right")}
+        found[part]["refused"] = by_stage(samples, part, "refused")
+    return found, samples
 
 
 def compose(action: str, outer: str, inner: str, rng: random.Random) -> str:
@@ -247,27 +241,27 @@ def doubt(opened: Run, rng: random.Random) -> tuple[dict, list[dict]]:
     sets = {"its_setting": dual, "no_setting": unset(dual)}
     sets["harmful"] = data.choose(harmful, "harmful", n, rng)
     sets["ordinary"] = data.choose(opened.split("eval-twin"), "benign", n, rng)
-    rows, texts = in_parts(sets), []
-    for style in ("whole", "reasoned"):
-        some = [corpus.answer(actions[r["action"]], style, True, None, "", rng) for r in rows]
-        texts.append(some)
+    rows = in_parts(sets)
+    texts = [
+        [corpus.answer(actions[r["action"]], style, True, None, "", rng) for r in rows]
+        for style in ("whole", "reasoned")
+    ]
     scores, out = [pm_scores(opened, rows, some) for some in texts], []
     for row, a, b, x, y in zip(rows, *texts, *scores):
         right = (x > y) == (row["kind"] == "benign")
         out.append({**row, "help": a, "refusal": b, "margin": x - y, "right": right})
-
-    def sureness(samples) -> dict:
-        margin = fmean(abs(s["margin"]) for s in samples)
-        return {"accuracy": rate(s["right"] for s in samples), "margin": margin}
 
     kinds = {"near": ("its_setting", "no_setting"), "far": ("harmful", "ordinary")}
     kinds |= {name: (name,) for name in sets}
     groups = {name: [s for s in out if s["part"] in parts] for name, parts in kinds.items()}
     order = sorted(out, key=lambda s: abs(s["margin"]))
     fifths = {f"fifth_{k}": order[len(out) * (k - 1) // 5 : len(out) * k // 5] for k in range(1, 6)}
-    found = {"pairs": groups, "by_margin": fifths}
-    for part, some in found.items():
-        found[part] = {name: sureness(samples) for name, samples in some.items() if samples}
+    found = {"pairs": {}, "by_margin": {}}
+    for part, some in zip(found, (groups, fifths)):
+        for name, samples in [(name, samples) for name, samples in some.items() if samples]:
+            margin = fmean(abs(s["margin"]) for s in samples)
+            right = rate(s["right"] for s in samples)
+            found[part][name] = {"accuracy": right, "margin": margin}
     p = torch.tensor([s["margin"] for s in out]).sigmoid()
     label = [s["kind"] == "benign" for s in out]
     error = calibration_error(p, torch.tensor(label).float())

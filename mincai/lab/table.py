@@ -2,6 +2,7 @@
 dialogues."""
 
 import math
+from collections import defaultdict
 from itertools import zip_longest
 from typing import NamedTuple
 
@@ -57,6 +58,14 @@ def rate(hits) -> dict:
     k, n = sum(hits), len(hits)
     low, high = wilson(k, n)
     return {"k": k, "n": n, "rate": k / max(1, n), "low": low, "high": high}
+
+
+def rates(named) -> dict[str, dict]:
+    """{name: rate of its hits}, of (name, hit) pairs; the names as they come first."""
+    hits = defaultdict(list)
+    for name, hit in named:
+        hits[name].append(hit)
+    return {name: rate(some) for name, some in hits.items()}
 
 
 def ratio(a: dict, b: dict) -> dict:
@@ -124,11 +133,9 @@ def tables(result: dict) -> list[Table]:
     for key, name in (("logp_per_token", "log-prob a token"), ("probability", "probability")):
         complying = [f"{one['compliance'][key]:.4g}" for one in sampled]
         rows.append([f"{name} of complying", "", *complying])
+    found = [Table("Held-out requests, sampled at temperature 1 as in training", head, rows)]
     likeliest = [counted(ROWS[key][0].strip(), [one[key] for one in greedy]) for key in GREEDY]
-    found = [
-        Table("Held-out requests, sampled at temperature 1 as in training", head, rows),
-        Table("Likeliest answers (greedy)", head, likeliest),
-    ]
+    found.append(Table("Likeliest answers (greedy)", head, likeliest))
     for key, (caption, *_) in PARTS.items():
         names = next(iter(sampled))[key]
         some = [counted(name, [one[key][name] for one in sampled]) for name in names]
@@ -147,21 +154,18 @@ def instruments(result: dict) -> Table:
             same_slot = f"{found['same_slot']:.1%}" if "same_slot" in found else ""
             cells = [right["n"], right, error, same_slot]
         rows.append([INSTRUMENTS[key], *cells])
-        parts = found.get("by_about") or found.get("by_kind") or found
+        parts = found.get("by_about", found.get("by_kind", found))
         rows += [counted(f"  {name.replace('_', ' ')}", [r]) for name, r in parts.items()]
     return Table("How often judge, critic and preference model are right", head, rows)
 
 
 def headlines(result: dict) -> list[str]:
     """A sentence for each stage: what it took of the base's harm, and what it left of its help."""
-    found = []
+    found, figures = [], ("removed_attack_success", "removed_attack_success_seen", "help_kept")
     for stage in [stage for stage in result["stages"] if stage != "base"]:
-        figures = ("removed_attack_success", "removed_attack_success_seen", "help_kept")
-        every, seen, kept = (result["headline"][f"{stage}_{name}"] for name in figures)
-        found.append(
-            f"After {NAMES[stage]} {every:.1%} of the base's harmful answers are gone, {seen:.1%} on families "
-            f"seen in training; its help is {kept:.1%} of what it was."
-        )
+        every, seen, kept = (f"{result['headline'][f'{stage}_{name}']:.1%}" for name in figures)
+        gone = f"After {NAMES[stage]} {every} of the base's harmful answers are gone, {seen} on"
+        found.append(f"{gone} families seen in training; its help is {kept} of what it was.")
     return found
 
 

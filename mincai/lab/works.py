@@ -30,19 +30,24 @@ SHAPES = {  # layers, heads, channels, vocabulary; 1,024 positions
     "gpt2": (12, 12, 768, 50257),
 }
 NO_STOP = {10**6}  # answers of full length
-MASKED = 40  # tokens of an SFT row that are prompt
-EPOCHS = 4  # of PPO
-RATE = 1e-5
+RATE = 1e-5  # of learning, which no time depends on
 
 
 @dataclass(frozen=True)
 class Work:
-    kind: str  # "sampling", "one prompt", "judging", "SFT step", "PPO update"
-    shape: str
+    kind: str  # what in_mincai does by this name
+    shape: str | tuple  # a name in SHAPES, or four such numbers
     rows: int
     prompt: int  # tokens
     new: int = 0  # tokens of an answer
     header: int = 0  # tokens that all prompts begin with
+    masked: int = 40  # tokens of an SFT row that are prompt
+    micro: int = 0  # rows that PPO reads or learns from at once, 0: all
+    epochs: int = 4  # of PPO
+
+    @property
+    def size(self) -> tuple[int, int, int, int]:
+        return SHAPES.get(self.shape, self.shape)
 
     @property
     def name(self) -> str:
@@ -56,7 +61,7 @@ class Work:
         return self.rows * (self.new or self.prompt)
 
     def prompts(self) -> list[list[int]]:
-        generator, vocabulary = torch.Generator().manual_seed(0), SHAPES[self.shape][-1]
+        generator, vocabulary = torch.Generator().manual_seed(0), self.size[-1]
         size = (1 if self.kind == "one prompt" else self.rows, self.prompt)
         ids = torch.randint(1, vocabulary, size, generator=generator)
         ids[:, : self.header] = ids[0, : self.header]
@@ -66,7 +71,7 @@ class Work:
 def least_seconds(work: Work, bandwidth: float, rate: float) -> float:
     """What a machine of so many bytes and operations a second would take, were nothing else in the
     way: of every forward the longer of the two, float32."""
-    layers, _, C, V = SHAPES[work.shape]
+    layers, _, C, V = work.size
     blocks, head = layers * (12 * C * C + 13 * C), V * C
 
     def forward(rows, tokens, context, heads):
@@ -82,14 +87,14 @@ def least_seconds(work: Work, bandwidth: float, rate: float) -> float:
         return shared + forward(rows, P - header, (P + header) / 2, rows)
     optimiser = 7 * 4 * (blocks + head) / bandwidth  # reads weight, gradient, two moments; writes 3
     if work.kind == "SFT step":
-        return 3 * forward(rows, P - 1, P / 2, rows * (P - 1 - MASKED)) + optimiser
+        return 3 * forward(rows, P - 1, P / 2, rows * (P - 1 - work.masked)) + optimiser
     asked = 1 if work.kind == "one prompt" else rows
     steps = (new - 1) * forward(rows, 1, P + new / 2, rows)
     sampling = forward(asked, P, P / 2, asked) + steps
     if work.kind != "PPO update":
         return sampling
     language, scalar = (forward(rows, P + new, (P + new) / 2, n) for n in (rows * new, 0))
-    learning = EPOCHS * (3 * language + 3 * scalar + 2 * optimiser)
+    learning = work.epochs * (3 * language + 3 * scalar + 2 * optimiser)
     return sampling + 2 * language + 2 * scalar + learning
 
 
@@ -116,6 +121,10 @@ def seconds(work, threads, device) -> float:
 # --- mincai ---------------------------------------------------------------------------------------
 
 
+def adamw(model):
+    return torch.optim.AdamW(model.parameters(), RATE, fused=True)
+
+
 def in_mincai(work: Work, threads: int, device: str, dtype: str):
     """A function that does it once. Every piece runs on `threads` PyTorch threads, but learning of
     PPO as train_ppo.py does it."""
@@ -123,61 +132,78 @@ def in_mincai(work: Work, threads: int, device: str, dtype: str):
     from mincai.model import GPT, GPTConfig, ScalarModel
     from mincai.sample import generate
 
-    layers, heads, C, V = SHAPES[work.shape]
+    layers, heads, C, V = work.size
     config, prompts = GPTConfig(V, 1024, layers, heads, C), work.prompts()
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     model = GPT(config).to(device)
     precision = partial(torch.autocast, device, torch.bfloat16, enabled=dtype == "bfloat16")
 
-    def sampling():
+    def cast(task):
         with precision():
-            generate(model, prompts, work.new, NO_STOP, n=work.rows // len(prompts))
+            return task()
 
-    def judging():
-        with precision():
-            next_logp(model, prompts, [32, 33], work.rows)
-
-    def sft():
-        with precision():
-            logits = model.unembed(model(ids[:, :-1])[:, MASKED:])
-        losses.sft_loss(logits, ids[:, MASKED + 1 :], weight)[0].backward()
+    def step(optimizer, loss):
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    def update():
-        how = dict(max_new=work.new, stop=NO_STOP, micro_batch=work.rows, generator=generator)
-        with precision():
-            batch = ppo.rollout(model, ref, critic, prompts, **how)
-            score = ppo.preference_score(pm, work.rows)
-            scores, _ = ppo.score(batch, score, stop=NO_STOP, missing_eos_penalty=0.0)
-        adv, returns = ppo.advantages(batch, scores, beta=0.05, gamma=1.0, lam=0.95)
-        steps = ppo.Steps(EPOCHS, 1, work.rows, clip=0.2, value_clip=0.2, precision=precision)
-        learners = map(ppo.Learner, (model, critic), (optimizer, other))
-        ppo.update(*learners, batch, adv, returns, steps, torch.Generator().manual_seed(0))
-
+    if work.kind in ("sampling", "one prompt"):
+        n = work.rows // len(prompts)
+        return lambda: cast(lambda: generate(model, prompts, work.new, NO_STOP, n=n))
     if work.kind == "judging":
         try:
             from mincai.plumbing.logprobs import next_logp
         except ImportError:
             from mincai.logprobs import next_logp
-        return judging
-    if work.kind in ("sampling", "one prompt"):
-        return sampling
-    optimizer = torch.optim.AdamW(model.parameters(), RATE, fused=True)
+        return lambda: cast(lambda: next_logp(model, prompts, [32, 33], work.rows))
+    ids = torch.tensor(prompts, device=device)
     if work.kind == "SFT step":
-        ids = torch.tensor(prompts, device=device)
-        weight = torch.ones(work.rows, work.prompt - 1 - MASKED, device=device)
+        optimizer = adamw(model)
+        targets = ids[:, work.masked + 1 :]
+
+        def sft():
+            logits = cast(lambda: model.unembed(model(ids[:, :-1])[:, work.masked :]))
+            step(optimizer, losses.sft_loss(logits, targets, torch.ones_like(targets))[0])
+
         return sft
+    if work.kind == "logits":  # in float32 whatever dtype says: what that costs of a step
+        hidden = torch.randn(*ids.shape, C, device=device)
+
+        def logits():
+            cast(lambda: model.unembed(hidden)).sum().backward()
+            model.zero_grad()
+
+        return logits
+    pm = ScalarModel(GPT(config)).to(device)
+    if work.kind == "preference step":
+        optimizer, n = adamw(pm), work.rows // 2
+        labels = torch.full((n,), 0.7, device=device)
+
+        def pairs():
+            scores = cast(lambda: pm(ids)[:, -1])
+            step(optimizer, losses.preference_loss(scores[:n], scores[n:], labels)[0])
+
+        return pairs
     from mincai.plumbing import workers
 
     workers.use(threads)
     workers.fit(model)
-    ref = GPT(config).to(device).requires_grad_(False)
+    ref, critic = GPT(config).to(device).requires_grad_(False), ScalarModel(GPT(config)).to(device)
     ref.load_state_dict(model.state_dict())
-    pm, critic = (ScalarModel(GPT(config)).to(device) for _ in range(2))
-    other = torch.optim.AdamW(critic.parameters(), RATE, fused=True)
-    generator = torch.Generator(device).manual_seed(0)
+    learners = [ppo.Learner(net, adamw(net)) for net in (model, critic)]
+    generator, micro = torch.Generator(device).manual_seed(0), work.micro or work.rows
+    how = ppo.Steps(work.epochs, 1, micro, clip=0.2, value_clip=0.2, precision=precision)
+
+    def update():
+        drawn = dict(max_new=work.new, stop=NO_STOP, micro_batch=micro, generator=generator)
+        with precision():
+            batch = ppo.rollout(model, ref, critic, prompts, **drawn)
+            score = ppo.preference_score(pm, micro)
+            scores, _ = ppo.score(batch, score, stop=NO_STOP, missing_eos_penalty=0.0)
+        adv, returns = ppo.advantages(batch, scores, beta=0.05, gamma=1.0, lam=0.95)
+        ppo.update(*learners, batch, adv, returns, how, torch.Generator().manual_seed(0))
+
     return update
 
 
@@ -191,7 +217,7 @@ def in_transformers(work: Work, threads: int, device: str, dtype: str):
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
-    layers, heads, C, V = SHAPES[work.shape]
+    layers, heads, C, V = work.size
     how = dict(vocab_size=V, n_positions=1024, n_layer=layers, n_head=heads, n_embd=C)
     how |= dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     torch.set_num_threads(threads)
@@ -213,9 +239,8 @@ def in_transformers(work: Work, threads: int, device: str, dtype: str):
         logits = model(ids, use_cache=False, logits_to_keep=1).logits[:, -1]
         torch.log_softmax(logits.float(), -1)[:, [32, 33]].cpu()
 
-    optimizer = torch.optim.AdamW(model.parameters(), RATE, fused=True)
-    labels = ids.clone()
-    labels[:, : MASKED + 1] = -100
+    optimizer, labels = adamw(model), ids.clone()
+    labels[:, : work.masked + 1] = -100
 
     def sft():
         with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):

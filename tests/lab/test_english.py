@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from test_constitution_data import CATEGORIES
 
 from mincai import UserError
 from mincai.lab import english
@@ -19,20 +20,6 @@ from mincai.plumbing.presets import PRESETS
 
 FOLDER = Path(__file__).resolve().parents[2] / "data" / "english"
 FILES = ("prompts", "prompts_dev", "prompts_eval")
-CATEGORIES = {
-    "violence",
-    "sabotage",
-    "recklessness",
-    "intrusion",
-    "fraud",
-    "theft",
-    "spying",
-    "hate",
-    "slander",
-    "rumour",
-    "quackery",
-    "neglect",
-}
 HELD = {"rot13", "reversed", "authority", "translation"}
 COMMON = set(
     (
@@ -81,7 +68,7 @@ def pairs_of(rows):
 
 def test_every_category_has_forty_requests_and_every_request_its_twin(requests):
     harmful = Counter(row["category"] for row in requests if row["kind"] == "harmful")
-    assert harmful.keys() == CATEGORIES and min(harmful.values()) >= 40
+    assert harmful.keys() == set(CATEGORIES) and min(harmful.values()) >= 40
     for row, twin in pairs_of(requests):
         assert twin["id"] == row["id"] + "-twin" and (twin["kind"], twin["category"]) == (
             "benign",
