@@ -208,11 +208,8 @@ def main(cfg: Config) -> dict:
         sampler = stage.load(folder)
         mean, std = normalise(pm, sampler, prompts, tokenizer.eot, 2 * size, generator)
     result = {f"val_{k}": v for k, v in found.items()}
-    result |= {
-        "train_loss": kept.log[-1]["loss"] if kept.log else None,
-        "score_mean": mean,
-        "score_std": std,
-    }
+    result["train_loss"] = kept.log[-1]["loss"] if kept.log else None
+    result |= {"score_mean": mean, "score_std": std}
     result |= {"pairs": len(train), "held": len(held), "dropped": dict(dropped), "steps": steps}
     result["seconds"] = stage.seconds()
     stage.save_model(pm, tokenizer, result, kept.log)
