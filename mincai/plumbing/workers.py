@@ -2,8 +2,8 @@
 
 On matrices as small as the tiny model's two threads of one product wait for each other longer than
 they work, the more so where something else uses a core. So PyTorch gets one thread, chunks of rows
-that are only read go to forked processes (`spread`), and networks that learn or score side by side
-to threads of their own (`beside`). A piece is computed alike wherever it is: what comes of it does
+that are only read go to forked processes (`spread`), and networks that learn or score side by side,
+or the halves of a batch that one learns from (`add_up`), to threads of their own (`beside`). A piece is computed alike wherever it is: what comes of it does
 not depend on the number of cores.
 """
 
@@ -13,10 +13,11 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 
-from mincai.plumbing import distributed
+from mincai.plumbing import data, distributed
 
 PATIENCE = 5  # seconds, after which it is looked whether workers live
 SMALL = 256  # channels; wider models have matrices that threads can share
@@ -60,6 +61,30 @@ def beside(model, *tasks) -> list:
 
     with ThreadPoolExecutor(len(tasks)) as pool:
         return list(pool.map(call, tasks))
+
+
+def add_up(model, net, rows, micro_batch, loss, precision) -> dict[str, float]:
+    """Adds the gradient of a batch to that of `net`, which wraps or holds the model, and gives the
+    metrics' sums over all pieces and processes. loss(some rows, whether they count) -> (their part
+    of the loss, of the metrics), called in the context that precision() makes; micro_batch: the
+    most rows in a piece, 0 sets no limit.
+
+    A small model has its batch in halves on any number of cores. They go side by side, and their
+    gradients, empty before, add up to the same bits whichever is first: a + b is b + a. More pieces
+    would have an order, so they go one after another.
+    """
+    parts = data.micro_batches(rows, micro_batch, 2 if _small(model) else 1)
+
+    def learn(k):
+        with distributed.no_sync(net, last=k == len(parts) - 1):
+            with precision():
+                part, metrics = loss(*parts[k])
+            (part * distributed.world()).backward()
+        return metrics
+
+    tasks = [partial(learn, k) for k in range(len(parts))]
+    found = beside(model, *tasks) if len(tasks) == 2 else [task() for task in tasks]
+    return {name: distributed.total(sum(float(part[name]) for part in found)) for name in found[0]}
 
 
 def spread(work, chunks: list, processes: int):
