@@ -220,6 +220,12 @@ def test_freeze_keeps_blocks_and_embeddings(tiny_gpt):
     still = {name for name, p in tiny_gpt.named_parameters() if not p.requires_grad}
     assert {"wte.weight", "wpe.weight", "h.0.attn.c_attn.weight"} <= still
     assert not any(name.startswith(("h.1", "ln_f")) for name in still)
+    seen = []  # what the frozen part hands on has no graph, so nothing goes back into it
+    for block in tiny_gpt.h:
+        block.register_forward_hook(lambda block, args, x: seen.append((args[0], x)))
+    tiny_gpt(IDS).sum().backward()
+    assert [x.requires_grad for x, _ in seen] == [False] * 2 + [True] * (len(seen) - 2)
+    assert seen[0][1].grad_fn is None and seen[1][1].grad_fn is not None
     for blocks in (-1, len(tiny_gpt.h) + 1):
         with pytest.raises(
             UserError, match=f"--freeze {blocks}: the model has {len(tiny_gpt.h)} blocks"
