@@ -139,7 +139,7 @@ class GPT(nn.Module):
         return self.wte.weight.device
 
     def forward(self, ids, positions=None, mask=None, cache=None, columns=None, start=0):
-        """Token ids (B, T) to hidden states (B, T - start, C), those of the columns from `start` on;
+        """Token ids (B, T) to hidden states (B, T - start, C), of the columns from `start` on;
         `unembed` makes logits of them.
 
         positions (B, T): default 0..T-1, shifted by what the cache holds. mask (B, T, S) bool, True
