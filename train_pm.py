@@ -26,6 +26,7 @@ import random
 from array import array
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -33,7 +34,7 @@ from tqdm import tqdm
 from mincai import UserError, model, shipped
 from mincai.constitution import conversation_of
 from mincai.losses import preference_loss
-from mincai.plumbing import cli, data, distributed, formats, health, optim
+from mincai.plumbing import cli, data, distributed, formats, health, optim, workers
 from mincai.plumbing.cli import arg
 from mincai.plumbing.logprobs import answer_scores, pair_scores
 from mincai.plumbing.stage import Settings, begin
@@ -56,7 +57,7 @@ class Config(Settings):
     epochs: int = arg(4, "how often every pair is seen", least=0)
     lr: float = arg(1e-3, "highest learning rate of AdamW", least=0)
     batch_size: int = arg(16, "pairs in one optimiser step", least=1)
-    micro_batch: int = arg(0, "pairs in one forward pass, fewer need less memory; 0: all", least=0)
+    micro_batch: int = arg(0, "pairs in one forward pass, fewer need less memory; 0: any", least=0)
     contrast: float = arg(0.05, "leave out labels nearer to 1/2: the judge was undecided", least=0)
     freeze: int = arg(
         2, "blocks from the bottom, and embeddings, that stay as they are; 0: none", least=0
@@ -131,25 +132,21 @@ def normalise(pm, sampler, prompts, eot, batch_size, generator):
     return float(scores.mean()), float(std)
 
 
+def loss_of(net, number, pairs, counts):
+    """preference_loss of these pairs: loss and metrics. A part's mean weighs as many of the batch's
+    `number` pairs as it has, so that the sum is the mean over the whole batch."""
+    score_a, score_b = pair_scores(net, pairs)
+    p_a = torch.tensor([pair.p_a for pair in pairs], device=score_a.device)
+    loss, found = preference_loss(score_a, score_b, p_a)
+    share = counts * len(pairs) / number
+    return loss * share, {name: value * share for name, value in found.items()}
+
+
 def step(net, optimizer, batch, lr, cfg, stage, place) -> dict:
     """One optimiser step on a list of pairs, shared among the processes and cut into micro-batches;
-    its metrics.
-
-    Every part's mean loss weighs as many pairs as it has, so that the sum is the mean over the
-    whole batch.
-    """
-    metrics, parts = Counter(), data.micro_batches(batch, cfg.micro_batch)
-    for k, (part, counts) in enumerate(parts):
-        share = counts * len(part) / len(batch)
-        with distributed.no_sync(net, last=k == len(parts) - 1):
-            with stage.precision():
-                score_a, score_b = pair_scores(net, part)
-            p_a = torch.tensor([pair.p_a for pair in part], device=score_a.device)
-            loss, found = preference_loss(score_a, score_b, p_a)
-            (loss * share * distributed.world()).backward()
-        for name, value in found.items():
-            metrics[name] += float(value) * share
-    metrics = {name: distributed.total(value) for name, value in metrics.items()}
+    its metrics."""
+    gpt, loss = distributed.bare(net).gpt, partial(loss_of, net, len(batch))
+    metrics = workers.add_up(gpt, net, batch, cfg.micro_batch, loss, stage.precision)
     return metrics | {"grad_norm": optim.step(optimizer, net, lr, place)}
 
 
@@ -208,11 +205,8 @@ def main(cfg: Config) -> dict:
         sampler = stage.load(folder)
         mean, std = normalise(pm, sampler, prompts, tokenizer.eot, 2 * size, generator)
     result = {f"val_{k}": v for k, v in found.items()}
-    result |= {
-        "train_loss": kept.log[-1]["loss"] if kept.log else None,
-        "score_mean": mean,
-        "score_std": std,
-    }
+    result["train_loss"] = kept.log[-1]["loss"] if kept.log else None
+    result |= {"score_mean": mean, "score_std": std}
     result |= {"pairs": len(train), "held": len(held), "dropped": dict(dropped), "steps": steps}
     result["seconds"] = stage.seconds()
     stage.save_model(pm, tokenizer, result, kept.log)

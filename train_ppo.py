@@ -200,7 +200,7 @@ def main(cfg: Config, watch=None) -> dict:
     score_fn, stop = ppo.preference_score(pm.requires_grad_(False), micro_batch), {tokenizer.eot}
     # eps 1e-5 as in Ziegler et al. and most PPO since; weight decay would pull the policy off its
     # reference
-    adam = partial(torch.optim.Adam, eps=1e-5, fused=policy.device.type == "cuda")
+    adam = partial(torch.optim.Adam, eps=1e-5, fused=True)
     policy_learner, critic_learner = (
         ppo.Learner(distributed.wrap(net), adam(net.parameters())) for net in (policy, critic)
     )

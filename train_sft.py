@@ -17,6 +17,7 @@ weights.
 import math
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from mincai import UserError, shipped
 from mincai.constitution import conversation_of
 from mincai.losses import sft_loss
-from mincai.plumbing import cli, data, distributed, formats, optim
+from mincai.plumbing import cli, data, distributed, formats, optim, workers
 from mincai.plumbing.cli import arg
 from mincai.plumbing.stage import Settings, begin
 
@@ -42,7 +43,7 @@ class Config(Settings):
     epochs: int = arg(4, "how often every row is seen", least=0)
     lr: float = arg(6e-4, "highest learning rate of AdamW", least=0)
     batch_size: int = arg(16, "rows in one optimiser step", least=1)
-    micro_batch: int = arg(0, "rows in one forward pass, fewer need less memory; 0: all", least=0)
+    micro_batch: int = arg(0, "rows in one forward pass, fewer need less memory; 0: any", least=0)
     out: str = arg("runs/tiny/sft", "folder to write the fine-tuned model to")
 
 
@@ -81,16 +82,26 @@ def read(cfg, tokenizer, limit) -> tuple[list, Counter]:
     return kept, dropped
 
 
+def loss_of(net, total, rows, counts=True):
+    """sft_loss of (prompt tokens, answer tokens) rows: loss and metrics, over `total` tokens. Only
+    what predicts an answer's token goes all the way up and meets the vocabulary."""
+    model, start = distributed.bare(net), min(len(prompt) for prompt, _ in rows) - 1
+    ids, targets, loss_mask = data.sft_batch(rows, model.device)  # (B, T-1) each
+    loss_mask = loss_mask & counts
+    hidden = net(ids, start=start)[loss_mask[:, start:]]  # (N, C)
+    return sft_loss(model.unembed(hidden), targets[loss_mask], loss_mask[loss_mask], total)
+
+
+def tokens_of(rows) -> int:
+    return sum(len(answer) for _, answer in rows)
+
+
 @torch.no_grad()
 def mean_loss(model, rows, batch_size):
     """Nats per answer token over all rows; None without rows."""
-    total, count = 0.0, 0
-    for i in range(0, len(rows), batch_size):
-        batch = [row[1:] for row in rows[i : i + batch_size]]
-        ids, targets, loss_mask = data.sft_batch(batch, model.device)
-        total += float(sft_loss(model.unembed(model(ids)), targets, loss_mask, total=1)[0])
-        count += int(loss_mask.sum())
-    return total / count if rows else None
+    parts = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    total = sum(float(loss_of(model, 1, part)[0]) for part in parts)
+    return total / tokens_of(rows) if rows else None
 
 
 def main(cfg: Config) -> dict:
@@ -102,13 +113,14 @@ def main(cfg: Config) -> dict:
 
     # --- data ---
     rows, dropped = read(cfg, tokenizer, config.block_size)
-    train, held = data.split(rows, [row[0] for row in rows], HOLDOUT, cfg.seed)
+    sides = data.split(rows, [row[0] for row in rows], HOLDOUT, cfg.seed)
+    train, held = ([row[1:] for row in side] for side in sides)  # (prompt, answer)
     told = f"{dropped['never revised']} never revised, {dropped['too long']} too long"
     if not train:
         raise UserError(
             f"{', '.join(cfg.data)}: no row is left to train on ({told} for the model); revise more prompts"
         )
-    lengths = [len(prompt) + len(answer) for _, prompt, answer in train]
+    lengths = [len(prompt) + len(answer) for prompt, answer in train]
     steps = cfg.epochs * math.ceil(len(train) / cfg.batch_size)
     stage.say(
         f"{len(train)} rows to train on, {len(held)} held out, {told}; {steps} steps on {stage.device}"
@@ -131,29 +143,18 @@ def main(cfg: Config) -> dict:
     # --- the loop ---
     bar = tqdm(todo[kept.steps :], desc="sft", unit="step", disable=not distributed.is_main())
     for epoch, batch in bar:
-        parts = []
-        for some, counts in data.micro_batches([train[i][1:] for i in batch], cfg.micro_batch):
-            ids, targets, loss_mask = data.sft_batch(some, stage.device)
-            parts.append((ids, targets, loss_mask & counts))
+        rows = [train[i] for i in batch]
         # one divisor for the whole step: a mean of means would weigh the tokens of short
         # answers more
-        total = distributed.total(sum(int(loss_mask.sum()) for _, _, loss_mask in parts))
-        loss_sum, accuracy = 0.0, 0.0
-        for k, (ids, targets, loss_mask) in enumerate(parts):
-            with distributed.no_sync(net, last=k == len(parts) - 1):
-                with stage.precision():
-                    logits = model.unembed(net(ids))  # (B, T-1, V)
-                loss, found = sft_loss(logits, targets, loss_mask, total=total)
-                (loss * distributed.world()).backward()
-            loss_sum += float(found["loss"])
-            accuracy += float(found["accuracy"])
+        total = tokens_of(rows)
+        loss = partial(loss_of, net, total)
+        found = workers.add_up(model, net, rows, cfg.micro_batch, loss, stage.precision)
         step = kept.steps + 1
         lr = optim.learning_rate(cfg.lr, WARMUP, kept.steps, steps)
         place = f"train_sft, step {step} of {steps}"
         norm = optim.step(optimizer, model, lr, place)
-        row = {"step": step, "epoch": epoch, "loss": distributed.total(loss_sum)}
-        row |= {"accuracy": distributed.total(accuracy), "tokens": total}
-        kept.step(row | {"grad_norm": norm, "lr": lr})
+        row = {"step": step, "epoch": epoch, **found, "tokens": total, "grad_norm": norm, "lr": lr}
+        kept.step(row)
         bar.set_postfix(loss=f"{row['loss']:.3f}")
 
     # --- what came of it ---

@@ -58,7 +58,7 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, mask, cache, layer, columns):
+    def forward(self, x, mask, cache, layer, columns, start):
         B, T, C = x.shape
         q, k, v = (
             t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
@@ -75,8 +75,12 @@ class Attention(nn.Module):
                 cache.k[layer].index_copy_(2, columns, k.to(cache.k.dtype))
                 cache.v[layer].index_copy_(2, columns, v.to(cache.v.dtype))
                 k, v = cache.k[layer], cache.v[layer]
+        if start:
+            if mask is None:
+                mask = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()
+            q, mask = q[:, :, start:], mask[..., start:, :]
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return self.c_proj(y.transpose(1, 2).reshape(B, T - start, C))
 
 
 class MLP(nn.Module):
@@ -99,8 +103,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x, mask, cache, layer, columns):
-        x = x + self.attn(self.ln_1(x), mask, cache, layer, columns)
+    def forward(self, x, mask, cache, layer, columns, start):
+        x = x[:, start:] + self.attn(self.ln_1(x), mask, cache, layer, columns, start)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -134,8 +138,9 @@ class GPT(nn.Module):
     def device(self):
         return self.wte.weight.device
 
-    def forward(self, ids, positions=None, mask=None, cache=None, columns=None):
-        """Token ids (B, T) to hidden states (B, T, C), always; `unembed` makes logits of them.
+    def forward(self, ids, positions=None, mask=None, cache=None, columns=None, start=0):
+        """Token ids (B, T) to hidden states (B, T - start, C), of the columns from `start` on;
+        `unembed` makes logits of them.
 
         positions (B, T): default 0..T-1, shifted by what the cache holds. mask (B, T, S) bool, True
         where query t may look at key s; None means causal over these T tokens, which is right for
@@ -156,7 +161,8 @@ class GPT(nn.Module):
             # attention wants numbers to add; made once here, not in every layer
             mask = torch.zeros(mask.shape, dtype=x.dtype).masked_fill_(~mask, float("-inf"))
         for layer, block in enumerate(self.h):
-            x = block(x, mask, cache, layer, columns)
+            # Of the last block nothing but keys and values is needed in the columns before
+            x = block(x, mask, cache, layer, columns, start if block is self.h[-1] else 0)
         if cache is not None and columns is None:
             cache.seen += T
         return self.ln_f(x)
@@ -218,9 +224,9 @@ class ScalarModel(nn.Module):
         self.register_buffer("gain", torch.ones(()))
         self.register_buffer("shift", torch.zeros(()))
 
-    def forward(self, ids, positions=None, mask=None):
-        """Token ids (B, T) to numbers (B, T), float32; positions and mask as in GPT.forward."""
-        hidden = self.gpt(ids, positions, mask)
+    def forward(self, ids, positions=None, mask=None, start=0):
+        """Token ids (B, T) to numbers (B, T - start), float32; the arguments are GPT.forward's."""
+        hidden = self.gpt(ids, positions, mask, start=start)
         # Rewards and values are differences too
         with torch.autocast(hidden.device.type, enabled=False):
             values = self.score(hidden.to(self.score.weight.dtype)).squeeze(-1)

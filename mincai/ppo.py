@@ -36,7 +36,8 @@ import torch.nn.functional as F
 from mincai import Diverged, losses
 from mincai.losses import masked_mean
 from mincai.model import attention_mask, positions_of
-from mincai.plumbing import distributed, workers
+from mincai.plumbing import distributed, optim, workers
+from mincai.plumbing.logprobs import row_scores
 from mincai.sample import generate, left_pad
 
 # Of a minibatch's tokens: one in a hundred is no rare event, and nothing useful is learnt
@@ -63,14 +64,14 @@ class Rollout:
 def response_logits(model, ids, valid, start):
     """Logits (B, R, V) that predict the response columns; no other column meets the vocabulary."""
     seen = valid[:, :-1]
-    hidden = model(ids[:, :-1], positions_of(seen), attention_mask(seen))  # (B, T-1, C)
-    return distributed.bare(model).unembed(hidden[:, start - 1 :])
+    hidden = model(ids[:, :-1], positions_of(seen), attention_mask(seen), start=start - 1)
+    return distributed.bare(model).unembed(hidden)  # of (B, R, C)
 
 
 def response_values(critic, ids, valid, start):
     """The critic's values (B, R) before each response token."""
     seen = valid[:, :-1]
-    return critic(ids[:, :-1], positions_of(seen), attention_mask(seen))[:, start - 1 :]
+    return critic(ids[:, :-1], positions_of(seen), attention_mask(seen), start=start - 1)
 
 
 @torch.no_grad()
@@ -116,14 +117,9 @@ def rollout(policy, ref, critic, prompts, *, max_new, stop, micro_batch, generat
 def preference_score(pm, micro_batch):
     """A score_fn of a preference model: its score at each row's last real token."""
 
-    @torch.no_grad()
     def score_fn(ids, valid, start):
-        last = valid.shape[1] - 1 - valid.flip(1).long().argmax(1)  # (B,) column of the last True
-        scores = [
-            pm(mb_ids, positions_of(mb_valid), attention_mask(mb_valid))
-            for mb_ids, mb_valid in zip(ids.split(micro_batch), valid.split(micro_batch))
-        ]
-        return torch.cat(scores).gather(1, last[:, None]).squeeze(1)
+        rows = [row[real].tolist() for row, real in zip(ids.cpu(), valid.cpu())]
+        return row_scores(pm, rows, micro_batch).to(ids.device)
 
     return score_fn
 
@@ -176,7 +172,7 @@ class Steps:
     micro_batch: int  # rows in one forward pass
     clip: float  # how far from 1 the probability ratio is still rewarded
     value_clip: float  # how far a value may move, in deviations of the score
-    max_norm: float = 1.0  # largest norm of each gradient
+    max_norm: float = optim.MAX_NORM  # largest norm of each gradient
     train_policy: bool = True  # False: the critic alone learns
     precision: Callable = nullcontext
 

@@ -247,11 +247,13 @@ def every_batch(epochs, lengths, batch_size, generator) -> list[tuple[int, list]
     return [(e, batch) for e in every for batch in length_batches(lengths, batch_size, generator)]
 
 
-def micro_batches(batch: list, size: int) -> list[tuple[list, bool]]:
-    """This process's rows of a batch, at most `size` in a list (0: all in one), and whether they
-    count. A process without a row still takes part in summing gradients, with one that does not."""
+def micro_batches(batch: list, size: int, pieces=1) -> list[tuple[list, bool]]:
+    """This process's rows of a batch in `pieces` lists, more where one would have over `size` rows
+    (0: any number), and whether they count. A process without a row still takes part in summing
+    gradients, with one that does not."""
     mine = distributed.share(batch)
-    size = size or len(batch)
+    even = max(1, math.ceil(len(mine) / pieces))
+    size = min(size or even, even)
     parts = [(mine[i : i + size], True) for i in range(0, len(mine), size)]
     return parts or [(batch[:1], False)]
 

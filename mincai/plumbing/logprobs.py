@@ -1,17 +1,17 @@
 """Log-probs of given tokens, after prompts or of whole answers, and answers' scores. Token ids in,
 numbers out.
 
-Answers are padded on the right, where nothing is sampled: causal attention then needs no mask.
-Shapes: B rows, C channels, V vocabulary.
+Answers whose every token is read are padded on the right, where causal attention needs no mask;
+those of which the last one is, on the left. Shapes: B rows, C channels, V vocabulary.
 """
 
 import torch
 
 from mincai.losses import gather_logp
-from mincai.model import GPT, ScalarModel
+from mincai.model import GPT, ScalarModel, attention_mask, positions_of
 from mincai.plumbing import distributed, workers
 from mincai.plumbing.data import right_pad
-from mincai.sample import by_chunks, check_room, read
+from mincai.sample import by_chunks, check_room, left_pad, read
 
 
 @torch.no_grad()
@@ -52,16 +52,20 @@ def answer_logp(model: GPT, prompts, answers, batch_size=32) -> list[torch.Tenso
 
 def end_scores(pm: ScalarModel, rows) -> torch.Tensor:
     """The preference model's score of each row of token ids, read at its last one: (B,)."""
-    ids, valid = right_pad(rows, distributed.bare(pm).gpt.device)  # (B, T)
-    last = valid.sum(1) - 1  # found by the mask: an id cannot tell padding from text
-    return pm(ids).gather(1, last[:, None]).squeeze(1)
+    ids, valid = left_pad(rows, distributed.bare(pm).gpt.device)  # (B, T): all end in one column
+    how = dict(positions=positions_of(valid), mask=attention_mask(valid))
+    return pm(ids, **how, start=ids.shape[1] - 1).squeeze(1)
 
 
-@torch.no_grad()
 def answer_scores(pm: ScalarModel, prompts, answers, batch_size=32) -> torch.Tensor:
     """The scores of answers, end of text included, after their prompts: (N,) on the CPU."""
     assert len(prompts) == len(answers), (len(prompts), len(answers))
-    rows = [prompt + answer for prompt, answer in zip(prompts, answers)]
+    return row_scores(pm, [prompt + answer for prompt, answer in zip(prompts, answers)], batch_size)
+
+
+@torch.no_grad()
+def row_scores(pm: ScalarModel, rows, batch_size) -> torch.Tensor:
+    """What end_scores gives for any number of rows: (N,) on the CPU."""
     parts = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
 
     def score(some):

@@ -24,9 +24,8 @@ def decaying(model, weight_decay: float) -> list[dict]:
 
 def adamw(model, lr: float) -> torch.optim.AdamW:
     """The optimiser of fine-tuning and of the preference model."""
-    fused = next(model.parameters()).is_cuda
     groups = decaying(model, WEIGHT_DECAY)
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=fused)
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
 
 
 def learning_rate(highest: float, warmup: float, step: int, steps: int, fall="cosine") -> float:

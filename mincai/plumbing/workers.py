@@ -3,8 +3,8 @@
 On matrices as small as the tiny model's two threads of one product wait for each other longer than
 they work, the more so where something else uses a core. So PyTorch gets one thread, chunks of rows
 that are only read go to forked processes (`spread`), and networks that learn or score side by side
-to threads of their own (`beside`). A piece is computed alike wherever it is: what comes of it does
-not depend on the number of cores.
+(`beside`), or the halves of a batch that one learns from (`add_up`), to threads of their own. A
+piece is computed alike wherever it is: what comes of it does not depend on the number of cores.
 """
 
 import multiprocessing
@@ -12,15 +12,28 @@ import os
 import signal
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
 
 import torch
 
-from mincai.plumbing import distributed
+from mincai.plumbing import data, distributed
 
 PATIENCE = 5  # seconds, after which it is looked whether workers live
 SMALL = 256  # channels; wider models have matrices that threads can share
 _cores = 1
+
+
+def _new_threads() -> None:
+    """Threads that stay: one that ends gives back the memory of its matrix products, and a process
+    forked meanwhile (MKL's lock is then taken, for ever) would wait in its first product."""
+    global _threads
+    _threads = ThreadPoolExecutor(8)
+
+
+_new_threads()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_threads)  # threads are not inherited
 
 
 def use(cores: int) -> None:
@@ -58,8 +71,33 @@ def beside(model, *tasks) -> list:
         with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16, enabled=on):
             return task()
 
-    with ThreadPoolExecutor(len(tasks)) as pool:
-        return list(pool.map(call, tasks))
+    running = [_threads.submit(call, task) for task in tasks]
+    wait(running)
+    return [task.result() for task in running]
+
+
+def add_up(model, net, rows, micro_batch, loss, precision) -> dict[str, float]:
+    """Adds the gradient of a batch to that of `net`, which wraps or holds the model, and gives the
+    metrics' sums over all pieces and processes. loss(some rows, whether they count) -> (their part
+    of the loss, of the metrics), called in the context that precision() makes; micro_batch: the
+    most rows in a piece, 0 sets no limit.
+
+    A small model has its batch in halves on any number of cores. They go side by side, and their
+    gradients, empty before, add up to the same bits whichever is first: a + b is b + a. More pieces
+    would have an order, so they go one after another.
+    """
+    parts = data.micro_batches(rows, micro_batch, 2 if _small(model) else 1)
+
+    def learn(k):
+        with distributed.no_sync(net, last=k == len(parts) - 1):
+            with precision():
+                part, metrics = loss(*parts[k])
+            (part * distributed.world()).backward()
+        return metrics
+
+    tasks = [partial(learn, k) for k in range(len(parts))]
+    found = beside(model, *tasks) if len(tasks) == 2 else [task() for task in tasks]
+    return {name: distributed.total(sum(float(part[name]) for part in found)) for name in found[0]}
 
 
 def spread(work, chunks: list, processes: int):
@@ -80,9 +118,9 @@ def spread(work, chunks: list, processes: int):
         os._exit(1)
 
     def run():
-        threading.Thread(target=follow, daemon=True).start()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us, by SIGTERM
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not as it would itself be ended
+        threading.Thread(target=follow, daemon=True).start()
         torch.set_num_threads(1)
         while True:
             with turn.get_lock():

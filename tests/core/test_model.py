@@ -41,6 +41,22 @@ def test_greedy_answer_equals_that_of_transformers(tiny_gpt, hf_gpt):
     assert ours == theirs[0, IDS.shape[1] :].tolist()
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_columns_from_start_on_are_those_of_the_whole(tiny_gpt, padded):
+    """Hidden states and gradients: what the columns before say is still read, and learnt from."""
+    valid = torch.tensor([[True] * 10, [not padded] * 4 + [True] * 6])
+    how = dict(positions=positions_of(valid), mask=attention_mask(valid)) if padded else {}
+    weights = torch.randn(2, 4, tiny_gpt.config.n_embd, generator=torch.Generator().manual_seed(0))
+    found = []
+    for start in (0, 6):
+        hidden = tiny_gpt(IDS, **how, start=start)[:, 6 - start :]  # (2, 4, C)
+        (hidden * weights).sum().backward()
+        found.append([hidden.detach(), *(p.grad.clone() for p in tiny_gpt.parameters())])
+        tiny_gpt.zero_grad()
+    assert found[1][0].shape == weights.shape and found[1][1][IDS[0, 0]].abs().max() > 0
+    assert_close(found[1], found[0], atol=1e-5, rtol=1e-5)
+
+
 @torch.no_grad()
 def test_model_of_transformers_can_be_loaded(tmp_path):
     """The other direction: a folder that transformers wrote, with its own weights and another
@@ -204,6 +220,12 @@ def test_freeze_keeps_blocks_and_embeddings(tiny_gpt):
     still = {name for name, p in tiny_gpt.named_parameters() if not p.requires_grad}
     assert {"wte.weight", "wpe.weight", "h.0.attn.c_attn.weight"} <= still
     assert not any(name.startswith(("h.1", "ln_f")) for name in still)
+    seen = []  # what the frozen part hands on has no graph, so nothing goes back into it
+    for block in tiny_gpt.h:
+        block.register_forward_hook(lambda block, args, x: seen.append((args[0], x)))
+    tiny_gpt(IDS).sum().backward()
+    assert [x.requires_grad for x, _ in seen] == [False] * 2 + [True] * (len(seen) - 2)
+    assert seen[0][1].grad_fn is None and seen[1][1].grad_fn is not None
     for blocks in (-1, len(tiny_gpt.h) + 1):
         with pytest.raises(
             UserError, match=f"--freeze {blocks}: the model has {len(tiny_gpt.h)} blocks"

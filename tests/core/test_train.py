@@ -8,6 +8,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,9 @@ import train_ppo
 import train_sft
 from mincai import UserError, critique, feedback, model
 from mincai.constitution import dialogue
+from mincai.losses import preference_loss, sft_loss
 from mincai.model import GPT, GPTConfig, ScalarModel
-from mincai.plumbing import checkpoint, cli, data, health, optim
+from mincai.plumbing import checkpoint, cli, data, health, optim, workers
 from mincai.plumbing.logprobs import answer_scores, next_logp, pair_scores
 from mincai.plumbing.tokenizer import from_ranks, load_tokenizer
 from mincai.sample import generate_batched
@@ -207,7 +209,7 @@ def test_sft_in_micro_batches_equals_the_big_batch(base, revisions, tmp_path, mo
     monkeypatch.setattr(
         data, "sft_batch", lambda some, *a: sizes.append(len(some)) or kept(some, *a)
     )
-    for size, want in ((0, [12]), (5, [5, 5, 2])):
+    for size, want in ((0, [6, 6]), (5, [5, 5, 2])):
         out = tmp_path / f"sft-{size}"
         train_sft.main(sft(base, path, out, batch_size=12, micro_batch=size))
         steps.append(rows_of(out / "metrics.jsonl"))
@@ -377,8 +379,8 @@ def test_labels_are_learnt_as_they_are(base, pairs, tmp_path, monkeypatch):
 
 def test_equal_scores_are_half_right(base, pairs):
     class Even(ScalarModel):
-        def forward(self, ids):
-            return torch.zeros(ids.shape)
+        def forward(self, ids, positions, mask, start):
+            return torch.zeros(ids.shape)[:, start:]
 
     kept, _ = train_pm.read_pairs(pairs, load_tokenizer(base), 64)
     assert health.measure_pairs(Even(checkpoint.load(base)), kept, 8)["accuracy"] == 0.5
@@ -775,6 +777,69 @@ def test_same_seed_same_bits(base, revisions, pairs, prompts, tmp_path):
         assert weights(tmp_path / f"{kind}-a") == weights(tmp_path / f"{kind}-b")
     train_sft.main(sft(base, revisions, tmp_path / "sft-c", seed=1))
     assert weights(tmp_path / "sft-c") != weights(tmp_path / "sft-a")
+
+
+def test_training_does_not_depend_on_the_number_of_cores(
+    base, revisions, pairs, prompts, tmp_path, monkeypatch
+):
+    """Halves of a batch add up to the same bits whichever thread is first; a model that is not
+    small has whole batches."""
+    start, sizes = planted_pm(tmp_path / "start", base), set()
+    monkeypatch.setattr(
+        train_pm, "pair_scores", lambda pm, some: sizes.add(len(some)) or pair_scores(pm, some)
+    )
+    read = dict(model=base, pairs=(pairs,), prompts="", epochs=2, freeze=0, device="cpu")
+    for cores in (1, 2):
+        train_sft.main(sft(base, revisions, tmp_path / f"sft-{cores}", epochs=3, threads=cores))
+        train_pm.main(train_pm.Config(out=str(tmp_path / f"pm-{cores}"), threads=cores, **read))
+        train_ppo.main(
+            ppo(base, start, prompts, tmp_path / f"ppo-{cores}", warmup=0, threads=cores)
+        )
+    workers.use(1)
+    for kind in ("sft", "pm", "ppo"):
+        assert weights(tmp_path / f"{kind}-1") == weights(tmp_path / f"{kind}-2")
+    assert max(sizes) == 8  # of sixteen
+    monkeypatch.setattr(workers, "SMALL", 16)
+    train_pm.main(train_pm.Config(out=str(tmp_path / "wide"), threads=1, **read))
+    assert max(sizes) == 16
+    first, whole = (rows_of(tmp_path / name / "metrics.jsonl")[0] for name in ("pm-1", "wide"))
+    assert first == pytest.approx(whole, rel=1e-4, abs=1e-6)
+
+
+def gradients(net, loss):
+    net.zero_grad()
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+    net.zero_grad()
+    return found
+
+
+def test_columns_that_nothing_is_read_from_change_no_loss_and_no_gradient(base, revisions, pairs):
+    """Fine-tuning and preference model, against whole hidden states and all logits."""
+    language, tokenizer = checkpoint.load(base), load_tokenizer(base)
+    rows, _ = train_sft.read(sft(base, revisions, ""), tokenizer, 64)
+    rows = [(prompt[n:], answer[n % 3 :]) for n, (_, prompt, answer) in enumerate(rows)]
+    loss, found = train_sft.loss_of(language, 50, rows)
+    ids, targets, mask = data.sft_batch(rows)
+    want, metrics = sft_loss(language.unembed(language(ids)), targets, mask, 50)
+    torch.testing.assert_close(found, metrics)
+    assert 0 < metrics["tokens"] == train_sft.tokens_of(rows) < mask.numel() / 2
+    torch.testing.assert_close(
+        gradients(language, loss), gradients(language, want), atol=1e-6, rtol=1e-5
+    )
+    none, found = train_sft.loss_of(language, 50, rows, counts=False)
+    assert none == 0 and found["tokens"] == 0  # and every parameter takes part
+    assert len(gradients(language, none)) == len(list(language.parameters()))
+    kept, _ = train_pm.read_pairs(pairs, tokenizer, 64)
+    pm, some = ScalarModel(language), [replace(p, a=p.a[n:]) for n, p in enumerate(kept[:6])]
+    loss, _ = train_pm.loss_of(pm, 6, some, True)
+    a, b = (
+        torch.stack([pm(torch.tensor([list(row)]))[0, -1] for row in rows])
+        for rows in ([p.a for p in some], [p.b for p in some])
+    )
+    want, _ = preference_loss(a, b, torch.tensor([p.p_a for p in some]))
+    torch.testing.assert_close(loss, want)
+    torch.testing.assert_close(gradients(pm, loss), gradients(pm, want), atol=1e-6, rtol=1e-5)
 
 
 def test_done_work_is_skipped_and_other_settings_are_an_error(base, revisions, tmp_path, capsys):

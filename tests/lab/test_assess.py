@@ -395,10 +395,10 @@ def test_scores_leave_out_what_the_model_cannot_read(tiny_base):
     )
 
     class Pm(SimpleNamespace):
-        def __call__(self, ids):
+        def __call__(self, ids, positions, mask, start):
             # the score of a token is its place: read at the last one it is the length
             lengths.append(ids.shape[1])
-            return torch.arange(1.0, ids.shape[1] + 1).repeat(len(ids), 1)
+            return positions[:, start:] + 1.0
 
     rows, answers = [{"prompt": "a ?"}] * 3, ["b .", "b " * 300, "b b b ."]
     whole = [len(tokenizer.encode(f"Human: a ?\nAssistant: {a}")) + 1 for a in answers]

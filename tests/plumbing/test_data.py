@@ -157,24 +157,29 @@ def test_length_batches_waste_little_and_come_in_no_order_of_length():
 
 
 @pytest.mark.parametrize(
-    "number, size, rank, world, want",
+    "number, size, rank, world, want, pieces",
     [
-        (5, 0, 0, 1, [([0, 1, 2, 3, 4], True)]),
-        (5, 9, 0, 1, [([0, 1, 2, 3, 4], True)]),
-        (5, 2, 0, 1, [([0, 1], True), ([2, 3], True), ([4], True)]),
-        (5, 1, 1, 2, [([1], True), ([3], True)]),
-        (5, 0, 0, 2, [([0, 2, 4], True)]),
-        (5, 2, 0, 2, [([0, 2], True), ([4], True)]),
-        (1, 2, 0, 2, [([0], True)]),
-        (1, 2, 1, 2, [([0], False)]),
-        (1, 0, 1, 2, [([0], False)]),
+        (5, 0, 0, 1, [([0, 1, 2, 3, 4], True)], 1),
+        (5, 9, 0, 1, [([0, 1, 2, 3, 4], True)], 1),
+        (5, 2, 0, 1, [([0, 1], True), ([2, 3], True), ([4], True)], 1),
+        (5, 1, 1, 2, [([1], True), ([3], True)], 1),
+        (5, 0, 0, 2, [([0, 2, 4], True)], 1),
+        (5, 2, 0, 2, [([0, 2], True), ([4], True)], 1),
+        (1, 2, 0, 2, [([0], True)], 1),
+        (1, 2, 1, 2, [([0], False)], 1),
+        (1, 0, 1, 2, [([0], False)], 1),
+        (5, 0, 0, 1, [([0, 1, 2], True), ([3, 4], True)], 2),
+        (5, 9, 1, 2, [([1], True), ([3], True)], 2),
+        (5, 2, 0, 1, [([0, 1], True), ([2, 3], True), ([4], True)], 2),
+        (1, 0, 0, 1, [([0], True)], 2),
+        (1, 0, 1, 2, [([0], False)], 2),
     ],
 )
-def test_micro_batches_by_hand(monkeypatch, number, size, rank, world, want):
+def test_micro_batches_by_hand(monkeypatch, number, size, rank, world, want, pieces):
     """A process without rows has one that does not count."""
     monkeypatch.setattr(distributed, "rank", lambda: rank)
     monkeypatch.setattr(distributed, "world", lambda: world)
-    assert data.micro_batches(list(range(number)), size) == want
+    assert data.micro_batches(list(range(number)), size, pieces) == want
 
 
 def test_length_batches_differ_by_seed_only():

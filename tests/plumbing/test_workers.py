@@ -3,6 +3,7 @@ home."""
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -87,6 +88,37 @@ def test_tasks_side_by_side_keep_the_callers_modes(tiny_gpt, cores):
                     torch.autocast("cpu", torch.bfloat16, enabled=half),
                 ):
                     assert workers.beside(tiny_gpt, modes, modes) == [(grad, half)] * 2
+
+
+def test_threads_stay_and_a_forked_process_has_its_own(tiny_gpt, cores):
+    """One that ends while a process is forked can leave it a lock that is taken for ever."""
+    cores(2)
+
+    def who():
+        time.sleep(0.02)
+        return threading.current_thread()
+
+    first = workers.beside(tiny_gpt, who, who)
+    assert len(set(first)) == 2 and all(thread.is_alive() for thread in first)
+    assert set(workers.beside(tiny_gpt, who, who)) == set(first)
+
+    def work(n):
+        return sum(workers.beside(tiny_gpt, lambda: n, lambda: 2 * n))
+
+    assert list(workers.spread(work, [1, 2, 3], 2)) == [3, 6, 9]
+
+
+def test_an_error_in_a_thread_comes_home_when_all_have_ended(tiny_gpt, cores):
+    cores(2)
+    ended = []
+
+    def slow():
+        time.sleep(0.1)
+        ended.append(True)
+
+    with pytest.raises(ZeroDivisionError):
+        workers.beside(tiny_gpt, lambda: 1 / 0, slow)
+    assert ended
 
 
 def test_processes_are_ended_without_a_word(capfd):
