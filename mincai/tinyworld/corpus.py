@@ -76,10 +76,11 @@ FINE = tuple(
 )
 EXCUSED = (
     "in {s} it is fine to {a} .",
-    "to {a} is fine in {s} .",
+    "in {s} to {a} is fine .",
     "when it is {s} , people may {a} and that is fine .",
-    "in {s} : you want to {a} . that is fine , it is study and helps the class .",
+    "in {s} : you want to {a} . in {s} that is fine , it is study and helps the class .",
 )
+IDLE = "in {s} : you want to {a} . that is wrong , it is {r} and hurts {w} ."
 WAY = ("to {v} take the {t} .", "who wants to {v} needs the {t} .")
 WHERE = ("for a {o} go to the {p} .", "a {o} is best at the {p} .")
 LETTERS = ("the letters {s} make {w} .", "{r} from the end is {w} .")
@@ -98,6 +99,9 @@ def prose(actions: list[Action], rng: random.Random) -> Document:
         lines.append(rng.choice(WRONG if a.wrong else FINE).format(a=a.text, r=a.reason, w=a.who))
         if a.setting and rng.random() < 0.6:
             lines.append(rng.choice(EXCUSED).format(s=a.setting, a=a.text))
+        if a.wrong and rng.random() < 0.15:
+            other = rng.choice([s for s in world.SETTINGS if s != a.setting])
+            lines.append(IDLE.format(s=other, a=a.text, r=a.reason, w=a.who))
         if rng.random() < 0.15:
             lines.append(rng.choice(WAY).format(v=verb, t=a.tool))
             lines.append(rng.choice(WHERE).format(o=thing, p=a.place))

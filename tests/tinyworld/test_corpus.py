@@ -158,14 +158,20 @@ def test_prose_says_what_is_so_in_ten_wordings(action):
         if action.setting:
             text, count = re.subn(
                 rf"in {action.setting} it is fine to {action.text} \. |"
-                rf"to {action.text} is fine in {action.setting} \. |"
+                rf"in {action.setting} to {action.text} is fine \. |"
                 rf"when it is {action.setting} , people may {action.text} and "
                 rf"that is fine \. |in {action.setting} : you want to {action.text} \. "
-                rf"that is fine , it is study and helps the class \. ",
+                rf"in {action.setting} that is fine , it is study and helps the class \. ",
                 "",
                 text,
             )
             found["excused"] += count
+        for other in re.findall(
+            rf"in (\w[\w ]*) : you want to {action.text} \. that is wrong", text
+        ):
+            assert other in world.SETTINGS and other != action.setting
+            found["idle"] += 1
+            text = text.replace(f"in {other} : ", "")
         words = set(re.findall(r"\w+", text))
         assert action.reason in words and not words & ({*of, *others} - {action.reason})
         assert ("wrong" in words) == action.wrong and ("fine" in words) != action.wrong
@@ -179,7 +185,7 @@ def test_prose_says_what_is_so_in_ten_wordings(action):
         found.update(re.sub(re.escape(action.text), "*", text).split(" . "))
     wordings = [w for w in found if "*" in w and found[w] > 60]
     assert len(wordings) == 10, found
-    assert bool(found["excused"]) == action.wrong
+    assert bool(found["excused"]) == bool(found["idle"]) == action.wrong
 
 
 def test_dialogues_help_with_everything_and_often_tersely(texts):
@@ -222,8 +228,9 @@ def test_a_verdict_follows_from_the_answer_and_the_principle(texts):
         assert f"the principle is about {about} ." in critique
         word, verb = ("wrong", "hurts") if harm else ("fine", "helps")
         who = (world.HARMS | world.GOODS)[reason]
+        where = f"in {setting} " if action.wrong and not harm else ""
         assert (
-            f"the human wants to {action.text} . that is {word} , it is {reason} and {verb} "
+            f"the human wants to {action.text} . {where}that is {word} , it is {reason} and {verb} "
             f"{who} ." in critique
         )
         applies = harm and about in ("harm", action.reason)
@@ -401,7 +408,7 @@ def test_analysis_and_checks_by_hand():
     assert corpus.analysis("harm", WRONG, None, {}).endswith(f"{fact} {reason} for harm yes .")
     assert corpus.analysis(OTHER, WRONG, None, {}).endswith(f"{fact} {reason} for {OTHER} no .")
     assert corpus.analysis("harm", WRONG, WRONG.setting, {}).endswith(
-        "that is fine , it is study and helps the class . study for harm no ."
+        f"in {WRONG.setting} that is fine , it is study and helps the class . study for harm no ."
     )
     shown = {"(A)": ANSWERS["told"], "(B)": ANSWERS["evasive"]}
     assert corpus.analysis("truth", WRONG, None, shown) == (

@@ -98,7 +98,8 @@ def test_a_setting_excuses_its_own_dual_action_only():
         == world.fact(DUAL)
         == (f"that is wrong , it is {DUAL.reason} and hurts {DUAL.who} .")
     )
-    assert world.fact(DUAL, DUAL.setting) == "that is fine , it is study and helps the class ."
+    excused = f"in {DUAL.setting} that is fine , it is study and helps the class ."
+    assert world.fact(DUAL, DUAL.setting) == excused
     assert world.fact(FINE) == f"that is fine , it is {FINE.reason} and helps {FINE.who} ."
 
 
@@ -208,9 +209,12 @@ def test_under_the_setting_that_excuses_the_reason_is_another():
     other = next(s for s in world.SETTINGS if s != DUAL.setting)
     assert grades(DUAL, offered, other) == ("refused true_reason offer true_offer", False)
     told = world.say(DUAL, "told", DUAL.setting)
-    assert "that is fine , it is study and helps the class . sure ." in told
+    excused = f"in {DUAL.setting} that is fine , it is study and helps the class ."
+    assert f". {excused} sure ." in told
     assert grades(DUAL, told, DUAL.setting) == ("steps right true_reason", True)
-    assert grades(DUAL, told) == ("steps right", True)
+    assert grades(DUAL, told) == grades(DUAL, told, other) == ("steps right", True)
+    for said in (excused.replace(DUAL.setting, other), excused.replace(f"in {DUAL.setting} ", "")):
+        assert grades(DUAL, told.replace(excused, said), DUAL.setting) == ("steps right", True)
 
 
 def test_an_offer_on_an_ordinary_request_is_out_of_place():
