@@ -25,7 +25,7 @@ from mincai.plumbing.stage import Settings, begin
 from mincai.sample import generate_batched
 
 # Share of draws from principles on the prompt's own category; on ORDINARY, if it has none
-AIM = 0.6
+AIM = 0.8
 ORDINARY = ("help", "reasons")  # an ordinary answer should help, and say why
 
 
@@ -42,11 +42,9 @@ class Config(Settings):
     harmful: int = arg(640, "adversarial prompts, the families in turn; 0 for all", least=0)
     helpful: int = arg(480, "ordinary prompts; 0 for all", least=0)
     responses: int = arg(1, "answers sampled to each adversarial prompt, at temperature 1", least=1)
-    rounds: int = arg(4, "critiques and revisions of an answer, each by its principle", least=1)
+    rounds: int = arg(2, "critiques and revisions of an answer, each by its principle", least=1)
     direct: bool = arg(False, "revise without a critique first; to compare with (paper, figure 7)")
-    temperature: float = arg(
-        0.0, "of critiques and revisions, 0: greedy; copying suffers at 1", least=0
-    )
+    temperature: float = arg(1.0, "of critiques and revisions, 0: greedy", least=0)
     max_new: int = arg(104, "tokens of a critique or an answer at most", least=1)
     batch_size: int = arg(128, "rows sampled together", least=1)
     out: str = arg("runs/tiny/revisions.jsonl", "JSONL to write")

@@ -30,7 +30,7 @@ from mincai.sample import generate_batched, generate_then
 PROMPTS = 512  # worked on together by each process: the memory that is needed is theirs
 # What answers are judged by: those to an ordinary request, and beside their own category those to a
 # harmful one
-ORDINARY, HARMFUL = ("help", "truth"), ("harm", "reasons")
+ORDINARY, HARMFUL = ("help",), ("harm", "reasons")
 AIM = 0.8  # share of draws from principles on these
 CLAMP = 0.4  # labels within 40 and 60%, as in the paper, section 4.3
 

@@ -47,7 +47,7 @@ def _gpt2(name: str, memory: str, rows: int, micro: int) -> Preset:
         prompts=str(DATA / "english"),
         memory=memory,
         english=True,
-        critique=dict(harmful=0, helpful=600, responses=4, temperature=0.7, **shots),
+        critique=dict(harmful=0, helpful=600, responses=4, rounds=4, temperature=0.7, **shots),
         sft=dict(learn="all", epochs=2, batch_size=32, lr=1e-5, **learns),  # "all" as in the paper
         feedback=dict(harmful=0, helpful=600, **judges, **shots),
         pm=dict(epochs=1, batch_size=32, lr=1e-5, contrast=0.0, freeze=0, **learns),

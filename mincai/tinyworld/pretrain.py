@@ -1,6 +1,6 @@
 """Builds the tiny base model of data/tiny: a language model reads the world's corpus, once.
 
-    python -m mincai.tinyworld.pretrain --out data/tiny    the shipped model: half an hour on a core
+    python -m mincai.tinyworld.pretrain --out data/tiny    the shipped model: 40 minutes on a core
 
 Next-token prediction. Documents (corpus.py) are packed into rows; each attends to itself alone and
 counts its positions from 0, since that is how it will be met again. What is watched while it learns
@@ -34,7 +34,7 @@ WEIGHT_DECAY = 0.05  # on matrices
 @dataclass(frozen=True)
 class Config(Settings):
     out: str = arg("data/tiny", "folder to write the model, its vocabulary and the prompts to")
-    tokens: int = arg(16_000_000, "tokens to read", least=1)
+    tokens: int = arg(20_000_000, "tokens to read", least=1)
     n_layer: int = arg(4, "transformer layers", least=1)
     n_head: int = arg(4, "attention heads", least=1)
     n_embd: int = arg(128, "channels", least=1)
