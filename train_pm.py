@@ -54,7 +54,7 @@ class Config(Settings):
     prompts: str = arg(
         shipped("tiny/prompts.jsonl"), "to scale scores on, PPO's; none: those of the pairs"
     )
-    epochs: int = arg(4, "how often every pair is seen", least=0)
+    epochs: int = arg(2, "how often every pair is seen", least=0)
     lr: float = arg(1e-3, "highest learning rate of AdamW", least=0)
     batch_size: int = arg(16, "pairs in one optimiser step", least=1)
     micro_batch: int = arg(0, "pairs in one forward pass, fewer need less memory; 0: any", least=0)

@@ -48,8 +48,8 @@ class Config(Settings):
     constitution: str = arg(str(constitution.PATH), "the principles")
     without: str = arg("", "leave out these principle ids or targets, commas between")
     fewshot: str = arg("", "file of worked examples to show; principles then stand in full words")
-    harmful: int = arg(320, "adversarial prompts, the families in turn; 0 for all", least=0)
-    helpful: int = arg(320, "ordinary prompts; 0 for all", least=0)
+    harmful: int = arg(480, "adversarial prompts, the families in turn; 0 for all", least=0)
+    helpful: int = arg(480, "ordinary prompts; 0 for all", least=0)
     samples: int = arg(16, "answers of the model to each prompt, at temperature 1", least=1)
     base_samples: int = arg(1, "answers of the judge's own model beside them; 0: none", least=0)
     pairs: int = arg(
