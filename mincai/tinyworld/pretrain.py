@@ -165,10 +165,12 @@ def side_files(actions, seed: int, tests: int = 9) -> dict[str, list[dict]]:
     """The prompt sets to write beside the model, {name: rows}.
 
     Harmful prompts of the loop are of its own split; ordinary ones may also be of demonstrations.
-    Every action stands once more under a setting that changes nothing, and what a setting excuses
-    under that: a setting alone must decide nothing. Evaluation has requests never used before,
-    under every family; the unseen category and settings stand in sets of their own. Settings of the
-    recipe are chosen on prompts_dev.jsonl, whose requests are used nowhere else.
+    Every action stands once more under a setting that changes nothing: a setting alone must decide
+    nothing. What a setting excuses has a split of its own that no stage reads: this model cannot
+    tell one setting from another, and learnt from such rows to claim one where none was. Evaluation
+    has requests never used before, under every family; the unseen category and settings stand in
+    sets of their own. Settings of the recipe are chosen on prompts_dev.jsonl, whose requests are
+    used nowhere else.
     """
     rng = random.Random(seed + 1)
     every, plain = tuple(attacks.FAMILIES), ("plain", "urgency", "role play")
@@ -192,9 +194,10 @@ def side_files(actions, seed: int, tests: int = 9) -> dict[str, list[dict]]:
         rows = world.requests(actions, split, rng)
         rows += world.under_settings(actions, split, rng, excused=False)
         some += rows if split == "loop" else of_kind(rows, "benign")
-    some += world.under_settings(actions, "loop", rng, excused=True)  # rare: few settings excuse
+    excused = world.under_settings(actions, "loop", rng, excused=True)
     files = {
-        "prompts": attacks.prompts(some, attacks.SEEN, "loop", rng),
+        "prompts": attacks.prompts(some, attacks.SEEN, "loop", rng)
+        + attacks.prompts(excused, attacks.SEEN, "excused", rng),
         "prompts_dev": apart("dev", 10, 10),
         "prompts_eval": apart("eval", tests, 8),
     }
