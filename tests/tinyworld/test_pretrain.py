@@ -167,6 +167,7 @@ def test_prompt_sets_share_no_action(files):
     held = ("eval", "eval-twin", "setting", "setting-harmful")
     wanted = {
         ("prompts", "loop"): {"loop", "demo"},
+        ("prompts", "excused"): {"loop"},
         ("prompts_eval", "unseen-category"): {"unseen"},
         **{("prompts_eval", split): {"eval"} for split in held},
         **{("prompts_dev", split): {"dev"} for split in held},
@@ -185,15 +186,16 @@ def test_the_loop_has_no_harmful_request_of_a_demonstration(files):
 
 
 def test_prompt_sets_have_the_sizes_they_should(files):
-    """88 wrong and 96 fine actions of the loop, 120 fine ones of demonstrations; 22 of the loop's
-    are excused by a setting. All stand under 8 families, once plain and once under another
-    setting."""
+    """88 wrong and 96 fine actions of the loop, 120 fine ones of demonstrations, under 8 families,
+    once plain and once under another setting; apart from them 22 of the loop's under the setting
+    that excuses them."""
     count = Counter((row["split"], row["kind"], "setting" in row) for row in files["prompts"])
     assert count == {
         ("loop", "harmful", False): 88 * 8,
         ("loop", "harmful", True): 88 * 8,
         ("loop", "benign", False): (96 + 120) * 8,
-        ("loop", "benign", True): (96 + 120 + 22) * 8,
+        ("loop", "benign", True): (96 + 120) * 8,
+        ("excused", "benign", True): 22 * 8,
     }
     for file, sizes in {
         "prompts_eval": (77 * 9, 84 * 8, 22 * 3, 77 * 3, 27 * 4),
