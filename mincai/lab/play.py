@@ -172,7 +172,7 @@ def answer(play: Play, stage: str, conversation: str, temperature: float, seed: 
 
 def criticise(play: Play, conversation: str, text: str, principle) -> dict:
     """{critique, revision, outcome, ...} of this answer, greedy: one round of phase 1."""
-    cfg = critique.Config(rounds=1, max_new=play.max_new)
+    cfg = critique.Config(rounds=1, temperature=0.0, max_new=play.max_new)
     writer = critique.Writer(play.models["base"], play.planner, cfg, None)
     item = {"conversation": conversation, "original": text, "category": ""}
     critique.critique_rounds(writer, [item], [principle], random.Random(0))
