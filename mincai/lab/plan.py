@@ -77,7 +77,10 @@ def prompts_of(configs) -> tuple[list[dict], list[dict]]:
     elif stage and not Path(tested).exists():
         files = pretrain.side_files(world.build(stage.world, stage.size), stage.world, stage.tests)
     made = {str(Path(stage.out, f"{name}.jsonl")): rows for name, rows in files.items()}
-    loop = made.get(drawn) or formats.loop_prompts(drawn)
+    if drawn in made:
+        loop = [row for row in made[drawn] if row["split"] == "loop"]
+    else:
+        loop = formats.loop_prompts(drawn)
     return loop, made.get(tested) or formats.read_prompts(tested)
 
 

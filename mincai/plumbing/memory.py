@@ -116,7 +116,8 @@ def plan(
     # in; the mask as bool and as numbers
     read = 10 * C * FLOAT32 + length * (2 + size)
     # With it all are, one more for the gradients on their way down, input and output of ln_f
-    kept = (L + 1) * block_bytes(config, length, size, masked=ppo) + 2 * C * FLOAT32
+    masked = stage in ("pm", "ppo")  # rows are padded on the left
+    kept = (L + 1) * block_bytes(config, length, size, masked) + 2 * C * FLOAT32
     cache = samples * 2 * L * batch * length * C * size  # keys and values
     logits = rows * V * FLOAT32  # of one token of each row
     lines |= {

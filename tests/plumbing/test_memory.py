@@ -145,7 +145,8 @@ def test_activations_are_those_of_the_micro_batch_only():
         == activations(batch=4, micro_batch=8)
     )
     assert activations(batch=8) == 2 * activations(batch=4)
-    assert activations("pm", batch=4) == activations(batch=8)  # a pair is two rows
+    masks = 5 * 8 * 64 * 64 * 4  # of five blocks, eight rows: 64 numbers a query
+    assert activations("pm", batch=4) == activations(batch=8) + masks  # a pair is two rows
     blocks = memory.block_bytes(TINY, 64) * 4 * 64  # of four rows
     assert activations(batch=4) == 5 * blocks + 4 * 64 * 128 * 8
 

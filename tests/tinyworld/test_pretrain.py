@@ -4,13 +4,14 @@ import dataclasses
 import json
 from collections import Counter
 from itertools import count, cycle
+from pathlib import Path
 
 import pytest
 import torch
 
-from mincai import UserError, constitution
+from mincai import UserError, constitution, shipped
 from mincai.model import GPT, GPTConfig
-from mincai.plumbing import checkpoint, cli
+from mincai.plumbing import checkpoint, cli, output
 from mincai.plumbing.tokenizer import from_ranks, load_tokenizer, words_of
 from mincai.tinyworld import attacks, corpus, pretrain, world
 
@@ -214,6 +215,14 @@ def test_prompt_sets_have_the_sizes_they_should(files):
 
 
 # --- what it writes ---
+
+
+def test_the_shipped_base_is_as_its_stamp_says(files):
+    folder = Path(shipped("tiny"))
+    stamp = json.loads((folder / "run.json").read_text())
+    assert {name: output.sha256(folder / name) for name in stamp["sha256"]} == stamp["sha256"]
+    for name, rows in files.items():
+        assert (folder / f"{name}.jsonl").read_text() == "".join(json.dumps(r) + "\n" for r in rows)
 
 
 def test_a_base_lists_the_words_it_has_read(tiny_base):
