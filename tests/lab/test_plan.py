@@ -197,11 +197,13 @@ def test_rates_are_measured_on_the_device_at_hand(monkeypatch, device):
 # --- the presets ----------------------------------------------------------------------------------
 
 
+def configs_of(preset, **more):
+    stages = pipeline.stages(pipeline.Config(preset=preset, **more))
+    return {name: config for name, _, config in stages}
+
+
 def plan_of(preset, **more):
-    configs = {
-        name: config for name, _, config in pipeline.stages(pipeline.Config(preset=preset, **more))
-    }
-    return {stage.name: stage for stage in plan.stages(configs)}
+    return {stage.name: stage for stage in plan.stages(configs_of(preset, **more))}
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -230,6 +232,8 @@ def test_the_small_presets_base_is_planned_before_it_is_there(tmp_path, monkeypa
         found.steps == 250_000_000 // (128 * pretrain.Config.block_size)
         and found.learnt <= world["tokens"]
     )
+    loop, _ = plan.prompts_of(configs_of("small"))  # and no rows that no stage reads
+    assert {row["split"] for row in loop} == {"loop"}
 
 
 def test_an_unknown_model_is_an_error():
