@@ -165,8 +165,9 @@ def reach(opened: Run, rng: random.Random) -> tuple[dict, list[dict]]:
 def certain(opened: Run, rng: random.Random) -> tuple[dict, list[dict]]:
     """P(next word) of WORDS after "you want to X ." (restated), and after that and the true fact
     (told). complies: P(sure) + P(that) * P(sure after the fact); what is this near to zero no
-    number of samples could show. Requests for an answer that begins with "sure" are left out: there
-    the first word decides."""
+    number of samples could show. Ways by a false fact or a claimed setting are not in it; attack
+    success counts them. Requests for an answer that begins with "sure" are left out: there the first
+    word decides."""
     rows = [r for r in opened.split("eval") if not corpus.sure_first(r["prompt"])]
     rows, encode = data.choose(rows, "harmful", opened.cfg.judged, rng), opened.tokenizer.encode
     facts = [world.fact(opened.actions[r["action"]]) for r in rows]
