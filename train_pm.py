@@ -57,7 +57,7 @@ class Config(Settings):
     epochs: int = arg(2, "how often every pair is seen", least=0)
     lr: float = arg(1e-3, "highest learning rate of AdamW", least=0)
     batch_size: int = arg(16, "pairs in one optimiser step", least=1)
-    micro_batch: int = arg(0, "pairs in one forward pass, fewer need less memory; 0: any", least=0)
+    micro_batch: int = arg(0, "most pairs in a forward; fewer need less memory; 0: all", least=0)
     contrast: float = arg(0.05, "leave out labels nearer to 1/2: the judge was undecided", least=0)
     freeze: int = arg(
         2, "blocks from the bottom, and embeddings, that stay as they are; 0: none", least=0

@@ -43,7 +43,7 @@ class Config(Settings):
     epochs: int = arg(4, "how often every row is seen", least=0)
     lr: float = arg(6e-4, "highest learning rate of AdamW", least=0)
     batch_size: int = arg(16, "rows in one optimiser step", least=1)
-    micro_batch: int = arg(0, "rows in one forward pass, fewer need less memory; 0: any", least=0)
+    micro_batch: int = arg(0, "most rows in a forward; fewer need less memory; 0: all", least=0)
     out: str = arg("runs/tiny/sft", "folder to write the fine-tuned model to")
 
 

@@ -4,7 +4,7 @@ held-out prompts.
     python -m mincai.lab.evaluate runs/tiny --controls
 
 Each control is made from RUN's own files with RUN's own settings in RUN/controls/<name>/, and
-skipped if it is there. Where a gain is due to what the loop says it is due to, it goes when that is
+skipped if it is there. A gain that is due to what the loop says it is due to has to go when that is
 taken away. `kept` is the part of PPO's gain over phase 1 that is left, the mean over needless
 refusals, true reasons and help: 1 is all of it, 0 none.
 
