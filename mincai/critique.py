@@ -24,7 +24,8 @@ from mincai.plumbing.planner import Planner, load_shots, warn_outside
 from mincai.plumbing.stage import Settings, begin
 from mincai.sample import generate_batched
 
-# Share of draws from principles on the prompt's own category; on ORDINARY, if it has none
+# Share of draws from principles on a harmful prompt's own category, or on harm if it names none; and
+# on these for an ordinary one
 AIM = 0.8
 ORDINARY = ("help", "reasons")  # an ordinary answer should help, and say why
 
@@ -153,7 +154,8 @@ def critique_rounds(writer, items, principles, rng) -> Counter:
     for number in range(1, cfg.rounds + 1):
         drawn, reviews = [], []
         for item in items:
-            targets = (item["category"],) if item["category"] else ORDINARY
+            harmful = item.get("kind") != "benign"
+            targets = (item["category"] or "harm",) if harmful else ORDINARY
             principle = constitution.draw(principles, targets, AIM, rng)
             said = principle.asks("critique", full)
             drawn.append(principle)

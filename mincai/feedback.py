@@ -222,7 +222,7 @@ def compare_rows(cfg, rows, principles, models, rng) -> tuple[list[dict], float]
     for row, some, more in zip(rows, mine, others):
         pairs += [(row, *pair) for pair in make_pairs(some + more, cfg.pairs, rng)]
     for row, _, _ in pairs:
-        targets = (row["category"], *HARMFUL) if row.get("category") else ORDINARY
+        targets = ORDINARY if row["kind"] == "benign" else (row.get("category"), *HARMFUL)
         drawn.append(draw_principles(principles, targets, cfg.ensemble, rng))
     conversations = [constitution.conversation_of(row) for row, _, _ in pairs]
     texts = [

@@ -174,6 +174,20 @@ def test_principles_are_aimed_at_the_prompts_own_category(script, cfg, monkeypat
         assert targets <= ({"theft"} if row["kind"] == "harmful" else {"help", "reasons"})
 
 
+def test_without_a_category_the_kind_says_what_principles_are_about(script, cfg, monkeypatch):
+    """Prompts of one's own seldom name a category of ours; ordinary ones may name a topic."""
+    script(lambda prompt: "text")
+    monkeypatch.setattr(critique, "AIM", 1.0)
+    rows = data.read_jsonl(cfg.prompts)
+    category = {"harmful": "", "benign": "theft"}
+    data.write_jsonl(cfg.prompts, [row | {"category": category[row["kind"]]} for row in rows])
+    critique.main(cfg)
+    targets = {p.id: p.target for p in PRINCIPLES}
+    for row in data.read_jsonl(cfg.out):
+        found = {targets[r["principle"]] for r in row["rounds"]}
+        assert found <= ({"harm"} if row["kind"] == "harmful" else {"help", "reasons"})
+
+
 def test_direct_revision_writes_no_critique_and_keeps_the_same_rules(script, cfg):
     texts = iter(["first", "second", "half...", constitution.KEEP] * 9)
     read = script(lambda prompt: "sure ." if prompt.endswith("Assistant:") else next(texts))

@@ -190,6 +190,20 @@ def test_rows_say_who_wrote_what_and_why(cfg, answers, tiny_base):
     assert {row["prompt_id"] for row in rows} == prompts.keys() - {"secret"}
 
 
+def test_without_a_category_the_kind_says_what_judges_an_answer(cfg, answers, monkeypatch):
+    """A harmful prompt of one's own is not judged by help alone, nor an ordinary one by harm for
+    the topic that it names."""
+    monkeypatch.setattr(feedback, "AIM", 1.0)
+    rows, kinds = data.read_jsonl(cfg.prompts), {"harmful": None, "benign": "theft"}
+    about = [{"kind": kind, "category": category} for kind, category in kinds.items()]
+    data.write_jsonl(cfg.prompts, [row | about[n % 2] for n, row in enumerate(rows)])
+    feedback.main(cfg)
+    targets, found = {p.id: p.target for p in constitution.load_constitution()}, {}
+    for row in data.read_jsonl(cfg.out):
+        found.setdefault(row["kind"], set()).add(targets[row["principle"]])
+    assert found == {"harmful": {"harm", "reasons"}, "benign": {"help"}}
+
+
 def test_what_is_left_out_is_counted(cfg, answers, capsys):
     rows = data.read_jsonl(cfg.prompts)
     data.write_jsonl(cfg.prompts, [*rows, {**rows[0], "id": "long", "prompt": "word " * 300}])
