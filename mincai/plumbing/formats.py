@@ -416,11 +416,16 @@ def own_pair(row, where):
     return row
 
 
-def need_ids(row, where, n_vocab) -> None:
+def need_ids(row, where, tokenizer) -> None:
+    """UserError unless the row's ids are tokens of this vocabulary, and those of its texts."""
     for key in ("a_ids", "b_ids"):
-        ids = row[key] if isinstance(row[key], list) else []
-        if not ids or not all(type(i) is int and 0 <= i < n_vocab for i in ids):
-            told = f"no list of token ids below {n_vocab}; make it with this vocabulary"
+        ids, text = row[key] if isinstance(row[key], list) else [], row.get(key[0])
+        if not ids or not all(type(i) is int and 0 <= i < tokenizer.n_vocab for i in ids):
+            told = f"no list of token ids below {tokenizer.n_vocab}; make it with this vocabulary"
+            raise UserError(f"{where}: {key} is {told}")
+        said = text.strip() if isinstance(text, str) else ""
+        if said and said != tokenizer.decode(ids).strip():
+            told = f"not what {key[0]} says in this vocabulary; leave the ids out to have it read"
             raise UserError(f"{where}: {key} is {told}")
 
 
@@ -504,7 +509,7 @@ def read_pairs(path, tokenizer, dropped: Counter):
         if isinstance(found, dict):  # mincai's own
             if "a_ids" not in found:
                 found = found | {f"{x}_ids": ids(found[x].strip()) for x in "ab"}
-            need_ids(found, where, tokenizer.n_vocab)
+            need_ids(found, where, tokenizer)
             yield {**found, "from": where}
             continue
         first = lot.random() < 0.5  # else the better answer would always be (A)
@@ -561,7 +566,7 @@ def ranked(row, contrast) -> tuple[str, str, float]:
 def as_trl(row, cfg):
     asks = {"prompt": conversation_of(row)}
     if "revision" in row:
-        if row.get("changed") is not True:
+        if not row.get("changed", True):
             raise Unusable("not changed")
         return asks | {"completion": " " + row["revision"].strip()}
     chosen, rejected, p = ranked(row, cfg.contrast)

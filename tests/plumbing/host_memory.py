@@ -24,6 +24,7 @@ from mincai.lab import english  # noqa: E402
 from mincai.model import GPT, GPTConfig  # noqa: E402
 from mincai.plumbing import checkpoint, data, health  # noqa: E402
 from mincai.plumbing.presets import PRESETS  # noqa: E402
+from mincai.plumbing.tokenizer import load_tokenizer  # noqa: E402
 
 EOT = 50256
 
@@ -77,6 +78,7 @@ def run_feedback(number: int, out: Path) -> int:
 
 def run_pm(number: int, out: Path) -> int:
     cfg = settings("preference model", out)
+    decode = load_tokenizer(out / "base").decode
 
     def row(n):
         a, b = answers(None, [0], 96, n=2)
@@ -87,8 +89,8 @@ def run_pm(number: int, out: Path) -> int:
             "kind": "harmful",
             "category": "theft",
             "attack": "plain",
-            "a": "some words " * 35,
-            "b": "more words " * 35,
+            "a": decode(a),
+            "b": decode(b),
             "a_ids": a,
             "b_ids": b,
             "principle": "theft-01",

@@ -30,8 +30,8 @@ OWN_PAIR = {
     "a": "yes .",
     "b": "no .",
     "p_a": 0.25,
-    "a_ids": [32, 121, 256],
-    "b_ids": [32, 110, 256],
+    "a_ids": [*b" yes .", 256],
+    "b_ids": [*b" no .", 256],
     "principle": "x",
 }
 
@@ -516,6 +516,15 @@ def test_comparisons_without_ids_are_read_by_their_texts(write):
     assert BYTES.decode(pair["b_ids"]) == " no ." and pair["p_a"] == 0.25 and not dropped
 
 
+def test_ids_of_another_vocabulary_are_noticed_by_the_texts_beside_them(write):
+    """They may all be below the number of tokens; and a text that was written over counts."""
+    ids = {"prompt": "first", "p_a": 0.25, "a_ids": OWN_PAIR["a_ids"], "b_ids": OWN_PAIR["b_ids"]}
+    for texts in ({}, {"a": "", "b": None}, {"a": "yes . ", "b": "no ."}):
+        assert len(read_pairs(write([ids | texts]), BYTES)[0]) == 1
+    words = complaint(read_pairs, write([ids, ids | {"a": "yes .", "b": "on ."}]), BYTES)
+    assert "line 2: b_ids is not what b says" in words and "leave the ids out" in words
+
+
 def test_revisions_become_prompts_with_completions_where_something_changed(write, tmp_path):
     row = {
         "prompt": "first",
@@ -529,6 +538,8 @@ def test_revisions_become_prompts_with_completions_where_something_changed(write
         formats.Config(str(write([row, {**row, "revision": "a", "changed": False}])), str(out))
     )
     assert counts == {"written": 1, "not changed": 1}
+    del row["changed"]  # one's own, which train_sft.py takes as well
+    assert formats.main(formats.Config(str(write([row])), str(out), again=True)) == {"written": 1}
     assert data.read_jsonl(out) == [
         {"prompt": "Setting: a lesson\nHuman: first\nAssistant:", "completion": " b ."}
     ]

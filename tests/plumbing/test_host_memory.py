@@ -33,14 +33,15 @@ def test_a_pair_waits_in_little_memory(tmp_path):
     """200 tokens a side and all that a comparison says beside them; tokens take 1,600 bytes."""
 
     def row(n):
+        a, b = ([n % 200 + more] * 60 + list(range(40)) + [256] for more in (1, 2))
         return {
             "prompt": f"q{n // 8} " + "w" * 97,
-            "a": "a" * 400,
-            "b": "b" * 400,
-            "reasons": "r" * 2_000,
+            "a": BYTES.decode(a),
+            "b": BYTES.decode(b),
+            "reasons": "r" * 2_600,
             "p_a": 0.7,
-            "a_ids": [n % 200 + 1] * 60 + list(range(40)) + [256],
-            "b_ids": [n % 200 + 2] * 60 + list(range(40)) + [256],
+            "a_ids": a,
+            "b_ids": b,
         }
 
     data.write_jsonl(tmp_path / "pairs.jsonl", map(row, range(800)))
