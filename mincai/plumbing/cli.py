@@ -33,6 +33,9 @@ from mincai.plumbing import memory, workers
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
+MOST = 10**18  # torch takes no seed of more than 64 bits
+
+
 def arg(default, help, least=-math.inf, most=math.inf, choices=()):
     """A dataclass field that carries its own help text, and what values it may have."""
     told = dict(help=help, least=least, most=most, choices=choices)
@@ -51,6 +54,8 @@ def check(cfg) -> None:
             asked = f"from {least} to {most}" if most < math.inf else f"of {least} or more"
             asked = "above 0" if 0 < least < 1 else asked
             raise UserError(f"{flag} {value}: give a number {asked}")
+        if type(value) is int and abs(value) > MOST:
+            raise UserError(f"{flag} {value}: give a number nearer to 0, of 18 digits at most")
 
 
 def parse(Config, argv=None, description=""):

@@ -17,6 +17,7 @@ from functools import partial
 
 import torch
 
+from mincai import UserError
 from mincai.plumbing import data, distributed
 
 PATIENCE = 5  # seconds, after which it is looked whether workers live
@@ -152,12 +153,11 @@ def spread(work, chunks: list, processes: int):
 
 
 def _next(found, workers):
-    """What a worker has sent; RuntimeError where one was killed, whose chunk would never come."""
+    """What a worker has sent; UserError where one was killed, whose chunk would never come."""
     while True:
         try:
             return found.get(timeout=PATIENCE)
         except multiprocessing.queues.Empty:
             if any(worker.exitcode not in (None, 0) for worker in workers):
-                raise RuntimeError(
-                    "a worker process was killed; is there too little memory?"
-                ) from None
+                told = "a worker process was killed, as the system does when memory runs out"
+                raise UserError(f"{told}; lower --batch-size or --threads") from None

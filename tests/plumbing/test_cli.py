@@ -222,6 +222,8 @@ NAMES = {"--" + name.replace("_", "-"): name for name in Numbers.__dataclass_fie
         ("--clip", "0", "above 0"),
         ("--holdout", "1.5", "from 0 to 1"),
         ("--holdout", "-0.1", "from 0 to 1"),
+        ("--seed", "9223372036854775808", "nearer to 0, of 18 digits at most"),
+        ("--seed", "-9223372036854775808", "nearer to 0, of 18 digits at most"),
     ],
 )
 def test_a_number_out_of_range_exits_2(flag, value, asked, capsys):

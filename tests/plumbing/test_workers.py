@@ -57,7 +57,7 @@ def test_a_process_that_is_killed_is_told(monkeypatch):
         time.sleep(0.2)
         return n
 
-    with pytest.raises(RuntimeError, match="was killed"):
+    with pytest.raises(UserError, match="was killed.*; lower --batch-size or --threads"):
         list(workers.spread(work, list(range(3)), 2))
 
 
