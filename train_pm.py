@@ -174,7 +174,8 @@ def main(cfg: Config) -> dict:
     prompts = some_prompts(cfg, pairs, tokenizer, config.block_size)
     lengths = [max(len(p.a), len(p.b)) for p in train]
     size = cfg.micro_batch or cfg.batch_size
-    sizes = dict(batch=cfg.batch_size, micro_batch=size, length=max(lengths))
+    mine = math.ceil(cfg.batch_size / distributed.world())
+    sizes = dict(batch=mine, micro_batch=cfg.micro_batch, length=max(lengths))
     stage.plan_memory("pm", config, "--micro-batch", **sizes)
     pm = stage.load(folder, scalar=True, new_head=True)
     steps = cfg.epochs * math.ceil(len(train) / cfg.batch_size)

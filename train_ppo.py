@@ -82,6 +82,8 @@ def check(cfg) -> int:
         raise UserError(
             f"--batch-size {cfg.batch_size} is no multiple of --minibatches {cfg.minibatches}; make it one"
         )
+    if cfg.kl_target and not cfg.beta:
+        raise UserError("--kl-target is steered to by changing --beta, and 0 stays 0; raise --beta")
     minibatch, others = divmod(cfg.batch_size // cfg.minibatches, distributed.world())
     if others:
         raise UserError(

@@ -74,7 +74,7 @@ def read(cfg, tokenizer, limit) -> tuple[list, Counter]:
         dropped["never revised"] += not answers
         for said in answers:
             # Who sees no end never learns to stop
-            answer = [*tokenizer.encode(" " + said), tokenizer.eot]
+            answer = [*tokenizer.encode(" " + said.strip()), tokenizer.eot]
             if len(prompt) + len(answer) - 1 > limit:  # the last token is a target, never an input
                 dropped["too long"] += 1
             else:
@@ -130,7 +130,7 @@ def main(cfg: Config) -> dict:
         stage.warn("most answers are too long for the model, and what is left may be a poor choice")
 
     mine = math.ceil(cfg.batch_size / distributed.world())
-    sizes = dict(batch=min(mine, cfg.micro_batch or mine), length=max(lengths))
+    sizes = dict(batch=mine, micro_batch=cfg.micro_batch, length=max(lengths))
     stage.plan_memory("sft", config, "--micro-batch", **sizes)
     model = stage.load(folder)
     optimizer = optim.adamw(model, cfg.lr)

@@ -114,6 +114,7 @@ def check(cfg, todo) -> None:
     """UserError for what would stop the run later: said before an hour's work, not after it."""
     configs = {name: config for name, _, config in todo}
     base, out = configs["evaluate"].base, configs["evaluate"].out
+    train_ppo.check(configs["PPO"])  # its batches may not be for as many processes
     for config in configs.values():
         config.check_out()
     distributed.barrier()  # all have looked before one writes

@@ -113,7 +113,8 @@ def controls(opened: measure.Run, cfgs: dict) -> list[Control]:
     direct = {"critique": {"direct": True}, "sft": {}}
     unwritten = {"critique": WITHOUT, "sft": {}, "feedback": WITHOUT, **again}
     price = f"PPO at this price of KL, not {cfgs['ppo'].beta:g}"
-    long = {"beta": 0.0, "updates": 4 * cfgs["ppo"].updates}
+    free, dear = ({"beta": beta, "kl_target": 0.0} for beta in (0.0, 0.8))  # and stay so
+    long = free | {"updates": 4 * cfgs["ppo"].updates}
     found = [
         Control("phase 1", "the run before PPO", policy="sft"),
         Control("full", "the run itself"),
@@ -132,8 +133,8 @@ def controls(opened: measure.Run, cfgs: dict) -> list[Control]:
         Control(
             f"no {LEFT_OUT}", f"no principle on {LEFT_OUT}, harm, conduct or reasons", unwritten
         ),
-        Control("beta 0", price, {"ppo": {"beta": 0.0}}),
-        Control("beta 0.8", price, {"ppo": {"beta": 0.8}}),
+        Control("beta 0", price, {"ppo": free}),
+        Control("beta 0.8", price, {"ppo": dear}),
         Control("beta 0, long", "no price of KL and four times the updates", {"ppo": long}),
     ]
 

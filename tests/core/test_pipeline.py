@@ -16,7 +16,7 @@ import train_ppo
 import train_sft
 from mincai import UserError, constitution, critique, feedback
 from mincai.lab import chat, evaluate, plan
-from mincai.plumbing import checkpoint, cli, data
+from mincai.plumbing import checkpoint, cli, data, distributed
 from mincai.plumbing.tokenizer import load_tokenizer
 
 # What the stages would do with a small --scale, smaller still: time, not behaviour
@@ -231,6 +231,13 @@ def test_the_stages_hand_on_what_they_were_given():
     assert defaults["PPO"].updates == train_ppo.Config().updates and defaults[
         "AI feedback"
     ].harmful == (feedback.Config().harmful)
+
+
+def test_what_the_last_stages_cannot_share_is_told_before_the_first(monkeypatch, tmp_path):
+    cfg = pipeline.Config(out=str(tmp_path / "run"))
+    monkeypatch.setattr(distributed, "world", lambda: 3)
+    with pytest.raises(UserError, match="64 answers cannot be shared evenly among 3 processes"):
+        pipeline.check(cfg, stages(cfg))
 
 
 # --- what a person can get wrong --------------------------------------------------------------------------

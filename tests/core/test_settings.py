@@ -26,7 +26,7 @@ import train_pm
 import train_ppo
 import train_sft
 from mincai import UserError
-from mincai.plumbing import checkpoint, data, health, optim
+from mincai.plumbing import checkpoint, data, distributed, health, memory, optim
 from mincai.plumbing.logprobs import answer_scores, pair_scores
 from mincai.plumbing.tokenizer import load_tokenizer
 
@@ -57,6 +57,37 @@ def seen_by(monkeypatch, module, name):
 
 
 # --- fine-tuning and the preference model -----------------------------------------------------------------
+
+
+def test_a_preference_models_memory_is_planned_for_a_processs_own_pairs(
+    base, pairs, tmp_path, monkeypatch
+):
+    """Of 16 pairs each of four processes reads 4; micro-batches may be smaller, and never larger."""
+    found, real = [], memory.plan
+
+    def plan(*args, **sizes):
+        found.append(real(*args, **sizes)["activations"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(memory, "plan", plan)
+    alone, world = train_pm.some_prompts, distributed.world
+    for processes, sizes in (
+        (1, dict(batch_size=4)),
+        (4, dict(batch_size=16)),
+        (4, dict(batch_size=16, micro_batch=8)),
+        (4, dict(batch_size=16, micro_batch=2)),
+    ):
+        monkeypatch.setattr(  # what comes before the plan meets other processes
+            train_pm,
+            "some_prompts",
+            lambda *a, n=processes: (
+                monkeypatch.setattr(distributed, "world", lambda: n) or alone(*a)
+            ),
+        )
+        with pytest.raises(KeyboardInterrupt):
+            train_pm.main(pm(base, pairs, tmp_path / "pm", again=True, **sizes))
+        monkeypatch.setattr(distributed, "world", world)
+    assert found == [found[0]] * 3 + [found[0] / 2]
 
 
 def test_a_row_fits_whose_last_token_is_only_a_target(base, tmp_path):

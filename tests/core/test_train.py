@@ -183,10 +183,10 @@ def test_sft_begins_to_learn_with_its_first_step(base, revisions, tmp_path, monk
 
 
 def test_sft_trains_the_answer_and_its_end_only(base, tmp_path):
-    """A row's targets are its answer and end-of-text."""
+    """A row's targets are its answer, behind one space, and end-of-text."""
     rows = [
         {"prompt": "q", "revision": "ab"},
-        {"prompt": "qq", "revision": "c"},
+        {"prompt": "qq", "revision": " c\n"},
         {"prompt": "q" * 60, "revision": "ab"},
         {"prompt": "q", "revision": "ab", "changed": False},
     ]
@@ -745,6 +745,7 @@ def test_ppo_draws_every_prompt_once_a_round():
     [
         (dict(batch_size=9), "--batch-size 9 is no multiple of --minibatches 2"),
         (dict(micro_batch=3), "--micro-batch 3 does not divide a minibatch of 4"),
+        (dict(beta=0.0, kl_target=6.0), "--kl-target is steered to by .* and 0 stays 0"),
         (dict(updates=0), "--updates 0: give"),
         (dict(clip=0.0), "--clip 0.0: give"),
     ],
