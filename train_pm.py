@@ -96,10 +96,13 @@ def read_pairs(path, tokenizer, limit):
 def some_prompts(cfg, pairs, tokenizer, limit):
     """Token lists of NORMALISED prompts that PPO will draw from, as many harmful ones as others;
     without a file of prompts, those of the pairs."""
+    rng = random.Random(cfg.seed)
     if not cfg.prompts:
-        texts = list(dict.fromkeys(pair.prompt for pair in pairs))[:NORMALISED]
+        texts = list(dict.fromkeys(pair.prompt for pair in pairs))
+        rng.shuffle(texts)  # else all would be harmful, whose pairs come first
+        texts = texts[:NORMALISED]
     else:
-        rows, rng = formats.loop_prompts(cfg.prompts), random.Random(cfg.seed)
+        rows = formats.loop_prompts(cfg.prompts)
         kinds = [data.choose(rows, kind, NORMALISED // 2, rng) for kind in ("harmful", "benign")]
         texts = [conversation_of(row) for rows in kinds for row in rows]
     room = min(ANSWER, limit // 2)

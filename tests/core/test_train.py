@@ -345,6 +345,15 @@ def test_scores_are_scaled_on_fresh_answers_to_the_prompts_of_ppo(
     assert float(scores.std(unbiased=False)) == pytest.approx(1, abs=1e-4)
 
 
+def test_without_prompts_scores_are_scaled_on_pairs_from_all_of_the_file(base, monkeypatch):
+    """Comparisons begin with those of harmful prompts."""
+    monkeypatch.setattr(train_pm, "NORMALISED", 10)
+    some = [train_pm.Pair(f"q{i // 2}", [], [], 0, 1.0) for i in range(80)]
+    found = train_pm.some_prompts(train_pm.Config(prompts=""), some, load_tokenizer(base), 64)
+    numbers = sorted(int(load_tokenizer(base).decode(ids)[1:]) for ids in found)
+    assert len(set(numbers)) == 10 and numbers[2] < 20 <= numbers[-3]
+
+
 def test_prompts_that_leave_no_room_to_scale_on_are_told(base, pairs, tmp_path):
     (tmp_path / "long.txt").write_text("why " * 30 + "\n")
     with pytest.raises(
