@@ -171,7 +171,7 @@ def main(cfg: Config) -> dict:
     told = ", ".join(f"{n} {reason}" for reason, n in dropped.items() if n) or "none left out"
     if not train:
         raise UserError(
-            f"{', '.join(cfg.pairs)}: no pair is left to train on ({told}); judge more, or lower "
+            f"{', '.join(cfg.pairs) or '--pairs'}: no pair is left to train on ({told}); judge more, or lower "
             f"--contrast"
         )
     prompts = some_prompts(cfg, pairs, tokenizer, config.block_size)

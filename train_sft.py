@@ -118,7 +118,7 @@ def main(cfg: Config) -> dict:
     told = f"{dropped['never revised']} never revised, {dropped['too long']} too long"
     if not train:
         raise UserError(
-            f"{', '.join(cfg.data)}: no row is left to train on ({told} for the model); revise more prompts"
+            f"{', '.join(cfg.data) or '--data'}: no row is left to train on ({told} for the model); revise more prompts"
         )
     lengths = [len(prompt) + len(answer) for prompt, answer in train]
     steps = cfg.epochs * math.ceil(len(train) / cfg.batch_size)
