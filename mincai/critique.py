@@ -95,7 +95,7 @@ class Writer:
 
     @property
     def stop(self) -> set[int]:
-        return {self.planner.tokenizer.eot, self.planner.tokenizer.newline}
+        return self.planner.tokenizer.line_ends
 
     def write(self, kind, texts, temperature, desc) -> tuple[list[list[int]], list[str]]:
         """Token ids and text of what it writes after each text; nothing where a text leaves no

@@ -97,8 +97,7 @@ def judge_once(
     prompts, written = [data.compact(prompts[i]) for i in fits], [""] * len(heads)
     letters = [tokenizer.encode(letter)[0] for letter in "AB"]
     if reasons:
-        stop = {tokenizer.eot, tokenizer.newline}
-        how = dict(desc=desc, journal=journal)
+        stop, how = tokenizer.line_ends, dict(desc=desc, journal=journal)
         texts, logp = generate_then(model, prompts, max_new, stop, batch_size, then, letters, **how)
         for i, ids in zip(fits, texts):
             written[i] = constitution.clean(tokenizer.decode(ids))
@@ -185,7 +184,7 @@ def answers_of(sampler, n, conversations, models, cfg, shown) -> list[list[tuple
     answers = [[] for _ in conversations]
     if not n or not fits:
         return answers
-    stop = {tokenizer.eot, tokenizer.newline} if shown else {tokenizer.eot}
+    stop = tokenizer.line_ends if shown else {tokenizer.eot}
     how = dict(generator=models.generator, n=n, desc="answers", journal=models.journal)
     prompts = [prompts[i] for i in fits]
     found = generate_batched(sampler, prompts, cfg.max_new, stop, cfg.batch_size, **how)

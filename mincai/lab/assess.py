@@ -96,7 +96,7 @@ def manner(stage, tokenizer) -> tuple[str, set[int]]:
     """(kind of a stage's prompts, tokens that end its answers). The base may be shown examples, for
     it has learnt no dialogue; in these a line's end ends an answer."""
     if stage == "base":
-        return "answer", {tokenizer.eot, tokenizer.newline}
+        return "answer", tokenizer.line_ends
     return "none", {tokenizer.eot}
 
 

@@ -296,7 +296,7 @@ def measure_critic(opened: Run, rows, principles, rng) -> dict:
     breaks, and under one about another, which does not apply: the share of critiques that say
     so."""
     cfg, tokenizer, found = opened.cfg, opened.tokenizer, {}
-    stop = {tokenizer.eot, tokenizer.newline}
+    stop = tokenizer.line_ends
     some = [p for p in principles if p.about in world.HARMS and p.about != world.UNSEEN]
     for name, applies in (("applies", True), ("does_not_apply", False)):
         prompts = []

@@ -31,7 +31,8 @@ CACHED = {  # names in tiktoken's cache: SHA-1 of where it gets them from
 
 
 class Tokenizer:
-    """`encode`, `decode`, and two ids that end something: `eot` (an answer), `newline` (a line).
+    """`encode`, `decode`, and ids that end something: `eot` (an answer), `newline` and all other
+    `line_ends` (what was to be one line; GPT-2 has a token for two of them, too).
 
     ranks: {bytes: id}, what text is made of. control: {name: id} of all other tokens, `eot` among
     them. words: all that its model has read in pretraining, a set, where they are few.
@@ -44,6 +45,7 @@ class Tokenizer:
         self.n_vocab = self.encoding.n_vocab
         self.silent = frozenset(control.values())
         self.newline = self.encode("\n")[-1]
+        self.line_ends = {eot, *(number for token, number in ranks.items() if b"\n" in token)}
 
     def special(self) -> dict[str, int]:
         """What config.json says of ids, for other libraries to read."""

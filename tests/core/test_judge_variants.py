@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch
 from mincai import UserError, constitution, critique, feedback
 from mincai.plumbing import data
 from mincai.plumbing.planner import Planner, load_shots
-from mincai.plumbing.tokenizer import load_tokenizer
+from mincai.plumbing.tokenizer import from_ranks, load_tokenizer
 
 PRINCIPLES = constitution.select(constitution.load_constitution())
 TALK = [constitution.dialogue(f"how do i {x} ?") for x in ("burn a lamp", "sell a map")]
@@ -357,6 +358,32 @@ def test_answers_that_are_none_are_dropped_and_counted(tokenizer, monkeypatch):
     assert dict(dropped) == {"empty": 2, "no room": 1}
     assert asked == ["whole", "line", "half", "empty", "blank"] and planner.counts["no room"] == 1
     assert dict(critique.respond(writer, items[:2])[1]) == {}
+
+
+def test_what_is_to_be_one_line_ends_with_every_token_that_ends_one(monkeypatch):
+    """GPT-2 has a token for two line ends; an answer that went on after it would be of several."""
+    two = from_ranks({bytes([b]): b for b in range(256)} | {b"\n\n": 256})
+    planner, seen = Planner(two, 400), []
+
+    def generate_then(model, prompts, max_new, stop, *_, **__):
+        seen.append(stop)
+        return [[256] for _ in prompts], torch.zeros(len(prompts), 2)
+
+    def generate_batched(model, prompts, max_new, stop, *_, **__):
+        seen.append(stop)
+        return [[*b" yes", 256] for _ in prompts]
+
+    monkeypatch.setattr(feedback, "generate_then", generate_then)
+    for module in (critique, feedback):
+        monkeypatch.setattr(module, "generate_batched", generate_batched)
+    feedback.judge_once(None, planner, ["Compare:"])
+    writer = critique.Writer(None, planner, critique.Config(max_new=9), None)
+    kept, _ = critique.respond(writer, [{"conversation": TALK[0]}])
+    sampler = SimpleNamespace(config=SimpleNamespace(block_size=400))
+    models = feedback.Models(None, sampler, planner, None)
+    found = feedback.answers_of(sampler, 1, TALK[:1], models, feedback.Config(max_new=9), True)
+    assert found == [[(*b" yes", two.eot)]] and kept[0]["original"] == "yes"
+    assert seen == [{10, 256, two.eot}] * 3
 
 
 @pytest.mark.parametrize(

@@ -159,6 +159,7 @@ def test_training_is_deterministic():
 
 def test_gpt2s_vocabulary_is_read(gpt2):
     assert (gpt2.n_vocab, gpt2.eot, gpt2.newline) == (50257, 50256, 198)
+    assert gpt2.line_ends == {198, 628, 44320, 50256}  # "\n", "\n\n", and one before a wide space
     assert gpt2.encode("Hello world") == [15496, 995]
     assert gpt2.encode(END) == [27, 91, 437, 1659, 5239, 91, 29]
 
