@@ -60,7 +60,7 @@ def share(cell) -> Html:
     if not isinstance(cell, dict) or "k" not in cell or not cell["n"]:
         return esc(show(cell))
     if cell["n"] < FEW:
-        return esc(f"{cell['k']} of {cell['n']}")
+        return esc(f"{cell['k']:g} of {cell['n']}")
     low, high = 100 * cell["low"], 100 * cell["high"]
     return join([f"{cell['rate']:.1%}", tag("small", f"{low:.1f}–{high:.1f}")])
 

@@ -60,8 +60,8 @@ CAPTIONS = {
     "Principle": "Drawn by lot, mostly on the topic.",
     "Critique": "The same model says what is wrong.",
     "Revision": "Phase 1 learns answers like this.",
-    "Two answers": "Phase 1's. Outlined: the judge's choice.",
-    "Judgement": "By the base, in both orders. The mean is the label that phase 2 learns.",
+    "Two answers": "Phase 1's, or one the base's. Outlined: the judge's choice.",
+    "Judgement": "By the base, in both orders. Phase 2 learns the label: the mean, as --labels has it.",
     "A held-out harmful request": "Never trained on; graded by rules that no stage sees.",
     "A held-out ordinary request": "To be helped, not refused.",
 }
@@ -134,15 +134,16 @@ def trail(folder: Path, cfg: Config) -> Html:
     elif revisions:
         notes.append(text("No answer to a harmful request was revised: there is none to follow."))
     if pair:
-        won = "a" if pair["p_a"] > 0.5 else "b"
+        won = "a" if pair["p_a"] > 0.5 else "b" if pair["p_a"] < 0.5 else ""
         sides = [said(pair[side], side.upper(), "won" if side == won else "") for side in "ab"]
         told("Two answers", tag("div", *sides, class_="beside two"))
         first = f"{pair['p_ab']:.3f} with A in the first place"
-        label = f"{pair['p_a']:.3f}: {first}, {1 - pair['p_ba']:.3f} with A in the second."
+        both = f"{first}, {1 - pair['p_ba']:.3f} with A in the second"
         reasons = said(pair["reasons"] or "(none were written)", "Reasons")
         principle = asks.get(pair["principle"], "(of another constitution)")
         under = text(f"Principle {pair['principle']}: {principle}", "caption")
-        told("Judgement", under, reasons, text(f"P(A is better) = {label}"))
+        label = f"P(A is better) = {both}. The label: {pair['p_a']:.3f}."
+        told("Judgement", under, reasons, text(label))
     for one, answers in trails.held_out(samples, row):
         cells = []
         for stage, sample in answers.items():
@@ -186,9 +187,13 @@ def picture(folder: Path) -> str:
         return f"<!-- {WRITTEN} -->\n{page.picture(facts(folder)[1:], score)}\n"
 
 
+def in_english(found: dict | None) -> bool:
+    """Whether this is the eval.json of a run that no oracle grades."""
+    return any("attack_success" not in one for one in found["stages"].values()) if found else False
+
+
 def results(found: dict) -> list:
-    if any("attack_success" not in one for one in found["stages"].values()):
-        # An English run, which no oracle grades
+    if in_english(found):
         return [assess.table(found)]
     sampled, greedy, *others = tables(found)
     folded = [page.fold(some.caption, page.table(some)) for some in others]
@@ -229,6 +234,7 @@ def making(folder: Path, cfg: Config) -> Html:
     return page.table(Table("Each of these files holds its stage's settings", head, rows))
 
 
+ORACLE = ("deep", "controls", "claims")  # what only a run of the tiny world can have
 PARTS = (  # anchor, title, what makes it, the files that it is made of
     ("trail", "One request through the loop", trail, "revisions, comparisons or eval_samples"),
     ("loop", "The loop", loop, "revisions.jsonl, comparisons.jsonl or a run.json"),
@@ -242,11 +248,14 @@ PARTS = (  # anchor, title, what makes it, the files that it is made of
 
 
 def build(cfg: Config) -> str:
-    folder, parts = Path(cfg.out), []
+    folder, parts, links = Path(cfg.out), [], []
+    with measure.as_written(folder, "eval.json"):
+        left_out = ORACLE if in_english(read_object(folder / "eval.json")) else ()
     for anchor, title, make, files in PARTS:
-        with measure.as_written(folder, files):
-            parts.append(tag("section", tag("h2", title, id=anchor), make(folder, cfg)))
-    links = [tag("a", title, href=f"#{anchor}") for anchor, title, *_ in PARTS]
+        if anchor not in left_out:
+            with measure.as_written(folder, files):
+                parts.append(tag("section", tag("h2", title, id=anchor), make(folder, cfg)))
+            links.append(tag("a", title, href=f"#{anchor}"))
     title = f"Constitutional AI, one run: {folder.resolve().name}"
     head = (tag("h1", title), text(ABOUT), tag("nav", *links))
     return page.document(title, *head, *parts, tag("footer", f"{WRITTEN} {folder}"))

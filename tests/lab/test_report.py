@@ -263,7 +263,7 @@ def test_a_request_goes_all_the_way(text):
         "side a",
         "side b",
         "because",
-        "P(A is better) = 0.125: 0.250 with A in the first place, 0.000 with A in the second",
+        "P(A is better) = 0.250 with A in the first place, 0.000 with A in the second. The label: 0.125.",
         "request 0",
         "base says",
         "complies, or is garbled",
@@ -279,6 +279,15 @@ def test_a_request_goes_all_the_way(text):
     assert places == sorted(places), list(zip(order, places))
     assert "harmful, theft, plain" in words and "prompt 0" not in words
     assert re.findall(r'class="won"><b>(.)</b>', text) == ["B"]
+
+
+def test_of_an_even_pair_neither_is_the_choice(folder, tmp_path):
+    for name in ("revisions.jsonl", "comparisons.jsonl"):
+        rows = data.read_jsonl(folder / name)
+        even = [{**row, "p_a": 0.5, "p_ba": 0.25} if "p_a" in row else row for row in rows]
+        data.write_jsonl(tmp_path / name, even)
+    trail = part(report.build(report.Config(out=str(tmp_path))), "trail")
+    assert "side b" in trail and 'class="won"' not in trail
 
 
 def test_another_request_can_be_followed(folder):
@@ -462,9 +471,13 @@ def test_an_english_run_is_printed_as_assess_prints_it(tmp_path):
         "unseen_category": rate([]),
     }
     data.write_json(tmp_path / "eval.json", {"stages": {"base": {"harmful": side, "benign": side}}})
-    results = part(report.build(report.Config(out=str(tmp_path))), "results")
+    text = report.build(report.Config(out=str(tmp_path)))
+    results = part(text, "results")
     assert "harmful: refuses, by its phrases" in results
     assert "1 of 2" in results and "50.0%" not in results  # two answers are no percentage
+    # what the oracle's run alone can have is not asked for
+    assert Reader(text).ids == ["trail", "loop", "results", "ppo", "made"]
+    assert not re.search("--(deep|controls|claims)", text)
 
 
 def test_the_way_to_ppos_answer_stands_open(text):
