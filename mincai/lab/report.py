@@ -248,17 +248,15 @@ PARTS = (  # anchor, title, what makes it, the files that it is made of
 
 
 def build(cfg: Config) -> str:
-    folder, parts, links = Path(cfg.out), [], []
+    folder, sections = Path(cfg.out), []
     with measure.as_written(folder, "eval.json"):
         left_out = ORACLE if in_english(read_object(folder / "eval.json")) else ()
     for anchor, title, make, files in PARTS:
         if anchor not in left_out:
             with measure.as_written(folder, files):
-                parts.append(tag("section", tag("h2", title, id=anchor), make(folder, cfg)))
-            links.append(tag("a", title, href=f"#{anchor}"))
+                sections.append((anchor, title, make(folder, cfg)))
     title = f"Constitutional AI, one run: {folder.resolve().name}"
-    head = (tag("h1", title), text(ABOUT), tag("nav", *links))
-    return page.document(title, *head, *parts, tag("footer", f"{WRITTEN} {folder}"))
+    return page.document(title, ABOUT, sections, f"{WRITTEN} {folder}")
 
 
 def main(cfg: Config) -> Path:

@@ -23,7 +23,7 @@ EVIL = '<script>alert("1")</script>'
         page.tag("b", EVIL, title=EVIL),
         page.chart(EVIL, EVIL, [(0, 1.0), (1, 2.0)]),
         page.chart(EVIL, EVIL, []),
-        page.document(EVIL, EVIL),
+        page.document(EVIL, EVIL, [(EVIL, EVIL, EVIL)], EVIL),
         page.picture([(EVIL, EVIL, [EVIL])], []),
     ],
 )
@@ -150,7 +150,7 @@ def test_the_picture_stands_alone():
 
 
 def test_the_page_is_for_small_screens_and_dark_ones():
-    made = page.document("a run", page.text("x"))
+    made = page.document("a run", "x", [], "")
     assert made.startswith('<!doctype html>\n<html lang="en">') and "<title>a run</title>" in made
     assert (
         "width=device-width" in made
