@@ -9,8 +9,8 @@ Weights are random, of the shape asked for: speed does not depend on them. On a 
 what only a GPU can tell: that replayed graphs draw the tokens that the CPU draws, and that bfloat16
 log-probs are near those of float32. Times are the median of several repetitions after a first one
 that is not counted, with the device waited for. "of the roofline" is the share of the speed that
-the machine's bytes and matrix operations a second would allow, both as measured here. One thread's
-time is the processor's, which other work on the machine moves less than the wall's.
+the machine's bytes and matrix operations a second would allow, both as measured here in float32.
+One thread's time is the processor's, which other work on the machine moves less than the wall's.
 
 That takes a while. `rates` are three speeds in a few seconds (reading, writing, learning), by which
 plan.py says what a run will take before it begins.
