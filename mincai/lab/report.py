@@ -5,7 +5,7 @@ it, how PPO went.
     python -m mincai.lab.report runs/tiny --trail loop-0952          follows this request
     python -m mincai.lab.report runs/tiny --picture loop.svg         the loop with this run's numbers, as one drawing
 
-Only files are read, no model. What is not there yet is left out, with the command that makes it.
+Only files are read, no model. What is not there yet is left out, and said how to make.
 The page stands alone: nothing is fetched, no script runs. It is written anew each time.
 """
 
@@ -23,19 +23,8 @@ from mincai.plumbing import data, output
 from mincai.plumbing.cli import arg, run
 
 WRITTEN = "Written by python -m mincai.lab.report"  # at the page's foot, first in the picture
-EVALUATE = "python -m mincai.lab.evaluate {0}"
-MAKE = {
-    "revisions.jsonl": "python -m mincai.critique --out {0}/revisions.jsonl",
-    "sft/run.json": "python train_sft.py --data {0}/revisions.jsonl --out {0}/sft",
-    "comparisons.jsonl": "python -m mincai.feedback --model {0}/sft --out {0}/comparisons.jsonl",
-    "pm/run.json": "python train_pm.py --model {0}/sft --pairs {0}/comparisons.jsonl --out {0}/pm",
-    "ppo/metrics.jsonl": "python train_ppo.py --model {0}/sft --pm {0}/pm --out {0}/ppo",
-    "eval.json": EVALUATE,
-    "eval_samples.jsonl": EVALUATE,
-    "eval_deep.json": f"{EVALUATE} --deep",
-    "controls.json": f"{EVALUATE} --controls",
-    "claims.json": f"{EVALUATE} --claims",
-}
+# What the loop does not end with, and the flag of mincai.lab.evaluate that makes it
+MORE = {"eval_deep.json": "--deep", "controls.json": "--controls", "claims.json": "--claims"}
 NEED = {  # keys that the page shows
     "revisions.jsonl": ("id", "prompt", "kind", "original", "rounds", "changed"),
     "comparisons.jsonl": ("prompt_id", "a", "b", "principle", "p_a", "p_ab", "p_ba", "reasons"),
@@ -98,7 +87,9 @@ def read(folder: Path, name: str) -> dict | list[dict] | None:
 
 
 def lacks(folder: Path, name: str) -> Html:
-    command = MAKE[name].format(shlex.quote(str(folder)))
+    if name not in MORE:  # alone its stage would have other settings than the run
+        return text(f"No {name} yet; the command that began this run goes on with it.", "caption")
+    command = f"python -m mincai.lab.evaluate {shlex.quote(str(folder))} {MORE[name]}"
     return tag("p", f"No {name} yet; this makes it: ", tag("code", command), class_="caption")
 
 
@@ -234,7 +225,6 @@ def making(folder: Path, cfg: Config) -> Html:
     return page.table(Table("Each of these files holds its stage's settings", head, rows))
 
 
-ORACLE = ("deep", "controls", "claims")  # what only a run of the tiny world can have
 PARTS = (  # anchor, title, what makes it, the files that it is made of
     ("trail", "One request through the loop", trail, "revisions, comparisons or eval_samples"),
     ("loop", "The loop", loop, "revisions.jsonl, comparisons.jsonl or a run.json"),
@@ -250,9 +240,9 @@ PARTS = (  # anchor, title, what makes it, the files that it is made of
 def build(cfg: Config) -> str:
     folder, sections = Path(cfg.out), []
     with measure.as_written(folder, "eval.json"):
-        left_out = ORACLE if in_english(read_object(folder / "eval.json")) else ()
+        english = in_english(read_object(folder / "eval.json"))
     for anchor, title, make, files in PARTS:
-        if anchor not in left_out:
+        if not (english and files in MORE):  # which the oracle alone can measure
             with measure.as_written(folder, files):
                 sections.append((anchor, title, make(folder, cfg)))
     title = f"Constitutional AI, one run: {folder.resolve().name}"

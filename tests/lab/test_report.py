@@ -10,10 +10,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-import train_pm
-import train_ppo
-import train_sft
-from mincai import UserError, constitution, critique, feedback
+from mincai import UserError, constitution
 from mincai.lab import evaluate, report, table
 from mincai.lab.table import Table, rate
 from mincai.plumbing import cli, data
@@ -377,33 +374,20 @@ def test_an_empty_run_says_what_to_run(tmp_path):
     text = report.build(report.Config(out=str(out)))
     assert Reader(text).open == [] and "not yet" in part(text, "loop")
     quoted = f"'{out}'"  # its name has a space
-    assert {html.unescape(command) for command in re.findall("<code>(.*?)</code>", text)} == {
-        *(
-            f"python -m mincai.lab.evaluate {quoted}{flag}"
-            for flag in ("", " --deep", " --controls", " --claims")
-        ),
-        f"python -m mincai.critique --out {quoted}/revisions.jsonl",
-        f"python -m mincai.feedback --model {quoted}/sft --out {quoted}/comparisons.jsonl",
-        f"python train_sft.py --data {quoted}/revisions.jsonl --out {quoted}/sft",
-        f"python train_pm.py --model {quoted}/sft --pairs {quoted}/comparisons.jsonl --out {quoted}/pm",
-        f"python train_ppo.py --model {quoted}/sft --pm {quoted}/pm --out {quoted}/ppo",
-    }
-
-
-@pytest.mark.parametrize("command", sorted(set(report.MAKE.values())))
-def test_the_commands_it_shows_can_be_given(command):
-    _, script, *flags = shlex.split(command.format("runs/x"))
-    if script == "-m":
-        script, *flags = flags
-    configs = {
-        "mincai.critique": critique,
-        "mincai.feedback": feedback,
-        "mincai.lab.evaluate": evaluate,
-        "train_sft.py": train_sft,
-        "train_pm.py": train_pm,
-        "train_ppo.py": train_ppo,
-    }
-    assert cli.parse(configs[script].Config, flags).out.startswith("runs/x")
+    commands = {html.unescape(command) for command in re.findall("<code>(.*?)</code>", text)}
+    shown = {f"python -m mincai.lab.evaluate {quoted} {flag}" for flag in report.MORE.values()}
+    assert commands == shown
+    for command in commands:
+        *_, name, flag = shlex.split(command)
+        assert cli.parse(evaluate.Config, [name, flag]).out == str(out)
+    for name in (
+        "revisions.jsonl",
+        "sft/run.json",
+        "comparisons.jsonl",
+        "pm/run.json",
+        "eval.json",
+    ):
+        assert f"No {name} yet; the command that began this run goes on with it" in text
 
 
 @pytest.mark.parametrize(
