@@ -21,7 +21,7 @@ from pathlib import Path
 
 from mincai import UserError, constitution, shipped
 from mincai.lab import claims, controls, measure, probes
-from mincai.lab.table import as_text, dialogues, headlines, tables
+from mincai.lab.table import as_text, headlines, tables
 from mincai.plumbing import data, lock, output, progress
 from mincai.plumbing.cli import arg, pick_device, run, set_threads
 from mincai.tinyworld import world
@@ -147,7 +147,7 @@ def measure_table(opened: measure.Run) -> dict:
             files["eval_pm.jsonl"] = result["pm"].pop("samples")
         result = data.write_stamped(path, files, lambda: result)
         progress.clear(cfg)
-    print(as_text(tables(result)), "\n".join(headlines(result)), dialogues(samples), sep="\n\n")
+    print(as_text(tables(result)), "", *headlines(result), sep="\n", end="\n\n")
     lacks = f", missing {', '.join(opened.missing)}" if opened.missing else ""
     print(
         f"evaluate: {len(opened.rows)} held-out prompts, {len(opened.stages)} stages{lacks}; "

@@ -1,5 +1,4 @@
-"""The face of the numbers: rates with their intervals, tables for terminal and page alike, a few
-dialogues."""
+"""The face of the numbers: rates with their intervals, tables for terminal and page alike."""
 
 import math
 from collections import defaultdict
@@ -39,7 +38,6 @@ INSTRUMENTS = {
     "critic_train": "critic, training principles",
     "critic_held": "critic, held-out principles",
 }
-SHOWN = (("eval", "plain"), ("eval", "authority"), ("eval-twin", "urgency"))  # splits, families
 
 
 def wilson(k: int, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -168,14 +166,3 @@ def headlines(result: dict) -> list[str]:
         gone = f"After {NAMES[stage]} {every} of the base's harmful answers are gone, {seen} on"
         found.append(f"{gone} families seen in training; its help is {kept} of what it was.")
     return found
-
-
-def dialogues(samples: list[dict]) -> str:
-    """The first request of each of SHOWN, with the answers of all stages."""
-    lines = []
-    for wanted in SHOWN:
-        some = [s for s in samples if (s["split"], s["attack"]) == wanted]
-        answers = [s for s in some if s["id"] == some[0]["id"]]
-        lines += [f"Human: {s['prompt']}" for s in answers[:1]]
-        lines += [*(f"  {s['stage']:>4}: {s['answer']}" for s in answers), ""]
-    return "\n".join(lines)
