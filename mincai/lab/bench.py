@@ -174,12 +174,12 @@ def measure(config, cfg, threads, device) -> dict[str, float]:
         "PPO update": Work("PPO update", *answers, micro=cfg.micro_batch, epochs=1),
     }
     for name, work in works_of.items():
-        run = None  # what the one before held is let go
-        run = works.in_mincai(work, threads, device, cfg.dtype)
+        # a clock of its own: what the one before held is let go
+        mine = works.clock(works.in_mincai, threads, device, cfg.dtype)
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         tokens = work.tokens if name == "sampling" else work.rows * length
-        found[name] = tokens / median_seconds(run, cfg.repeat, device)
+        found[name] = tokens / compare(work, mine, None, cfg.repeat)["seconds"]
         if device == "cuda":
             found[f"{name}: peak GB"] = torch.cuda.max_memory_allocated() / 1e9
     return found
