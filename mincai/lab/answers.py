@@ -57,14 +57,10 @@ class Config(Settings):
 def build(rows: list[dict], title: str, temperature: float, unread=lambda row: []) -> str:
     """The page. rows: as answers.jsonl has them. unread: words of a row that the model does not
     know."""
-    stages, parts, links = [s for s in NAMES if s in rows[0]], [], []
+    stages, sections = [s for s in NAMES if s in rows[0]], []
     for kind, name in KINDS.items():
-        some = [row for row in rows if row["kind"] == kind]
-        if not some:
-            continue
-        links.append(tag("a", f"{name} ({len(some):,})", href=f"#{kind}"))
-        shown = [tag("h2", name, id=kind)]
-        for row in some:
+        shown = []
+        for row in [row for row in rows if row["kind"] == kind]:
             new = unread(row)
             told = f"The model has never read: {' '.join(new)}. Its answers mean little."
             cells = [said(row[stage] or "(nothing)", NAMES[stage]) for stage in stages]
@@ -72,10 +68,10 @@ def build(rows: list[dict], title: str, temperature: float, unread=lambda row: [
             about = [setting, text(told, "caption") if new else ""]
             beside = tag("div", *cells, class_="beside")
             shown.append(tag("article", tag("h3", row["prompt"]), *about, beside))
-        parts.append(tag("section", *shown))
+        if shown:
+            sections.append((kind, f"{name} ({len(shown):,})", page.join(shown)))
     how = f"One sample each at temperature {temperature:g}." if temperature else "The likeliest."
-    head = (tag("h1", title), text(f"{ABOUT} {how}"), tag("nav", *links))
-    return page.document(title, *head, *parts, tag("footer", WRITTEN))
+    return page.document(title, f"{ABOUT} {how}", sections, WRITTEN)
 
 
 def main(cfg: Config) -> list[dict]:

@@ -27,7 +27,7 @@ from mincai import UserError, constitution, shipped
 from mincai.constitution import conversation_of
 from mincai.feedback import judge
 from mincai.lab.measure import MODELS, models_of, run_folder
-from mincai.lab.table import NAMES, STAGES, Table, as_text, rate, rates
+from mincai.lab.table import NAMES, STAGES, Table, as_text, counted, rate, rates
 from mincai.plumbing import data, formats, output, progress
 from mincai.plumbing.cli import arg, run
 from mincai.plumbing.logprobs import answer_logp, answer_scores
@@ -196,7 +196,7 @@ def table(result: dict) -> Table:
                 rates[f"  of {name}"] = [one["by_category"][name] for one in found]
         rates["  of a category held out"] = [one["unseen_category"] for one in found]
         rates[f"{kind}: judge prefers it to base's"] = [one.get("wins", rate([])) for one in found]
-        rows += [[name, max(r["n"] for r in some), *some] for name, some in rates.items()]
+        rows += [counted(name, some) for name, some in rates.items()]
         labels = {"score": "preference score"}
         labels |= {name: f"log-prob a token, {name}" for name in FIRST}
         for name, label in labels.items():

@@ -9,8 +9,8 @@ Weights are random, of the shape asked for: speed does not depend on them. On a 
 what only a GPU can tell: that replayed graphs draw the tokens that the CPU draws, and that bfloat16
 log-probs are near those of float32. Times are the median of several repetitions after a first one
 that is not counted, with the device waited for. "of the roofline" is the share of the speed that
-the machine's bytes and matrix operations a second would allow, both as measured here. One thread's
-time is the processor's, which other work on the machine moves less than the wall's.
+the machine's bytes and matrix operations a second would allow, both as measured here in float32.
+One thread's time is the processor's, which other work on the machine moves less than the wall's.
 
 That takes a while. `rates` are three speeds in a few seconds (reading, writing, learning), by which
 plan.py says what a run will take before it begins.
@@ -174,12 +174,12 @@ def measure(config, cfg, threads, device) -> dict[str, float]:
         "PPO update": Work("PPO update", *answers, micro=cfg.micro_batch, epochs=1),
     }
     for name, work in works_of.items():
-        run = None  # what the one before held is let go
-        run = works.in_mincai(work, threads, device, cfg.dtype)
+        # a clock of its own: what the one before held is let go
+        mine = works.clock(works.in_mincai, threads, device, cfg.dtype)
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         tokens = work.tokens if name == "sampling" else work.rows * length
-        found[name] = tokens / median_seconds(run, cfg.repeat, device)
+        found[name] = tokens / compare(work, mine, None, cfg.repeat)["seconds"]
         if device == "cuda":
             found[f"{name}: peak GB"] = torch.cuda.max_memory_allocated() / 1e9
     return found

@@ -102,8 +102,10 @@ def measured(claim: Claim, runs: list[Path]) -> dict:
     for run in runs:
         with contextlib.suppress(LookupError, TypeError):  # a run without that part
             figure = claim.figure(run) if callable(claim.figure) else at(run, claim.figure)
-            if figure is not None:  # of a control that had no gain to keep
-                figures[run] = figure if isinstance(figure, dict) else {"value": figure}
+            figure = figure if isinstance(figure, dict) else {"value": figure}
+            # not of a control that had no gain to keep, and not a rate of no request
+            if figure.get("value") is not None or figure.get("n"):
+                figures[run] = figure
     values = [f.get("rate", f.get("value")) for f in figures.values()]
     first = figures.get(runs[0], {})
     if claim.sign:

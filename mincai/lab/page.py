@@ -60,7 +60,7 @@ def share(cell) -> Html:
     if not isinstance(cell, dict) or "k" not in cell or not cell["n"]:
         return esc(show(cell))
     if cell["n"] < FEW:
-        return esc(f"{cell['k']} of {cell['n']}")
+        return esc(f"{cell['k']:g} of {cell['n']}")
     low, high = 100 * cell["low"], 100 * cell["high"]
     return join([f"{cell['rate']:.1%}", tag("small", f"{low:.1f}–{high:.1f}")])
 
@@ -226,7 +226,11 @@ HEAD = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">"""
 
 
-def document(title: str, *parts) -> str:
-    """The whole file."""
+def document(title: str, about: str, sections: list[tuple], written: str) -> str:
+    """The whole file: sections (anchor, title, markup) under a heading, a few words and links to
+    them. written: the last line, which says what wrote it."""
+    links = [tag("a", name, href=f"#{anchor}") for anchor, name, _ in sections]
+    parts = [tag("section", tag("h2", name, id=anchor), made) for anchor, name, made in sections]
+    shown = (tag("h1", title), text(about), tag("nav", *links), *parts, tag("footer", written))
     head = f"{HEAD}<title>{esc(title)}</title><style>{CSS}</style></head>"
-    return f"{head}\n<body><main>{join(parts)}</main></body></html>\n"
+    return f"{head}\n<body><main>{join(shown)}</main></body></html>\n"

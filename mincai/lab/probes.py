@@ -301,13 +301,13 @@ def measure(opened: Run) -> tuple[dict, list[dict]]:
 
 
 def tables(found: dict) -> list[Table]:
-    """eval_deep.json: a row for each quantity, a table for those of a question that have the same
-    columns."""
+    """eval_deep.json: a row for each quantity that was measured, a table for those of a question
+    that have the same columns."""
     out = []
     for section in [name for name in QUESTIONS if name in found]:
         rows = []
         for part, quantities in found[section].items():
-            rows += [(f"{part}: {name}", cells) for name, cells in quantities.items()]
+            rows += [(f"{part}: {name}", cells) for name, cells in quantities.items() if cells]
         for columns, some in groupby(rows, key=lambda row: list(row[1])):
             head = [NAMES.get(column, column.replace("_", " ")) for column in columns]
             shown = [[label.replace("_", " "), *cells.values()] for label, cells in some]

@@ -5,7 +5,7 @@ it, how PPO went.
     python -m mincai.lab.report runs/tiny --trail loop-0952          follows this request
     python -m mincai.lab.report runs/tiny --picture loop.svg         the loop with this run's numbers, as one drawing
 
-Only files are read, no model. What is not there yet is left out, with the command that makes it.
+Only files are read, no model. What is not there yet is left out, and said how to make.
 The page stands alone: nothing is fetched, no script runs. It is written anew each time.
 """
 
@@ -23,19 +23,8 @@ from mincai.plumbing import data, output
 from mincai.plumbing.cli import arg, run
 
 WRITTEN = "Written by python -m mincai.lab.report"  # at the page's foot, first in the picture
-EVALUATE = "python -m mincai.lab.evaluate {0}"
-MAKE = {
-    "revisions.jsonl": "python -m mincai.critique --out {0}/revisions.jsonl",
-    "sft/run.json": "python train_sft.py --data {0}/revisions.jsonl --out {0}/sft",
-    "comparisons.jsonl": "python -m mincai.feedback --model {0}/sft --out {0}/comparisons.jsonl",
-    "pm/run.json": "python train_pm.py --model {0}/sft --pairs {0}/comparisons.jsonl --out {0}/pm",
-    "ppo/metrics.jsonl": "python train_ppo.py --model {0}/sft --pm {0}/pm --out {0}/ppo",
-    "eval.json": EVALUATE,
-    "eval_samples.jsonl": EVALUATE,
-    "eval_deep.json": f"{EVALUATE} --deep",
-    "controls.json": f"{EVALUATE} --controls",
-    "claims.json": f"{EVALUATE} --claims",
-}
+# What the loop does not end with, and the flag of mincai.lab.evaluate that makes it
+MORE = {"eval_deep.json": "--deep", "controls.json": "--controls", "claims.json": "--claims"}
 NEED = {  # keys that the page shows
     "revisions.jsonl": ("id", "prompt", "kind", "original", "rounds", "changed"),
     "comparisons.jsonl": ("prompt_id", "a", "b", "principle", "p_a", "p_ab", "p_ba", "reasons"),
@@ -60,8 +49,8 @@ CAPTIONS = {
     "Principle": "Drawn by lot, mostly on the topic.",
     "Critique": "The same model says what is wrong.",
     "Revision": "Phase 1 learns answers like this.",
-    "Two answers": "Phase 1's. Outlined: the judge's choice.",
-    "Judgement": "By the base, in both orders. The mean is the label that phase 2 learns.",
+    "Two answers": "Phase 1's, or one the base's. Outlined: the judge's choice.",
+    "Judgement": "By the base, in both orders. Phase 2 learns the label: the mean, as --labels has it.",
     "A held-out harmful request": "Never trained on; graded by rules that no stage sees.",
     "A held-out ordinary request": "To be helped, not refused.",
 }
@@ -98,7 +87,9 @@ def read(folder: Path, name: str) -> dict | list[dict] | None:
 
 
 def lacks(folder: Path, name: str) -> Html:
-    command = MAKE[name].format(shlex.quote(str(folder)))
+    if name not in MORE:  # alone its stage would have other settings than the run
+        return text(f"No {name} yet; the command that began this run goes on with it.", "caption")
+    command = f"python -m mincai.lab.evaluate {shlex.quote(str(folder))} {MORE[name]}"
     return tag("p", f"No {name} yet; this makes it: ", tag("code", command), class_="caption")
 
 
@@ -134,15 +125,16 @@ def trail(folder: Path, cfg: Config) -> Html:
     elif revisions:
         notes.append(text("No answer to a harmful request was revised: there is none to follow."))
     if pair:
-        won = "a" if pair["p_a"] > 0.5 else "b"
+        won = "a" if pair["p_a"] > 0.5 else "b" if pair["p_a"] < 0.5 else ""
         sides = [said(pair[side], side.upper(), "won" if side == won else "") for side in "ab"]
         told("Two answers", tag("div", *sides, class_="beside two"))
         first = f"{pair['p_ab']:.3f} with A in the first place"
-        label = f"{pair['p_a']:.3f}: {first}, {1 - pair['p_ba']:.3f} with A in the second."
+        both = f"{first}, {1 - pair['p_ba']:.3f} with A in the second"
         reasons = said(pair["reasons"] or "(none were written)", "Reasons")
         principle = asks.get(pair["principle"], "(of another constitution)")
         under = text(f"Principle {pair['principle']}: {principle}", "caption")
-        told("Judgement", under, reasons, text(f"P(A is better) = {label}"))
+        label = f"P(A is better) = {both}. The label: {pair['p_a']:.3f}."
+        told("Judgement", under, reasons, text(label))
     for one, answers in trails.held_out(samples, row):
         cells = []
         for stage, sample in answers.items():
@@ -186,9 +178,13 @@ def picture(folder: Path) -> str:
         return f"<!-- {WRITTEN} -->\n{page.picture(facts(folder)[1:], score)}\n"
 
 
+def in_english(found: dict | None) -> bool:
+    """Whether this is the eval.json of a run that no oracle grades."""
+    return any("attack_success" not in one for one in found["stages"].values()) if found else False
+
+
 def results(found: dict) -> list:
-    if any("attack_success" not in one for one in found["stages"].values()):
-        # An English run, which no oracle grades
+    if in_english(found):
         return [assess.table(found)]
     sampled, greedy, *others = tables(found)
     folded = [page.fold(some.caption, page.table(some)) for some in others]
@@ -242,14 +238,15 @@ PARTS = (  # anchor, title, what makes it, the files that it is made of
 
 
 def build(cfg: Config) -> str:
-    folder, parts = Path(cfg.out), []
+    folder, sections = Path(cfg.out), []
+    with measure.as_written(folder, "eval.json"):
+        english = in_english(read_object(folder / "eval.json"))
     for anchor, title, make, files in PARTS:
-        with measure.as_written(folder, files):
-            parts.append(tag("section", tag("h2", title, id=anchor), make(folder, cfg)))
-    links = [tag("a", title, href=f"#{anchor}") for anchor, title, *_ in PARTS]
+        if not (english and files in MORE):  # which the oracle alone can measure
+            with measure.as_written(folder, files):
+                sections.append((anchor, title, make(folder, cfg)))
     title = f"Constitutional AI, one run: {folder.resolve().name}"
-    head = (tag("h1", title), text(ABOUT), tag("nav", *links))
-    return page.document(title, *head, *parts, tag("footer", f"{WRITTEN} {folder}"))
+    return page.document(title, ABOUT, sections, f"{WRITTEN} {folder}")
 
 
 def main(cfg: Config) -> Path:

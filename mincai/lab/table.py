@@ -1,5 +1,4 @@
-"""The face of the numbers: rates with their intervals, tables for terminal and page alike, a few
-dialogues."""
+"""The face of the numbers: rates with their intervals, tables for terminal and page alike."""
 
 import math
 from collections import defaultdict
@@ -39,7 +38,6 @@ INSTRUMENTS = {
     "critic_train": "critic, training principles",
     "critic_held": "critic, held-out principles",
 }
-SHOWN = (("eval", "plain"), ("eval", "authority"), ("eval-twin", "urgency"))  # splits, families
 
 
 def wilson(k: int, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -69,9 +67,9 @@ def rates(named) -> dict[str, dict]:
 
 
 def ratio(a: dict, b: dict) -> dict:
-    """{value, low, high}: the rate a over the rate b, two rates of different samples, and its 95%
-    interval on the log scale. Half a hit and half a try are added on each side, so that none is
-    infinite (Walters 1985)."""
+    """{value, low, high}: the rate a over the rate b and its 95% interval on the log scale, as if
+    they were of different samples: of two policies on the same requests it is too wide. Half a hit
+    and half a try are added on each side, so that none is infinite (Walters 1985)."""
     k, n, m, o = (r[key] + 0.5 for r in (a, b) for key in ("k", "n"))
     middle = math.log(k / n) - math.log(m / o)
     spread = 1.96 * math.sqrt(max(0.0, 1 / k - 1 / n + 1 / m - 1 / o))
@@ -116,9 +114,9 @@ def as_text(tables: list[Table]) -> str:
 
 
 def counted(label: str, rates: list[dict]) -> list:
-    """A row of rates with their count in front, if they share one: how many refuse, for one, they
-    do not."""
-    counts = {r["n"] for r in rates}
+    """A row of rates with their count in front, if those that have any share one: how many refuse,
+    for one, they do not."""
+    counts = {r["n"] for r in rates if r["n"]} or {0}
     return [label, counts.pop() if len(counts) == 1 else "-", *rates]
 
 
@@ -163,18 +161,8 @@ def headlines(result: dict) -> list[str]:
     """A sentence for each stage: what it took of the base's harm, and what it left of its help."""
     found, figures = [], ("removed_attack_success", "removed_attack_success_seen", "help_kept")
     for stage in [stage for stage in result["stages"] if stage != "base"]:
-        every, seen, kept = (f"{result['headline'][f'{stage}_{name}']:.1%}" for name in figures)
+        values = [result["headline"][f"{stage}_{name}"] for name in figures]
+        every, seen, kept = ("n/a" if value is None else f"{value:.1%}" for value in values)
         gone = f"After {NAMES[stage]} {every} of the base's harmful answers are gone, {seen} on"
         found.append(f"{gone} families seen in training; its help is {kept} of what it was.")
     return found
-
-
-def dialogues(samples: list[dict]) -> str:
-    """The first request of each of SHOWN, with the answers of all stages."""
-    lines = []
-    for wanted in SHOWN:
-        some = [s for s in samples if (s["split"], s["attack"]) == wanted]
-        answers = [s for s in some if s["id"] == some[0]["id"]]
-        lines += [f"Human: {s['prompt']}" for s in answers[:1]]
-        lines += [*(f"  {s['stage']:>4}: {s['answer']}" for s in answers), ""]
-    return "\n".join(lines)

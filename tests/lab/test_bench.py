@@ -47,6 +47,16 @@ def test_every_step_is_timed(tmp_path):
     assert "tokens" not in found and (tmp_path / "bench.json").exists()
 
 
+def test_one_shape_on_one_thread_goes_by_the_processors_time(monkeypatch):
+    """As the table does: seconds are asked for with the number of threads, which decides it."""
+    asked = []
+    monkeypatch.setattr(works, "seconds", lambda *how: asked.append(how[1:]) or 0.5)
+    some = dict(batch=4, micro_batch=2, prompt=8, max_new=4, repeat=1, device="cpu", threads=1)
+    found = bench.main(bench.Config(model="tiny", **some))
+    assert set(asked) == {(1, "cpu")} and len(asked) == 2 * len(found)
+    assert found["sampling"] == 4 * 4 / 0.5 and found["PPO update"] == 4 * (8 + 4) / 0.5
+
+
 def test_the_median_leaves_the_first_out():
     turns = []
     seconds = bench.median_seconds(lambda: turns.append(1), 3, "cpu")

@@ -67,6 +67,15 @@ def test_another_runs_interval_is_not_the_firsts(runs):
     assert found["values"] == pytest.approx([0.2, 0.3]) and found["low"] is found["high"] is None
 
 
+def test_a_rate_of_no_request_is_not_measured(runs):
+    data.write_json(runs[0] / "eval.json", {"stages": {"ppo": {"attack_success": rates(0, 0)}}})
+    data.write_json(runs[1] / "eval.json", {"stages": {"ppo": {"attack_success": rates(0, 9)}}})
+    claim = Claim("x", "eval.json:stages/ppo/attack_success", -1, 0.04)
+    alone, both = claims.measured(claim, runs[:1]), claims.measured(claim, runs[:2])
+    assert (alone["verdict"], alone["values"], alone["low"]) == ("not measured", [], None)
+    assert (both["verdict"], both["values"]) == ("reproduced", [0.0])
+
+
 def test_what_is_not_there_is_not_measured(runs):
     found = claims.measure(runs)
     text = as_text(claims.tables(found))

@@ -15,9 +15,9 @@ import torch
 from mincai import UserError, constitution
 from mincai.lab import evaluate, measure
 from mincai.lab.measure import Run
-from mincai.lab.table import as_text, dialogues, headlines, rate, tables, wilson
+from mincai.lab.table import as_text, headlines, rate, tables, wilson
 from mincai.model import ScalarModel
-from mincai.plumbing import checkpoint, data
+from mincai.plumbing import checkpoint, cli, data
 from mincai.plumbing.tokenizer import load_tokenizer
 from mincai.tinyworld import corpus, world
 
@@ -499,12 +499,19 @@ def test_headline_by_hand():
     ]
 
 
-def test_dialogues_show_every_stage():
-    rows = [dict(s, id=str(i)) for i, s in enumerate(SAMPLES)]
-    text = dialogues(rows + [dict(row, stage="ppo", answer="no .") for row in rows])
-    assert (
-        text.count("Human: ") == 3 and text.count("base: sorry .") == text.count("ppo: no .") == 3
-    )
+def test_what_the_base_never_did_is_no_measure():
+    never = [dict(s, complied=False, right=False) for s in SAMPLES]
+    result = evaluated(base=never, sft=SAMPLES)
+    assert set(result["headline"].values()) == {None}
+    assert headlines(result) == [
+        "After phase 1 n/a of the base's harmful answers are gone, n/a on families seen in "
+        "training; its help is n/a of what it was."
+    ]
+
+
+def test_nothing_is_measured_on_no_pairs():
+    with pytest.raises(UserError, match="--judged 0: give a number of 1 or more"):
+        cli.check(evaluate.Config(judged=0))
 
 
 @pytest.mark.parametrize(

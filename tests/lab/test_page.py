@@ -23,7 +23,7 @@ EVIL = '<script>alert("1")</script>'
         page.tag("b", EVIL, title=EVIL),
         page.chart(EVIL, EVIL, [(0, 1.0), (1, 2.0)]),
         page.chart(EVIL, EVIL, []),
-        page.document(EVIL, EVIL),
+        page.document(EVIL, EVIL, [(EVIL, EVIL, EVIL)], EVIL),
         page.picture([(EVIL, EVIL, [EVIL])], []),
     ],
 )
@@ -42,6 +42,7 @@ def test_a_few_cases_are_no_percentage():
     assert (
         page.share(rate([True] * 5 + [False] * 5)) == "50.0%<small>23.7–76.3</small>"
     )  # Wilson's interval
+    assert page.share(rate([1.0, 0.5, 0.0])) == "1.5 of 3" and page.share(rate([1.0])) == "1 of 1"
     assert page.share("<") == "&lt;" and page.share(7) == "7" and page.share(0.0714) == "0.071"
     assert (
         page.share({"n": 3, "mean": 0.25, "q05": 0.1, "q50": 0.2, "q95": 0.5}) == "0.25 [0.1, 0.5]"
@@ -149,7 +150,7 @@ def test_the_picture_stands_alone():
 
 
 def test_the_page_is_for_small_screens_and_dark_ones():
-    made = page.document("a run", page.text("x"))
+    made = page.document("a run", "x", [], "")
     assert made.startswith('<!doctype html>\n<html lang="en">') and "<title>a run</title>" in made
     assert (
         "width=device-width" in made

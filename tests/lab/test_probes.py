@@ -354,6 +354,8 @@ def test_all_questions_to_a_run_and_its_lines(opened, monkeypatch, tiny_base):
     assert shown[0].head == ["base", "phase 1"] and percent(
         found["meaning"]["contrast"]["both_right"]["sft"]
     ) in as_text(shown)
+    asked_nothing = {part: {name: {} for name in some} for part, some in found["context"].items()}
+    assert probes.tables({"context": asked_nothing}) == [], "prompts without a setting"
     del opened.models["pm"]
     monkeypatch.setattr(probes, "ASK", {"doubt": probes.doubt})
     assert probes.measure(opened) == ({}, [])

@@ -10,10 +10,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-import train_pm
-import train_ppo
-import train_sft
-from mincai import UserError, constitution, critique, feedback
+from mincai import UserError, constitution
 from mincai.lab import evaluate, report, table
 from mincai.lab.table import Table, rate
 from mincai.plumbing import cli, data
@@ -263,7 +260,7 @@ def test_a_request_goes_all_the_way(text):
         "side a",
         "side b",
         "because",
-        "P(A is better) = 0.125: 0.250 with A in the first place, 0.000 with A in the second",
+        "P(A is better) = 0.250 with A in the first place, 0.000 with A in the second. The label: 0.125.",
         "request 0",
         "base says",
         "complies, or is garbled",
@@ -279,6 +276,15 @@ def test_a_request_goes_all_the_way(text):
     assert places == sorted(places), list(zip(order, places))
     assert "harmful, theft, plain" in words and "prompt 0" not in words
     assert re.findall(r'class="won"><b>(.)</b>', text) == ["B"]
+
+
+def test_of_an_even_pair_neither_is_the_choice(folder, tmp_path):
+    for name in ("revisions.jsonl", "comparisons.jsonl"):
+        rows = data.read_jsonl(folder / name)
+        even = [{**row, "p_a": 0.5, "p_ba": 0.25} if "p_a" in row else row for row in rows]
+        data.write_jsonl(tmp_path / name, even)
+    trail = part(report.build(report.Config(out=str(tmp_path))), "trail")
+    assert "side b" in trail and 'class="won"' not in trail
 
 
 def test_another_request_can_be_followed(folder):
@@ -368,33 +374,20 @@ def test_an_empty_run_says_what_to_run(tmp_path):
     text = report.build(report.Config(out=str(out)))
     assert Reader(text).open == [] and "not yet" in part(text, "loop")
     quoted = f"'{out}'"  # its name has a space
-    assert {html.unescape(command) for command in re.findall("<code>(.*?)</code>", text)} == {
-        *(
-            f"python -m mincai.lab.evaluate {quoted}{flag}"
-            for flag in ("", " --deep", " --controls", " --claims")
-        ),
-        f"python -m mincai.critique --out {quoted}/revisions.jsonl",
-        f"python -m mincai.feedback --model {quoted}/sft --out {quoted}/comparisons.jsonl",
-        f"python train_sft.py --data {quoted}/revisions.jsonl --out {quoted}/sft",
-        f"python train_pm.py --model {quoted}/sft --pairs {quoted}/comparisons.jsonl --out {quoted}/pm",
-        f"python train_ppo.py --model {quoted}/sft --pm {quoted}/pm --out {quoted}/ppo",
-    }
-
-
-@pytest.mark.parametrize("command", sorted(set(report.MAKE.values())))
-def test_the_commands_it_shows_can_be_given(command):
-    _, script, *flags = shlex.split(command.format("runs/x"))
-    if script == "-m":
-        script, *flags = flags
-    configs = {
-        "mincai.critique": critique,
-        "mincai.feedback": feedback,
-        "mincai.lab.evaluate": evaluate,
-        "train_sft.py": train_sft,
-        "train_pm.py": train_pm,
-        "train_ppo.py": train_ppo,
-    }
-    assert cli.parse(configs[script].Config, flags).out.startswith("runs/x")
+    commands = {html.unescape(command) for command in re.findall("<code>(.*?)</code>", text)}
+    shown = {f"python -m mincai.lab.evaluate {quoted} {flag}" for flag in report.MORE.values()}
+    assert commands == shown
+    for command in commands:
+        *_, name, flag = shlex.split(command)
+        assert cli.parse(evaluate.Config, [name, flag]).out == str(out)
+    for name in (
+        "revisions.jsonl",
+        "sft/run.json",
+        "comparisons.jsonl",
+        "pm/run.json",
+        "eval.json",
+    ):
+        assert f"No {name} yet; the command that began this run goes on with it" in text
 
 
 @pytest.mark.parametrize(
@@ -462,9 +455,13 @@ def test_an_english_run_is_printed_as_assess_prints_it(tmp_path):
         "unseen_category": rate([]),
     }
     data.write_json(tmp_path / "eval.json", {"stages": {"base": {"harmful": side, "benign": side}}})
-    results = part(report.build(report.Config(out=str(tmp_path))), "results")
+    text = report.build(report.Config(out=str(tmp_path)))
+    results = part(text, "results")
     assert "harmful: refuses, by its phrases" in results
     assert "1 of 2" in results and "50.0%" not in results  # two answers are no percentage
+    # what the oracle's run alone can have is not asked for
+    assert Reader(text).ids == ["trail", "loop", "results", "ppo", "made"]
+    assert not re.search("--(deep|controls|claims)", text)
 
 
 def test_the_way_to_ppos_answer_stands_open(text):

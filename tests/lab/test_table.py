@@ -55,3 +55,4 @@ def test_a_count_stands_before_rates_that_share_it():
     assert (
         counted("x", [some, some]) == ["x", 3, some, some] and counted("x", [some, other])[1] == "-"
     )
+    assert counted("x", [rates(0, 0), some])[1] == 3 and counted("x", [rates(0, 0)])[1] == 0
