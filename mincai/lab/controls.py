@@ -27,7 +27,7 @@ import train_sft
 from mincai import UserError, critique, feedback
 from mincai.lab import human, measure
 from mincai.lab.table import Table, as_text, rate
-from mincai.plumbing import data, output
+from mincai.plumbing import checkpoint, data, output
 from mincai.plumbing.checkpoint import load
 
 LEFT_OUT = "theft"  # the category that "no theft" knows nothing of
@@ -60,6 +60,7 @@ class Control:
     what: str
     anew: dict = field(default_factory=dict)  # stage -> settings that are not RUN's
     labels: Callable | None = None  # (RUN's comparisons, random.Random) -> those to learn from
+    turned: bool = False  # the preference model's score with its sign turned
     policy: str = "ppo"  # what is measured
     start: str = "sft"  # what preference model and policy start from
 
@@ -119,6 +120,12 @@ def controls(opened: measure.Run, cfgs: dict) -> list[Control]:
         Control("phase 1", "the run before PPO", policy="sft"),
         Control("full", "the run itself"),
         Control("no labels", "a preference model that has seen no comparison", unlabelled),
+        Control(
+            "no labels, turned",
+            "the same, its scores with the sign turned",
+            unlabelled,
+            turned=True,
+        ),
         Control("shuffled", "the judge's labels dealt out at random", again, shuffled),
         Control("inverted", "the worse answer called the better one", again, inverted),
         Control("length", "the longer answer called the better one", again, longer),
@@ -137,6 +144,16 @@ def controls(opened: measure.Run, cfgs: dict) -> list[Control]:
         Control("beta 0.8", price, {"ppo": dear}),
         Control("beta 0, long", "no price of KL and four times the updates", {"ppo": long}),
     ]
+
+
+def turn(folder: Path) -> None:
+    """Turns the sign of a preference model's score."""
+    pm, weights = load(folder, scalar=True), ("model.safetensors", "config.json", "run.json")
+    others = {f.name: f.read_bytes() for f in folder.iterdir() if f.name not in weights}
+    for number in (pm.gain, pm.shift):
+        number.neg_()
+    stamp = measure.read_object(folder / "run.json")
+    checkpoint.save(pm, folder, others | {"run.json": stamp | {"turned": True}})
 
 
 def make(opened: measure.Run, cfgs: dict, control: Control, folder: Path) -> str:
@@ -161,6 +178,8 @@ def make(opened: measure.Run, cfgs: dict, control: Control, folder: Path) -> str
         cfg = replace(cfgs[stage], out=str(folder / name), **settings)
         watch = [measure.watcher(opened.cfg)] if stage == "ppo" else []
         module.main(cfg, *watch)
+        if stage == "pm" and control.turned:
+            turn(folder / name)
     return place(control.policy)
 
 

@@ -16,7 +16,7 @@ import train_sft
 from mincai import UserError, critique, feedback
 from mincai.lab import controls, evaluate, measure
 from mincai.lab.table import as_text, rate
-from mincai.plumbing import data, progress
+from mincai.plumbing import checkpoint, data, progress
 from mincai.plumbing.tokenizer import load_tokenizer
 from mincai.tinyworld import world
 
@@ -183,6 +183,7 @@ def test_every_control_is_made_and_measured_on_the_same_prompts(opened, result):
         "phase 1",
         "full",
         "no labels",
+        "no labels, turned",
         "shuffled",
         "inverted",
         "length",
@@ -237,6 +238,17 @@ def test_one_thing_is_changed_and_nothing_else(opened, result):
     assert ran == {**mine, "direct": True}
     curve = next(r for r in result["rows"] if r["name"] == "beta 0, long")["curve"]
     assert [point["update"] for point in curve] == [0, 4] and curve[-1]["score"] is not None
+
+
+def test_a_read_out_that_is_turned_scores_the_opposite(opened, result):
+    ids = torch.arange(12).view(2, 6)
+    plain, turned = (
+        checkpoint.load(opened.out / "controls" / name / "pm", scalar=True)(ids)
+        for name in ("no labels", "no labels, turned")
+    )
+    assert plain.std() > 0.01 and torch.equal(turned, -plain)
+    stamp = json.loads((opened.out / "controls/no labels, turned/pm/run.json").read_text())
+    assert stamp["turned"] and stamp["config"]["epochs"] == 0
 
 
 def test_labels_by_hand():
