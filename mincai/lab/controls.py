@@ -27,8 +27,8 @@ import train_sft
 from mincai import UserError, critique, feedback
 from mincai.lab import human, measure
 from mincai.lab.table import Table, as_text, rate
-from mincai.plumbing import checkpoint, data, output
-from mincai.plumbing.checkpoint import load
+from mincai.plumbing import data, output
+from mincai.plumbing.checkpoint import load, save
 
 LEFT_OUT = "theft"  # the category that "no theft" knows nothing of
 STAGES = {  # a stage's module, its output, and its settings that name places: inputs, by their outputs
@@ -153,7 +153,7 @@ def turn(folder: Path) -> None:
     for number in (pm.gain, pm.shift):
         number.neg_()
     stamp = measure.read_object(folder / "run.json")
-    checkpoint.save(pm, folder, others | {"run.json": stamp | {"turned": True}})
+    save(pm, folder, others | {"run.json": stamp | {"turned": True}})
 
 
 def make(opened: measure.Run, cfgs: dict, control: Control, folder: Path) -> str:
